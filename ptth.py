@@ -1,0 +1,3372 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = []
+# ///
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""PTTH: an HTTP server that makes only outgoing connections and is still reached by any HTTP client.
+
+    Client -> Firewall -> Relay <- Firewall <- Server
+
+The server behind the firewall asks a relay on a public host for work by a long poll.  The relay hands it each
+client's request in the answer to that poll, and takes the response in the body of a POST:
+
+    P1  server -> relay    GET /7ZSFUKGV/http_listen/NAME: "is there a request for me?"
+    P2  client -> relay    any request below /frontend/servers/NAME/
+    P3  relay -> server    the answer to P1: every request that waits, as application/http
+    P4  the server answers the request
+    P5  server -> relay    POST /7ZSFUKGV/http_response/ID: the response, streamed
+    P6  relay -> client    the response, streamed as it arrives
+    P7  relay -> server    the answer to P5: 200 when the client has it all, 410 when the client went away
+
+This file is the whole program.  It reads from top to bottom; each section uses only those above it:
+
+    1  Constants and errors   limits with units and reasons, the error that carries a status
+    2  Tripcodes              BLAKE3, and what makes a key too weak
+    3  Messages               headers, request, response, body, and the one seam: a handler
+    4  Syntax                 bytes to heads and back, framing, ranges, dates, paths; pure
+    5  Streams                heads and bodies over sockets, files by sendfile
+    6  Pages                  the HTML that people see; pure
+    7  HTTP server            one connection, many requests: time limits, access log, graceful stop
+    8  HTTP client            kept-alive connections to one origin
+    9  File server            a path to a file or a listing
+    10 Tunnel messages        requests and responses as they cross the tunnel; pure
+    11 Relay                  P2 to P1, P5 to P6
+    12 Server                 P1, P4, P5
+    13 Configuration          TOML to dataclasses
+    14 Command line           demo, relay, server, file-server
+
+Start with `Handler` in section 3.  A file server is a handler given to an HTTP server; a PTTH server is the same
+handler given to `attend`; a relay is a handler that asks somebody else.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit(f"ptth needs Python 3.11 or newer, and this is {sys.version.split()[0]}: try python3.11 or later")
+
+import asyncio
+import base64
+import hmac
+import itertools
+import math
+import os
+import re
+import socket
+import stat
+import time
+import urllib.parse
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
+
+if TYPE_CHECKING:  # slow to import, and each needed by one subcommand or one kind of request only
+    import argparse
+    import ssl
+
+__version__ = "1.0.0"
+
+# -- 1. Constants and errors --
+# Limits with their units and reasons. Knows nothing of the rest.
+
+MAX_HEAD = 32 * 1024  # bytes; Apache takes 8 K a line, h11 16 K in all, nginx 32 K
+MAX_FIELDS = 100  # as Apache and http.client
+MAX_REQUEST_LINE = 8 * 1024  # bytes; RFC 9112, 3 recommends to take 8000 at least
+MAX_BLANK_LINES = 4  # before a request line (RFC 9112, 2.2); more is somebody playing
+MAX_INNER_HEAD = 48 * 1024  # bytes; a head grows on its way: the relay adds Via and X-Forwarded-*
+MAX_INNER_FIELDS = 128
+MAX_CHUNK_LINE = 4 * 1024  # bytes; a size and its extensions
+MAX_CHUNK_WASTE = 64 * 1024  # bytes of extensions and trailers in one body that nobody will read
+MAX_DRAIN = 64 * 1024  # bytes of an unwanted body that are read to keep the connection
+
+IDLE_TIME = 75.0  # seconds a kept connection may be silent; as nginx
+HEAD_TIME = 10.0  # seconds from a head's first byte to its last
+STALL_TIME = 60.0  # seconds without a byte moving before a peer is dropped; as nginx
+RELAY_STALL_TIME = 240.0  # the same for a server that sends to its relay, which knows better how its clients do
+P7_TIME = 3600.0  # seconds; P7 comes when the client has read what lies in the kernels' buffers, slowly perhaps
+LINGER_TIME = 2.0  # seconds to go on reading after an error answer (RFC 9112, 9.6)
+GRACE_TIME = 30.0  # seconds that work in flight has to finish at a stop
+SWEEP_TIME = 0.25  # seconds between two looks at what has run out of time
+
+SMALL = 64 * 1024  # bytes; a body up to here is read at once and leaves in one write with its head
+SLICE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
+SENDFILE_SLICE = 1024 * 1024  # bytes for one sendfile; the loop is held for about half a millisecond
+MAX_RANGES = 64  # of one request; more gets the whole file, which is cheaper for both (RFC 9110, 14.2)
+
+MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are hashed
+MAX_BATCH = 64  # requests in one P3
+MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
+MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
+MAX_PARKED = 64  # open P1 for one name
+MAX_HANDLERS = 256  # requests that one server works on at once; the rest waits at the relay
+MAX_UNREGISTERED = 100  # names remembered for /frontend/unregistered_servers
+WAIT_TIME = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
+P1_TIME = 35.0  # seconds after which the server takes an unanswered P1 for lost
+ANSWER_TIME = 50.0  # seconds for a response's head; nginx itself gives up at 60
+ABSENT_TIME = 10.0  # seconds that a request waits for a server that may be reconnecting
+AWAY_TIME = 2.0  # seconds without any of its connections after which a server is shown as away
+RECENT_TIME = 60.0  # seconds after which a silent server counts as away
+REUSE_TIME = 20.0  # seconds; an idle connection older than this may be dead behind a NAT
+CONNECT_TIME = 10.0  # seconds to open a connection
+BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0  # seconds between two attempts to reach the relay
+REFUSED_TIME = 5.0  # seconds between two attempts with a key that the relay does not know
+NEAR = 0.005  # seconds to the relay; nearer than this one P1 is best, further away eight
+FAR_P1 = 8
+
+BACKEND = "/7ZSFUKGV/"
+
+
+class ProtocolError(Exception):
+    """Something that is answered with `status`: a parser raises it, and never answers anybody itself.
+
+    `close` says that the connection cannot be used further, since nobody knows where the next message begins.
+    """
+
+    def __init__(self, status: int, reason: str, *, close: bool = False, headers: Iterable[tuple[str, str]] = ()):
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.close = close
+        self.headers = list(headers)
+
+
+class BrokenBody(ConnectionError):
+    """A body that ended before its length: what has been sent of it must not look complete."""
+
+
+class UserError(Exception):
+    """A user's mistake, in words for that user; ends the program with one line for each of them and status 1."""
+
+
+def tell(line: str) -> None:
+    """Write one line for the operator on stderr; a full disk or a closed stderr stops nobody's work."""
+    try:
+        print(line.translate(CONTROL_ESCAPES), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+# Control characters would let a stranger write to the operator's terminal, or forge a line of the log.
+CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
+# -- 2. Tripcodes --
+# An API key's public half. Knows nothing of HTTP.
+
+_IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
+_PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)
+_MIXES = (  # the eight quarter rounds: four columns, then four diagonals
+    (0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15),
+    (0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14),
+)  # fmt: skip
+_CHUNK_START, _CHUNK_END, _PARENT, _ROOT = 1, 2, 4, 8
+_CHUNK = 1024
+_BLOCK = 64
+
+
+def _compress(chain: tuple[int, ...], block: bytes, counter: int, flags: int) -> tuple[int, ...]:
+    """Return the chaining value after one block of at most 64 bytes (BLAKE3, section 2.2)."""
+    padded = block.ljust(_BLOCK, b"\0")
+    message = [int.from_bytes(padded[i : i + 4], "little") for i in range(0, _BLOCK, 4)]
+    v = [*chain, *_IV[:4], counter & 0xFFFFFFFF, counter >> 32, len(block), flags]
+    for _ in range(7):
+        for i, (a, b, c, d) in enumerate(_MIXES):
+            for word, turn_d, turn_b in ((message[2 * i], 16, 12), (message[2 * i + 1], 8, 7)):
+                v[a] = (v[a] + v[b] + word) & 0xFFFFFFFF
+                x = v[d] ^ v[a]
+                v[d] = (x >> turn_d | x << (32 - turn_d)) & 0xFFFFFFFF
+                v[c] = (v[c] + v[d]) & 0xFFFFFFFF
+                x = v[b] ^ v[c]
+                v[b] = (x >> turn_b | x << (32 - turn_b)) & 0xFFFFFFFF
+        message = [message[i] for i in _PERMUTATION]
+    return tuple(v[i] ^ v[i + 8] for i in range(8))
+
+
+def _subtree(data: bytes, index: int, root: int) -> tuple[int, ...]:
+    """Return the chaining value of `data`, whose first chunk is number `index` (BLAKE3, section 2.1)."""
+    if len(data) <= _CHUNK:
+        chain: tuple[int, ...] = _IV
+        blocks = [data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK)] or [b""]
+        for number, block in enumerate(blocks):
+            flags = _CHUNK_START if number == 0 else 0
+            flags |= _CHUNK_END | root if number == len(blocks) - 1 else 0
+            chain = _compress(chain, block, index, flags)
+        return chain
+    left_chunks = 1 << ((len(data) - 1) // _CHUNK).bit_length() - 1  # the largest power of two that leaves a rest
+    left = _subtree(data[: left_chunks * _CHUNK], index, 0)
+    right = _subtree(data[left_chunks * _CHUNK :], index + left_chunks, 0)
+    parent = b"".join(word.to_bytes(4, "little") for word in left + right)
+    return _compress(_IV, parent, 0, _PARENT | root)
+
+
+def builtin_blake3(data: bytes) -> bytes:
+    """Return the 32-byte BLAKE3 hash; for keys, so short and clear instead of fast."""
+    return b"".join(word.to_bytes(4, "little") for word in _subtree(data, 0, _ROOT))
+
+
+def blake3_hash(data: bytes) -> bytes:
+    """Return the 32-byte BLAKE3 hash, by the blake3 package when it is installed."""
+    try:
+        from blake3 import blake3
+    except ImportError:
+        return builtin_blake3(data)
+    return bytes(blake3(data).digest())
+
+
+def tripcode(key: str) -> str:
+    """Return the tripcode of an API key: standard base64 of the BLAKE3 hash of its UTF-8 bytes."""
+    return base64.b64encode(blake3_hash(key.encode("utf-8", "surrogateescape"))).decode("ascii")
+
+
+def key_weakness(key: str) -> str | None:
+    """Return what makes `key` too weak to stand alone between the internet and the files, or None."""
+    advice = "make one with: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+    if key.startswith("REPLACE"):
+        return f"api_key is still the example's placeholder; {advice}"
+    if len(key) < 16:
+        return f"api_key has {len(key)} characters, it must have 16 at least; {advice}"
+    if len(set(key)) < 8:
+        return f"api_key has {len(set(key))} different characters, it must have 8 at least; {advice}"
+    if len(key.encode("utf-8", "surrogateescape")) > MAX_KEY:
+        return f"api_key has more than {MAX_KEY} bytes; {advice}"
+    if not all("!" <= character <= "~" for character in key):
+        return f"api_key must be made of visible ASCII characters, to fit into a header field; {advice}"
+    return None
+
+
+# -- 3. Messages --
+# Requests and responses as values, and the seam between who reads them and who answers. Knows no syntax.
+
+Fields = list[tuple[str, str]]
+
+
+class Headers:
+    """Header fields in their order; names are looked up in lower case (RFC 9110, 5)."""
+
+    __slots__ = ("_joined", "pairs")
+
+    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
+        self.pairs: Fields = list(pairs)
+        self._joined: dict[str, str] | None = None
+
+    def get(self, name: str, default: str = "") -> str:
+        """Return the field's value; those of several fields of one name joined by commas (RFC 9110, 5.3)."""
+        joined = self._joined
+        if joined is None:
+            joined = self._joined = {}
+            for key, value in self.pairs:
+                key = key.lower()
+                joined[key] = f"{joined[key]}, {value}" if key in joined else value
+        return joined.get(name, default)
+
+    def __contains__(self, name: str) -> bool:
+        return self.get(name, "\0") != "\0"  # no value holds a NUL
+
+    def all(self, name: str) -> list[str]:
+        """Return the value of each field of that name."""
+        return [value for key, value in self.pairs if key.lower() == name]
+
+    def tokens(self, name: str) -> list[str]:
+        """Return the members of a comma-separated list, in lower case (RFC 9110, 5.6.1)."""
+        return [member for part in self.get(name).split(",") if (member := part.strip(" \t").lower())]
+
+
+class Connection(Protocol):
+    """What a handler or a body may know of the connection to its peer."""
+
+    peer: str  # the peer's address, for logs and X-Forwarded-For
+    closing: bool  # one of the two sides has said "Connection: close"
+    ended: list[Callable[[], None]]  # called once when the connection ends
+
+    def gone(self) -> bool:
+        """Return whether the peer has ended its side or reset the connection."""
+
+    def lost(self) -> bool:
+        """Return whether the connection was reset: a client that only ended its side still waits for the answer."""
+
+    async def send(self, data: bytes) -> None:
+        """Send `data`; returns when the connection can take more."""
+
+    async def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Send `count` bytes of an open file; raises BrokenBody when the file is shorter."""
+
+
+class Body(Protocol):
+    """The content of a message. Whoever is handed one calls `aclose` in the end, whether it was sent or not."""
+
+    @property
+    def length(self) -> int | None:
+        """The number of bytes, or None when it shows only at the end."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    async def write_to(self, connection: Connection) -> None:
+        """Put all of it on a connection, or raise ConnectionError: then what was sent must not look complete."""
+
+    async def aclose(self) -> None: ...
+
+
+class BytesBody:
+    """A body that is in memory."""
+
+    __slots__ = ("data", "length")
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = data
+        self.length: int | None = len(data)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self.data), SLICE):
+            yield self.data[start : start + SLICE]
+
+    async def write_to(self, connection: Connection) -> None:
+        async for piece in self:
+            await connection.send(piece)
+
+    async def aclose(self) -> None:
+        pass
+
+
+class AbsentBody(BytesBody):
+    """The body of an answer to HEAD: its length is told, its bytes are not sent (RFC 9110, 9.3.2)."""
+
+    def __init__(self, length: int | None) -> None:
+        super().__init__()
+        self.length = length
+
+
+EMPTY = BytesBody()
+
+
+@dataclass(slots=True)
+class Request:
+    """A request as a handler sees it: `target` begins with a slash (or is "*"), raw as it was sent."""
+
+    method: str
+    target: str
+    headers: Headers
+    minor: int = 1  # of HTTP/1.x
+    body: Body = EMPTY
+    connection: Connection | None = None  # None where there is none of its own: behind a tunnel
+    secure: bool = False
+
+    @property
+    def peer(self) -> str:
+        """The address that the request came from, or "-"."""
+        return self.connection.peer if self.connection else "-"
+
+
+@dataclass(slots=True)
+class Response:
+    """A response as a handler makes it: without the fields of framing and connection, which are the HTTP server's.
+
+    `sent` is called once in the end, with whether the whole of it was written. `final` asks to close the connection.
+    """
+
+    status: int
+    headers: Fields = field(default_factory=list)
+    body: Body = EMPTY
+    sent: Callable[[bool], None] | None = None
+    final: bool = False
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+# -- 4. Syntax --
+# Bytes to values and back (RFC 9112, RFC 9110, RFC 3986). Pure: no await, no file, no socket, no clock.
+
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
+_FIELD_LINES = rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*"  # RFC 9112, 5: no fold, no space before the colon
+_REQUEST_HEAD = re.compile(rf"({TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n({_FIELD_LINES})\r\n")
+_RESPONSE_HEAD = re.compile(rf"HTTP/1\.[0-9] ([0-9]{{3}})(?: [\t\x20-\x7e\x80-\xff]*)?\r\n({_FIELD_LINES})\r\n")
+_FORMATTED = re.compile(rf"[!-~\x80-\xff][\x20-\x7e\x80-\xff]*\r\n{_FIELD_LINES}\r\n")
+_FIELD = re.compile(r"([^:\r\n]+):[ \t]*([^\r\n]*)\r\n")
+_TRAILING_SPACE = re.compile(r"[ \t]+\r\n")
+# What no complete head holds, so that it is refused at once and not when the head is complete, which it may never be.
+_NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
+_REG_NAME = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*"  # RFC 3986, 3.2.2
+_HOST = re.compile(
+    rf"(?:\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[\w\-.~!$&'()*+,;=:]+\]|{_REG_NAME})(?::[0-9]*)?", re.ASCII
+)
+_ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
+_LENGTH = re.compile(r"[0-9]+")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_TRAILERS = re.compile(_FIELD_LINES.encode("ascii"))
+
+
+def check_partial_head(data: bytes, start: int = 0) -> None:
+    """Refuse what can no longer become a request head; bytes before `start` have been looked at before."""
+    if _NEVER.search(data, max(start - 1, 0)):
+        raise ProtocolError(400, "a bare CR or LF, or a control character, in the head", close=True)
+    if data.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0 and len(data) > MAX_REQUEST_LINE:
+        raise ProtocolError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes", close=True)
+    if len(data) > MAX_HEAD:
+        raise ProtocolError(431, f"the head is larger than {MAX_HEAD} bytes", close=True)
+
+
+def parse_fields(lines: str, limit: int = MAX_FIELDS) -> Headers:
+    """Parse field lines that a head's pattern has matched."""
+    if " \r\n" in lines or "\t\r\n" in lines:
+        lines = _TRAILING_SPACE.sub("\r\n", lines)
+    pairs = _FIELD.findall(lines)
+    if len(pairs) > limit:
+        raise ProtocolError(431, f"more than {limit} header fields", close=True)
+    return Headers(pairs)
+
+
+def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
+    """Parse a whole head, with its empty line, into a request without body (RFC 9112, 3); refuses by ProtocolError."""
+    text = data.decode("latin-1")
+    match = _REQUEST_HEAD.fullmatch(text)
+    if match is None:
+        raise _why_no_request(data, text)
+    method, target, major, minor, lines = match.groups()
+    if match.end(4) > MAX_REQUEST_LINE:
+        raise ProtocolError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes", close=True)
+    if method == "PRI":  # RFC 9113, 3.4: the preface of HTTP/2
+        raise ProtocolError(400, "this is HTTP/1.1; the client began with HTTP/2", close=True)
+    if major != "1":
+        raise ProtocolError(505, f"HTTP/{major}.{minor} is not supported, HTTP/1.1 is", close=True)
+    request = Request(method, target, parse_fields(lines, limit), 0 if minor == "0" else 1)
+    host = request.headers.get("host", "\0")
+    if host == "\0":
+        if minor != "0":  # RFC 9112, 3.2
+            raise ProtocolError(400, "the Host field is missing", close=True)
+    elif not _HOST.fullmatch(host):  # two of them are joined by ", ", which is no host either
+        raise ProtocolError(400, "two Host fields, or one that is no host", close=True)
+    if target[0] != "/":
+        _parse_odd_target(request)
+    elif "#" in target:
+        raise ProtocolError(400, "a fragment in the request target", close=True)
+    return request
+
+
+def _why_no_request(data: bytes, text: str) -> ProtocolError:
+    """Say what is wrong with a head that the pattern did not match: slow, since it is for the rare case."""
+    if _NEVER.search(data):
+        return ProtocolError(400, "a bare CR or LF, or a control character, in the head", close=True)
+    line, _, rest = text.partition("\r\n")
+    if len(line) > MAX_REQUEST_LINE:
+        return ProtocolError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes", close=True)
+    if not re.fullmatch(rf"{TOKEN} [!-~\x80-\xff]+ HTTP/[0-9]\.[0-9]", line):
+        return ProtocolError(400, "the request line is not METHOD SP TARGET SP HTTP/1.1", close=True)
+    if re.search(r"(?:\A|\r\n)[ \t]", rest):
+        return ProtocolError(400, "a folded header field", close=True)
+    return ProtocolError(400, "a header field is not NAME: VALUE", close=True)
+
+
+def _parse_odd_target(request: Request) -> None:
+    """Turn the absolute form into the origin form; refuse what is neither, nor `OPTIONS *` (RFC 9112, 3.2)."""
+    target = request.target
+    if target == "*" and request.method == "OPTIONS":
+        return
+    absolute = _ABSOLUTE.fullmatch(target)
+    if request.method == "CONNECT":
+        raise ProtocolError(405, "this is no forward proxy", close=True, headers=[("Allow", "GET, HEAD, OPTIONS")])
+    if not absolute or not absolute[1] or not _HOST.fullmatch(absolute[1]) or "#" in target:
+        raise ProtocolError(400, "the request target is neither a path nor a URL", close=True)
+    path = absolute[2]
+    request.target = path if path.startswith("/") else "/" + path
+    if not path and request.method == "OPTIONS":
+        request.target = "*"
+    # RFC 9112, 3.2.2: the target's authority replaces the Host field.
+    request.headers = Headers(
+        [("Host", absolute[1]), *(pair for pair in request.headers.pairs if pair[0].lower() != "host")]
+    )
+
+
+def parse_response_head(data: bytes, limit: int = MAX_FIELDS) -> tuple[int, Headers]:
+    """Parse a response's whole head (RFC 9112, 4); raises ProtocolError 502."""
+    match = _RESPONSE_HEAD.fullmatch(data.decode("latin-1"))
+    if match is None:
+        raise ProtocolError(502, "the response head cannot be read", close=True)
+    status = int(match[1])
+    if not 100 <= status <= 599:
+        raise ProtocolError(502, f"{status} is no status", close=True)
+    return status, parse_fields(match[2], limit)
+
+
+PHRASES = {status.value: status.phrase for status in HTTPStatus}
+
+
+def format_request_head(method: str, target: str, fields: Fields) -> bytes:
+    """Format a request head; raises ProtocolError 500 for what would not parse back."""
+    return format_head(f"{method} {target} HTTP/1.1", fields)
+
+
+def format_response_head(status: int, fields: Fields) -> bytes:
+    """Format a response head; raises ProtocolError 500 for what would not parse back."""
+    return format_head(f"HTTP/1.1 {status} {PHRASES.get(status, '')}", fields)
+
+
+def format_head(start: str, fields: Fields) -> bytes:
+    """Format a head from its start line and fields.
+
+    Checked as a whole, by one pattern and one count, since a CR LF in any part would add a field or end the head.
+    """
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    text = f"{start}\r\n{lines}\r\n"
+    if not _FORMATTED.fullmatch(text) or text.count("\n") != len(fields) + 2:
+        raise ProtocolError(500, "a header field that cannot be sent")
+    return text.encode("latin-1")
+
+
+CHUNKED = -1
+
+
+def parse_framing(headers: Headers, minor: int = 1) -> int | None:
+    """Return the body's length as the fields tell it: a number, CHUNKED, or None when they do not (RFC 9112, 6.3)."""
+    length = headers.get("content-length", "\0")
+    if "transfer-encoding" in headers:
+        if minor == 0:  # RFC 9112, 6.1: an HTTP/1.0 peer on the way would not have understood it
+            raise ProtocolError(400, "Transfer-Encoding in HTTP/1.0", close=True)
+        if length != "\0":  # RFC 9112, 6.3(3): both lengths. Refuse: it is how requests are smuggled.
+            raise ProtocolError(400, "both Transfer-Encoding and Content-Length", close=True)
+        codings = headers.tokens("transfer-encoding")
+        if codings == ["chunked"]:
+            return CHUNKED
+        if not codings or "chunked" in codings[:-1]:
+            raise ProtocolError(400, "chunked is not the one final transfer coding", close=True)
+        raise ProtocolError(501, "an unknown transfer coding", close=True)
+    if length == "\0":
+        return None
+    if not _LENGTH.fullmatch(length):
+        copies = set(headers.all("content-length"))  # RFC 9112, 6.3(5): equal copies are harmless
+        length = copies.pop() if len(copies) == 1 else ""
+        if not _LENGTH.fullmatch(length):
+            raise ProtocolError(400, "Content-Length is not one number", close=True)
+    if len(length) > 18:
+        raise ProtocolError(413, "Content-Length is too large", close=True)
+    return int(length)
+
+
+def parse_chunk_line(line: bytes) -> int:
+    """Return the size that a chunk's first line tells (RFC 9112, 7.1); its extensions are ignored."""
+    match = _CHUNK_LINE.fullmatch(line)
+    if match is None:
+        raise ProtocolError(400, "a chunk without a valid size", close=True)
+    return int(match[1], 16)
+
+
+def parse_trailers(data: bytes) -> None:
+    """Check the lines after the last chunk; what they say is not used (RFC 9112, 7.1.2)."""
+    if not _TRAILERS.fullmatch(data):
+        raise ProtocolError(400, "an invalid trailer field", close=True)
+
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_MONTH = "|".join(_MONTHS)
+_TIME = r"([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9]|60)"
+_IMF_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}), ([0-9]{{2}}) ({_MONTH}) ([0-9]{{4}}) {_TIME} GMT")
+_RFC850_DATE = re.compile(
+    rf"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, ([0-9]{{2}})-({_MONTH})-([0-9]{{2}}) {_TIME} GMT"
+)
+_ASCTIME_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}) ({_MONTH}) ([ 0-9][0-9]) {_TIME} ([0-9]{{4}})")
+
+
+def format_date(seconds: float) -> str:
+    """Format a POSIX time as an HTTP date (RFC 9110, 5.6.7), whatever the locale."""
+    t = time.gmtime(seconds)
+    return (
+        f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year:04} "
+        f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT"
+    )
+
+
+def parse_date(text: str, this_year: int) -> int | None:
+    """Return the POSIX time of an HTTP date in any of its three forms (RFC 9110, 5.6.7), or None."""
+    import calendar
+
+    if match := _IMF_DATE.fullmatch(text):
+        day, month, year, hour, minute, second = match.groups()
+    elif match := _RFC850_DATE.fullmatch(text):
+        day, month, year, hour, minute, second = match.groups()
+        full = this_year - this_year % 100 + int(year)
+        year = str(full - 100 if full > this_year + 50 else full)  # more than 50 years ahead means the past
+    elif match := _ASCTIME_DATE.fullmatch(text):
+        month, day, hour, minute, second, year = match.groups()
+    else:
+        return None
+    number = _MONTHS.index(month) + 1
+    if not (int(year) >= 1 and 1 <= int(day) <= calendar.monthrange(int(year), number)[1]):
+        return None
+    return calendar.timegm((int(year), number, int(day), int(hour), int(minute), int(second)))
+
+
+_RANGE = re.compile(r"([0-9]*)-([0-9]*)")
+_HUGE = 10**18
+
+
+def _number(digits: str) -> int:
+    """Return the number, or one larger than any file: int() refuses more than 4,300 digits."""
+    return int(digits) if len(digits) < 19 else min(_HUGE, int(digits.lstrip("0")[:19] or "0"))
+
+
+def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
+    """Return the (first, last) of each satisfiable range of `size` bytes; [] when there is none, None to ignore it.
+
+    To be ignored are unknown units, bad syntax, and what costs more than the whole (RFC 9110, 14.2).
+    """
+    unit, equals, rest = text.partition("=")
+    if unit.lower() != "bytes" or not equals:
+        return None
+    ranges = []
+    members = [member.strip(" \t") for member in rest.split(",")]
+    members = [member for member in members if member]
+    if not members or len(members) > MAX_RANGES:
+        return None
+    for member in members:
+        match = _RANGE.fullmatch(member)
+        if match is None or member == "-":
+            return None
+        first, last = match.groups()
+        if not first:  # "-5": the last five bytes
+            suffix = _number(last)
+            if suffix and not size:
+                return None  # satisfiable, but no Content-Range can say so: the whole, empty file
+            if suffix:
+                ranges.append((max(size - suffix, 0), size - 1))
+            continue
+        if last and _number(last) < _number(first):
+            return None
+        if _number(first) < size:
+            ranges.append((_number(first), min(_number(last), size - 1) if last else size - 1))
+    if len(ranges) > 1 and sum(last - first + 1 for first, last in ranges) > size:
+        return None  # overlapping ranges must not make an answer larger than the file
+    return ranges
+
+
+_ENTITY_TAG = re.compile(r'(W/)?("[!#-~\x80-\xff]*")')
+
+
+def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
+    """Return whether a list of entity tags, or "*", names `tag`; a weak comparison ignores W/ (RFC 9110, 8.8.3.2)."""
+    if field_value.strip(" \t") == "*":
+        return True
+    own_weak, own = tag.startswith("W/"), tag.removeprefix("W/")
+    for prefix, opaque in _ENTITY_TAG.findall(field_value):
+        if opaque == own and (weak or not (prefix or own_weak)):
+            return True
+    return False
+
+
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def parse_path(path: str) -> tuple[list[bytes], bool]:
+    """Return a path's decoded segments, and whether it names a directory (it ends in a slash or a dot segment).
+
+    Dot segments, also written %2e, are removed (RFC 3986, 5.2.4), then empty ones. An escaped slash does not separate.
+    """
+    if _BAD_ESCAPE.search(path):
+        raise ProtocolError(400, "a percent sign without two hex digits in the path")
+    segments: list[bytes] = []
+    parts = path.encode("latin-1").split(b"/")[1:]
+    for part in parts:
+        segment = urllib.parse.unquote_to_bytes(part) if b"%" in part else part
+        if b"\0" in segment:
+            raise ProtocolError(400, "a NUL in the path")
+        if segment == b"..":
+            if segments:
+                segments.pop()
+        elif segment != b".":
+            segments.append(segment)
+    directory = segment in (b"", b".", b"..")
+    return [segment for segment in segments if segment], directory
+
+
+def quote(name: bytes) -> str:
+    """Percent-encode one segment of a path: everything but unreserved characters (RFC 3986, 2.3)."""
+    return urllib.parse.quote_from_bytes(name, safe="")
+
+
+def redirect_below(segment: bytes, target: str) -> str:
+    """Return the relative Location that adds the missing slash: right below any prefix, and never another host."""
+    _, mark, query = target.partition("?")
+    return f"./{quote(segment)}/{mark}{query}"
+
+
+# -- 5. Streams --
+# Heads and bodies over asyncio's streams. Knows framing and time limits, not what a message means.
+
+
+class Stream:
+    """One connection: what was read and is not yet used, and until when it may wait for its peer.
+
+    `deadline` is a plain number that `sweep` looks at four times a second: a timer of its own for each wait would cost
+    a tenth of a small request.
+    """
+
+    __slots__ = (
+        "closing",
+        "deadline",
+        "ended",
+        "held",
+        "loop",
+        "peer",
+        "reader",
+        "sock",
+        "stall_time",
+        "transport",
+        "writer",
+    )
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.reader = reader
+        self.writer = writer
+        self.transport = writer.transport
+        self.sock: socket.socket = writer.get_extra_info("socket")
+        name = writer.get_extra_info("peername")
+        self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
+        self.held = b""
+        self.deadline = math.inf
+        self.stall_time = STALL_TIME
+        self.closing = False
+        self.ended: list[Callable[[], None]] = []
+
+    def gone(self) -> bool:
+        """Return whether the peer has ended its side or reset the connection; a half-close looks the same."""
+        return self.reader.at_eof() or self.lost()
+
+    def lost(self) -> bool:
+        """Return whether the connection was reset or closed in both directions."""
+        return self.reader.exception() is not None or self.transport.is_closing()
+
+    def expire(self) -> None:
+        """Wake whoever waits for the peer: the deadline has passed."""
+        self.deadline = math.inf
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # it does not read: nothing more can be said
+        else:
+            self.reader.set_exception(TimeoutError("the peer is silent"))
+
+    async def fill(self, patience: float = STALL_TIME) -> bool:
+        """Read what there is, at least one byte; False at the end of the stream. TimeoutError after `patience`."""
+        self.deadline = self.loop.time() + patience
+        data = await self.reader.read(SLICE)
+        self.deadline = math.inf
+        self.held += data
+        return bool(data)
+
+    async def read_request_head(self, idle_time: float, head_time: float) -> bytes:
+        """Return the next request head with its empty line; b"" when the peer ended before it began.
+
+        TimeoutError with `held` empty means an idle connection, with bytes in it a head that came too slowly.
+        """
+        self.deadline = self.loop.time() + idle_time
+        blank_lines = checked = 0
+        while True:
+            data = self.held
+            while data.startswith(b"\r\n"):
+                blank_lines += 1
+                data = data[2:]
+                checked = 0
+            if blank_lines > MAX_BLANK_LINES:
+                raise ProtocolError(400, "empty lines instead of a request", close=True)
+            end = data.find(b"\r\n\r\n", max(checked - 3, 0)) + 4
+            if end > 3:
+                break
+            if data:
+                check_partial_head(data, checked)
+                if not checked:
+                    self.deadline = self.loop.time() + head_time
+                checked = len(data)
+            self.held = data
+            piece = await self.reader.read(SLICE)
+            if not piece:
+                if data:
+                    raise ConnectionError("the connection ended inside a head")
+                return b""
+            self.held = data + piece
+        self.deadline = math.inf
+        if end > MAX_HEAD:
+            check_partial_head(data[:end])
+        self.held = data[end:]
+        return data[:end]
+
+    async def read_response_head(self, patience: float) -> tuple[int, Headers]:
+        """Return status and fields of the next response that is not an interim one (RFC 9110, 15.2)."""
+        while True:
+            while (end := self.held.find(b"\r\n\r\n") + 4) < 4:
+                if len(self.held) > MAX_HEAD:
+                    raise ProtocolError(502, "the response head is too large", close=True)
+                if not await self.fill(patience):
+                    raise ConnectionError("the connection was closed instead of an answer")
+            status, headers = parse_response_head(self.held[:end])
+            self.held = self.held[end:]
+            if status >= 200:
+                self.closing = self.closing or "close" in headers.tokens("connection")
+                return status, headers
+
+    async def send(self, data: bytes) -> None:
+        """Send `data`; returns when the connection can take more. ConnectionError when the peer is gone or stalls."""
+        self.writer.write(data)
+        if self.transport.is_closing():
+            raise ConnectionResetError("the connection was reset")
+        if self.transport.get_write_buffer_size() >= SMALL:
+            self.deadline = self.loop.time() + self.stall_time
+            await self.writer.drain()
+            self.deadline = math.inf
+
+    async def flush(self) -> None:
+        """Wait until the kernel has all that was sent: only then may bytes go past the transport, or it be closed."""
+        if self.transport.get_write_buffer_size():
+            self.transport.set_write_buffer_limits(0)
+            self.deadline = self.loop.time() + self.stall_time
+            await self.writer.drain()
+            self.deadline = math.inf
+            self.transport.set_write_buffer_limits()
+
+    async def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Send `count` bytes of the file from `offset`; raises BrokenBody when the file has fewer.
+
+        By os.sendfile and not loop.sendfile, because there a slow peer and a stalled one look the same, and because
+        the connection must be read meanwhile: a relay may say that the client is gone.
+        """
+        if self.transport.get_extra_info("sslcontext") or not hasattr(os, "sendfile"):
+            while count:
+                data = read_at(fd, offset, min(count, SMALL))
+                if not data:
+                    raise BrokenBody("the file became shorter")
+                await self.send(data)
+                offset += len(data)
+                count -= len(data)
+            return
+        await self.flush()
+        twin = os.dup(self.sock.fileno())  # the loop does not let anyone wait for a descriptor of its transports
+        try:
+            while count:
+                try:
+                    sent = os.sendfile(twin, fd, offset, min(count, SENDFILE_SLICE))
+                except BlockingIOError:
+                    await self._writable(twin)
+                    continue
+                if not sent:
+                    raise BrokenBody("the file became shorter")
+                offset += sent
+                count -= sent
+                await asyncio.sleep(0)  # a fast reader must not keep the loop from the others
+        finally:
+            os.close(twin)  # at once: an open twin would keep an aborted connection alive
+
+    async def _writable(self, fd: int) -> None:
+        """Wait until the socket takes bytes again; ConnectionError when it does not for STALL_TIME."""
+        ready = self.loop.create_future()
+        self.loop.add_writer(fd, lambda: None if ready.done() else ready.set_result(None))
+        try:
+            async with asyncio.timeout(self.stall_time):
+                await ready
+        except TimeoutError:
+            raise ConnectionResetError("the peer does not read") from None
+        finally:
+            self.loop.remove_writer(fd)
+
+    def reset(self) -> None:
+        """End the connection by a reset: a peer without any framing would take a plain close for the body's end."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        except OSError:
+            pass
+        self.transport.abort()
+
+    async def linger(self) -> None:
+        """Half-close and read for a moment: closing with unread bytes would destroy the answer (RFC 9112, 9.6)."""
+        if not self.writer.can_write_eof() or self.gone():
+            return
+        self.writer.write_eof()
+        try:
+            async with asyncio.timeout(LINGER_TIME):
+                for _ in range(64):
+                    if not await self.reader.read(SLICE):
+                        break
+        except (TimeoutError, OSError):
+            pass
+
+    async def close(self) -> None:
+        """Close, giving what has been sent the time to leave."""
+        try:
+            await self.flush()
+        except (ConnectionError, TimeoutError):
+            pass
+        self.deadline = math.inf
+        self.writer.close()
+        for callback in self.ended:
+            callback()
+        self.ended.clear()
+
+
+async def sweep(streams: set[Stream]) -> NoReturn:
+    """Wake, for ever, those streams whose deadline has passed."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(SWEEP_TIME)
+        now = loop.time()
+        for stream in [stream for stream in streams if stream.deadline < now]:
+            stream.expire()
+
+
+def tune(sock: socket.socket) -> None:
+    """Let the kernel find dead peers, and tell of progress with slow ones; accepted sockets inherit it."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # NODELAY: asyncio sets it only where a socket names its protocol, and every answer would wait 40 ms without it.
+    # NOTSENT_LOWAT: without it a socket is writable again only when a third of some MiB has left, which a slow reader
+    # does not manage within STALL_TIME.
+    options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", SLICE))
+    for name, value in options:
+        if option := getattr(socket, f"TCP_{name}", None):
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            except OSError:
+                pass  # a system that has the name and not the thing
+
+
+def read_at(fd: int, offset: int, count: int) -> bytes:
+    """Read up to `count` bytes at `offset`."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, count, offset)
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, count)
+
+
+class IncomingBody:
+    """The body of a message that is being received, by its framing (RFC 9112, 6).
+
+    `framing` is a number of bytes, CHUNKED, or None for all until the connection ends. With `expects` the peer waits
+    for 100 Continue, which is said when the body is first asked for (RFC 9110, 10.1.1).
+    """
+
+    __slots__ = ("_between", "chunked", "expects", "finished", "held", "left", "stream", "until_close", "waste")
+
+    def __init__(self, stream: Stream, framing: int | None, *, expects: bool = False) -> None:
+        self.stream = stream
+        self.chunked = framing == CHUNKED
+        self.until_close = framing is None
+        self.left = 0 if framing is None or framing == CHUNKED else framing  # bytes before the next framing, or the end
+        self.finished = framing == 0
+        self.expects = expects
+        self.held = b""  # bytes that were read and given back
+        self.waste = 0
+        self._between = False  # a chunk's data has been read, the CR LF behind it has not
+
+    @property
+    def length(self) -> int | None:
+        """The bytes still to come, or None when only the end will tell."""
+        return None if self.chunked or self.until_close else self.left + len(self.held)
+
+    async def read(self) -> bytes:
+        """Return the next piece, or b"" at the end; BrokenBody when the connection ends before it."""
+        if self.held:
+            data, self.held = self.held, b""
+            return data
+        if self.expects:
+            self.expects = False
+            await self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.chunked and not self.left and not self.finished:
+            await self._read_chunk_line()
+        if self.finished:
+            return b""
+        stream = self.stream
+        if not stream.held and not await stream.fill():
+            if not self.until_close:
+                raise BrokenBody("the connection ended inside a body")
+            self.finished = True
+            return b""
+        data = stream.held
+        if self.until_close or len(data) <= self.left:
+            stream.held = b""
+        else:
+            data, stream.held = data[: self.left], data[self.left :]
+        if not self.until_close:
+            self.left -= len(data)
+            self._between = self.chunked and not self.left
+            self.finished = not self.chunked and not self.left
+        return data
+
+    def unread(self, data: bytes) -> None:
+        """Give back bytes that the next `read` returns again."""
+        self.held = data + self.held
+
+    async def _read_line(self) -> bytes:
+        """Return one line of the chunked framing, without its CR LF."""
+        stream = self.stream
+        while (end := stream.held.find(b"\r\n")) < 0:
+            if b"\n" in stream.held or len(stream.held) > MAX_CHUNK_LINE:
+                raise ProtocolError(400, "a chunk without a valid size", close=True)
+            if not await stream.fill():
+                raise BrokenBody("the connection ended inside a body")
+        line, stream.held = stream.held[:end], stream.held[end + 2 :]
+        if len(line) > 16:  # a size is no waste, what stands beside it is
+            self.waste += len(line)
+        if len(line) > MAX_CHUNK_LINE or self.waste > MAX_CHUNK_WASTE:
+            raise ProtocolError(400, "too many chunk extensions or trailers", close=True)
+        return line
+
+    async def _read_chunk_line(self) -> None:
+        """Go to the next chunk's data, or behind the last one (RFC 9112, 7.1)."""
+        if self._between and await self._read_line():
+            raise ProtocolError(400, "a chunk that is longer than its size", close=True)
+        self._between = False
+        self.left = parse_chunk_line(await self._read_line())
+        if self.left:
+            return
+        for _ in range(MAX_FIELDS + 1):
+            trailer = await self._read_line()
+            if not trailer:
+                self.finished = True
+                return
+            parse_trailers(trailer + b"\r\n")
+        raise ProtocolError(431, "too many trailer fields", close=True)
+
+    async def read_all(self, limit: int) -> bytes:
+        """Return the whole body; ProtocolError 502 when it is larger than `limit` bytes."""
+        pieces = []
+        while piece := await self.read():
+            pieces.append(piece)
+            limit -= len(piece)
+            if limit < 0:
+                raise ProtocolError(502, "the body is too large", close=True)
+        return b"".join(pieces)
+
+    async def drain(self) -> bool:
+        """Read the rest, MAX_DRAIN bytes at most; return whether that was all, so that the next message follows."""
+        if self.expects:
+            return False
+        drained = 0
+        while drained <= MAX_DRAIN and not self.finished:
+            drained += len(await self.read())
+        return self.finished
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while piece := await self.read():
+            yield piece
+
+    async def write_to(self, connection: Connection) -> None:
+        while piece := await self.read():
+            await connection.send(piece)
+
+    async def aclose(self) -> None:
+        pass  # the connection's owner decides what becomes of the rest
+
+
+class FileBody:
+    """A part of an open regular file; closes the file in the end. May be written again, from its beginning."""
+
+    __slots__ = ("_fd", "_offset", "_opened", "length")
+
+    def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int) -> None:
+        self._fd = fd
+        self._opened = opened
+        self._offset = offset
+        self.length: int | None = length
+
+    def slices(self, size: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, count) of each part to send, after a look whether the file is still what was announced.
+
+        A file that grew still begins with the right bytes: a log. One that shrank, or changed at the same size, does
+        not: BrokenBody, so that no wrong bytes go out under a right length.
+        """
+        end = self._offset + (self.length or 0)
+        for offset in range(self._offset, end, size):
+            now = os.fstat(self._fd)
+            changed = now.st_mtime_ns != self._opened.st_mtime_ns
+            if now.st_size < end or changed and now.st_size <= self._opened.st_size:
+                raise BrokenBody("the file changed while it was sent")
+            yield offset, min(size, end - offset)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for offset, count in self.slices(SLICE):
+            data = read_at(self._fd, offset, count)
+            if len(data) < count:
+                raise BrokenBody("the file became shorter")
+            yield data
+
+    async def write_to(self, connection: Connection) -> None:
+        for offset, count in self.slices(4 * SENDFILE_SLICE):
+            await connection.send_file(self._fd, offset, count)
+
+    async def aclose(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class MultipartBody:
+    """Several parts of one file, each behind a head of its own (RFC 9110, 14.6)."""
+
+    def __init__(self, fd: int, opened: os.stat_result, parts: list[tuple[bytes, int, int]], last: bytes) -> None:
+        self._whole = FileBody(fd, opened, 0, 0)
+        self._parts = [(head, FileBody(fd, opened, offset, count)) for head, offset, count in parts]
+        self._last = last
+        self.length: int | None = sum(len(head) + count for head, _, count in parts) + len(last)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for head, part in self._parts:
+            yield head
+            async for piece in part:
+                yield piece
+        yield self._last
+
+    async def write_to(self, connection: Connection) -> None:
+        for head, part in self._parts:
+            await connection.send(head)
+            await part.write_to(connection)
+        await connection.send(self._last)
+
+    async def aclose(self) -> None:
+        await self._whole.aclose()
+
+
+async def write_body(connection: Connection, body: Body, *, chunked: bool) -> None:
+    """Send a body as it is, or by chunks (RFC 9112, 7.1)."""
+    if not chunked:
+        await body.write_to(connection)
+        return
+    async for piece in body:
+        if piece:  # an empty chunk would be the last one
+            await connection.send(b"%x\r\n%b\r\n" % (len(piece), piece))
+    await connection.send(b"0\r\n\r\n")
+
+
+# -- 6. Pages --
+# The HTML that people see: one look, small, complete without JavaScript. Pure.
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c1e21;--quiet:#63686f;--line:#e3e5e8;--link:#0b57d0;--page:#fff;--over:#f4f6f8}
+@media(prefers-color-scheme:dark){:root{
+--ink:#e6e7e9;--quiet:#9aa0a8;--line:#2e3237;--link:#8ab4f8;--page:#16181b;--over:#1f2226}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:2rem 1rem;max-width:60rem;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif}
+h1{margin:0 0 .5rem;font-size:1.5rem;font-weight:600;overflow-wrap:anywhere}
+a{color:var(--link);text-decoration:none}a:hover,a:focus-visible{text-decoration:underline}
+p,footer{color:var(--quiet)}footer{margin-top:2rem;font-size:.85rem}
+table{width:100%;border-collapse:collapse}
+th{font-weight:500;text-align:left;color:var(--quiet);font-size:.9rem}
+th,td{padding:.45rem .5rem;border-bottom:1px solid var(--line);vertical-align:top}
+tbody tr:hover{background:var(--over)}
+td{overflow-wrap:anywhere}.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums;color:var(--quiet)}
+pre{overflow-x:auto;padding:.75rem;background:var(--over)}
+"""
+
+
+def escape(text: str) -> str:
+    """Escape text for HTML, in an element or a quoted attribute; lone surrogates become the replacement character."""
+    text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+    return (
+        text.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace('"', "&quot;")
+        .replace("'", "&#39;")
+    )
+
+
+def page(title: str, content: str) -> bytes:
+    """Make a whole page around `content`, which is HTML; `title` is text."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">\n<title>{escape(title)}</title>\n'
+        f"<style>{STYLE}</style>\n{content}\n</html>\n"
+    ).encode()
+
+
+def table(headings: list[str], rows: Iterable[str]) -> str:
+    """Make a table; headings and rows are HTML."""
+    top = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table>"
+
+
+FOOTER = f'<footer>PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">source</a></footer>'
+
+
+def error_page(status: int, reason: str) -> bytes:
+    """Say what went wrong."""
+    title = f"{status} {PHRASES.get(status, '')}".strip()
+    return page(title, f"<h1>{escape(title)}</h1>\n<p>{escape(reason)}</p>")
+
+
+def format_size(count: int) -> str:
+    """Format a number of bytes for people: three digits and a unit."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 999.5 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.{0 if size >= 99.95 else 1}f} {unit}"
+
+
+def format_age(seconds: float) -> str:
+    """Format how long ago something was."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+class Entry(NamedTuple):
+    """One line of a directory listing."""
+
+    name: bytes
+    is_dir: bool
+    size: int  # bytes; 0 for a directory
+    mtime: int  # POSIX time in nanoseconds
+
+
+def listing_page(path: list[bytes], entries: list[Entry]) -> bytes:
+    """Show a directory: `path` is below the root, links are relative."""
+    shown = [segment.decode("utf-8", "surrogateescape") for segment in path]
+    rows = []
+    if path:
+        rows.append('<tr><td><a href="../">../</a></td><td></td><td></td></tr>')
+    for entry in entries:
+        name = escape(entry.name.decode("utf-8", "surrogateescape"))
+        slash = "/" if entry.is_dir else ""
+        size = "" if entry.is_dir else f'<span title="{entry.size:,} bytes">{format_size(entry.size)}</span>'
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry.mtime / 1e9))
+        rows.append(
+            f'<tr><td><a href="./{quote(entry.name)}{slash}">{name}{slash}</a></td>'
+            f'<td class="n">{size}</td><td class="n">{when}</td></tr>'
+        )
+    title = "/" + "".join(f"{segment}/" for segment in shown)
+    return page(title, f"<h1>{escape(title)}</h1>\n{table(['Name', 'Size', 'Modified (UTC)'], rows)}")
+
+
+# -- 7. HTTP server --
+# One connection after another, one request after another. Asks a handler, and has never heard of files or tunnels.
+
+
+NOSNIFF = ("X-Content-Type-Options", "nosniff")
+NO_STORE = ("Cache-Control", "no-store")
+
+
+def text_response(status: int, text: str, fields: Iterable[tuple[str, str]] = ()) -> Response:
+    """Make a response of plain text."""
+    return Response(status, [("Content-Type", "text/plain; charset=utf-8"), NOSNIFF, *fields], BytesBody(text.encode()))
+
+
+def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = ()) -> Response:
+    """Make a response of one of our own pages, which need no script, no frame and nothing from elsewhere."""
+    return Response(
+        status,
+        [
+            ("Content-Type", "text/html; charset=utf-8"),
+            ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"),
+            NOSNIFF,
+            *fields,
+        ],
+        BytesBody(html),
+    )
+
+
+def error_response(request: Request | None, error: ProtocolError) -> Response:
+    """Make the response to an error: a page for a browser, a line for everything else."""
+    if request and "text/html" in request.headers.get("accept"):
+        response = html_response(error.status, error_page(error.status, error.reason), error.headers)
+    else:
+        response = text_response(error.status, f"{error.reason}\n", error.headers)
+    response.final = error.close
+    return response
+
+
+async def answer(handler: Handler, request: Request) -> Response:
+    """Return the handler's response; whatever it raises becomes one too."""
+    try:
+        return await handler(request)
+    except ProtocolError as error:
+        return error_response(request, error)
+    except ConnectionError as error:
+        return error_response(request, ProtocolError(502, str(error)))
+    except Exception:
+        import traceback
+
+        for line in traceback.format_exc().splitlines():  # ours, so all of it
+            tell(line)
+        return error_response(request, ProtocolError(500, "an error in the server; its log has the details"))
+
+
+class AccessLog:
+    """Lines in the Combined Log Format on stderr: those of one turn of the event loop leave in one write."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._second = 0
+        self._stamp = ""
+
+    def add(self, request: Request | None, peer: str, status: int, size: int) -> None:
+        """Add the line for one response; a backend request's query may hold what must not be logged."""
+        now = int(time.time())
+        if now != self._second:
+            self._second, t = now, time.gmtime(now)
+            self._stamp = (
+                f"{t.tm_mday:02}/{_MONTHS[t.tm_mon - 1]}/{t.tm_year}:{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} +0000"
+            )
+        what, referer, agent = "-", "-", "-"
+        if request:
+            target = request.target
+            if target.startswith(BACKEND):
+                target = target.partition("?")[0]
+            what = f"{request.method} {target} HTTP/1.{request.minor}"
+            referer, agent = request.headers.get("referer", "-"), request.headers.get("user-agent", "-")
+        line = f'{peer} - - [{self._stamp}] "{_quoted(what)}" {status} {size} "{_quoted(referer)}" "{_quoted(agent)}"\n'
+        if not self._lines:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._lines.append(line)
+
+    def flush(self) -> None:
+        """Write what has gathered; a full disk or a closed stderr stops nobody's work."""
+        lines, self._lines = self._lines, []
+        try:
+            sys.stderr.write("".join(lines))
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+
+
+_PLAIN = re.compile(r"[ !#-\[\]-~]*")
+
+
+def _quoted(text: str) -> str:
+    """Escape what would end the quotes or the line, or steer a terminal."""
+    if _PLAIN.fullmatch(text):
+        return text
+    return "".join(c if _PLAIN.fullmatch(c) else f"\\x{ord(c):02x}" for c in text)
+
+
+class HTTPServer:
+    """Serves a handler on listening sockets, until `stop`."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        log: AccessLog | None = None,
+        tls: ssl.SSLContext | None = None,
+        idle_time: float = IDLE_TIME,
+        head_time: float = HEAD_TIME,
+    ) -> None:
+        self.handler = handler
+        self.log = log
+        self.tls = tls
+        self.idle_time = idle_time
+        self.head_time = head_time
+        self.streams: set[Stream] = set()
+        self.busy: set[Stream] = set()  # those with a request under way
+        self.stopping = False
+        self._servers: list[asyncio.Server] = []
+        self._sweeper: asyncio.Task[None] | None = None
+        self._second = 0
+        self._date = ""
+
+    async def listen(self, sock: socket.socket) -> None:
+        """Accept connections on a listening socket."""
+        tune(sock)
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(sweep(self.streams))
+        self._servers.append(
+            await asyncio.start_server(self._converse, sock=sock, limit=SLICE, ssl=self.tls, backlog=1024)
+        )
+
+    async def stop(self, grace: float = GRACE_TIME) -> None:
+        """Accept nothing more, let what is under way finish for `grace` seconds, and end the rest."""
+        self.stopping = True
+        for server in self._servers:
+            server.close()
+        for stream in self.streams - self.busy:
+            stream.transport.abort() if stream.held else stream.writer.close()
+        try:
+            async with asyncio.timeout(grace):
+                while self.streams:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            for stream in self.streams:
+                stream.transport.abort()
+        await asyncio.sleep(0)
+        if self._sweeper:
+            self._sweeper.cancel()
+        if self.log:
+            self.log.flush()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection from its beginning to its end."""
+        stream = Stream(reader, writer)
+        self.streams.add(stream)
+        try:
+            while await self._exchange(stream):
+                pass
+            await stream.close()
+        except (OSError, TimeoutError):
+            stream.transport.abort()  # reset, stalled or broken off: nothing more can be said
+        except asyncio.CancelledError:
+            stream.transport.abort()
+        finally:
+            self.streams.discard(stream)
+            self.busy.discard(stream)
+            await stream.close()
+
+    async def _exchange(self, stream: Stream) -> bool:
+        """Read one request, have it answered, write the response; return whether another one may follow."""
+        self.busy.discard(stream)
+        if self.stopping and not stream.held:
+            return False
+        try:
+            data = await stream.read_request_head(self.idle_time, self.head_time)
+            if not data:
+                return False
+            self.busy.add(stream)
+            request = parse_request_head(data)
+            request.connection = stream
+            request.secure = self.tls is not None
+            self._find_body(stream, request)
+        except TimeoutError:
+            if stream.held:
+                await self._refuse(stream, ProtocolError(408, "the request's head came too slowly", close=True))
+            return False
+        except ProtocolError as error:
+            await self._refuse(stream, error)
+            return False
+        if "connection" in request.headers:
+            options = request.headers.tokens("connection")
+            stream.closing = "close" in options or request.minor == 0 and "keep-alive" not in options
+        else:
+            stream.closing = request.minor == 0
+        response = await answer(self.handler, request)
+        await self._respond(stream, request, response)
+        if not stream.closing:
+            return True
+        if not (isinstance(request.body, IncomingBody) and request.body.finished) and not stream.reader.at_eof():
+            await stream.linger()
+        return False
+
+    def _find_body(self, stream: Stream, request: Request) -> None:
+        """Attach the request's body, if it has one, and look at Expect (RFC 9110, 10.1.1)."""
+        headers = request.headers
+        framing = parse_framing(headers, request.minor)
+        expects = headers.get("expect").lower() if request.minor else ""
+        if expects not in ("", "100-continue"):
+            raise ProtocolError(417, "an unknown expectation", close=True)
+        if framing:
+            request.body = IncomingBody(stream, framing, expects=bool(expects))
+
+    async def _refuse(self, stream: Stream, error: ProtocolError) -> None:
+        """Answer what is not a request, and close."""
+        stream.closing = True
+        await self._respond(stream, None, error_response(None, error))
+        await stream.linger()
+
+    async def _respond(self, stream: Stream, request: Request | None, response: Response) -> None:
+        """Write the response, then tell those who want to know; raises ConnectionError when it broke off."""
+        whole = False
+        size = 0
+        body = response.body
+        try:
+            size = await self._write(stream, request, response)
+            whole = True
+        except (ProtocolError, OSError) as error:
+            stream.transport.abort()
+            raise ConnectionError(str(error)) from error
+        finally:
+            await body.aclose()
+            if response.sent:
+                response.sent(whole)
+            if self.log:
+                self.log.add(request, stream.peer, response.status, size)
+        if request and isinstance(request.body, IncomingBody) and not stream.closing:
+            stream.closing = not await request.body.drain()
+
+    async def _write(self, stream: Stream, request: Request | None, response: Response) -> int:
+        """Write head and body; return the body's bytes."""
+        body, status = response.body, response.status
+        length = body.length
+        fields = response.headers
+        minor = request.minor if request else 1
+        bare = status in (204, 304) or (request is not None and request.method == "HEAD")
+        chunked = length is None and minor == 1 and not bare
+        if chunked:
+            fields.append(("Transfer-Encoding", "chunked"))
+        elif length is not None and status not in (204, 304):
+            fields.append(("Content-Length", str(length)))
+        elif length is None and not bare:
+            stream.closing = True  # HTTP/1.0: the end of the connection is the end of the body
+        incoming = request.body if request else None
+        if isinstance(incoming, IncomingBody) and (incoming.expects or (incoming.length or 0) > MAX_DRAIN):
+            stream.closing = True
+        stream.closing = stream.closing or response.final or self.stopping
+        fields.append(("Date", self._now()))
+        if stream.closing:
+            fields.append(("Connection", "close"))
+        elif minor == 0:
+            fields.append(("Connection", "keep-alive"))
+        head = format_response_head(status, fields)
+        if bare:
+            await stream.send(head)
+            return 0
+        if isinstance(body, BytesBody) and len(body.data) <= SLICE:
+            await stream.send(head + body.data)
+            return len(body.data)
+        await stream.send(head)
+        try:
+            await write_body(stream, body, chunked=chunked)
+        except BaseException:
+            if length is None and not chunked:
+                stream.reset()
+            raise
+        return length or 0
+
+    def _now(self) -> str:
+        """Return the Date field's value, formatted once a second."""
+        now = int(time.time())
+        if now != self._second:
+            self._second, self._date = now, format_date(now)
+        return self._date
+
+
+# -- 8. HTTP client --
+# Kept-alive connections to one origin. Does not know what is asked there.
+
+
+class Origin(NamedTuple):
+    """Where a URL points: scheme, host, port, and the path in front of everything."""
+
+    tls: bool
+    host: str
+    port: int
+    path: str
+
+    @property
+    def authority(self) -> str:
+        """The Host field's value."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+
+
+def parse_origin(url: str) -> Origin:
+    """Parse an http or https URL; ValueError when it is something else."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("it must begin with http:// or https://")
+    if not parts.hostname or not _HOST.fullmatch(parts.netloc):
+        raise ValueError("it has no valid host")
+    if parts.query or parts.fragment:
+        raise ValueError("it must not have a query or a fragment")
+    tls = parts.scheme == "https"
+    return Origin(tls, parts.hostname, parts.port or (443 if tls else 80), parts.path.rstrip("/"))
+
+
+class Answer(NamedTuple):
+    """A response that was read whole."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class Client:
+    """Connections to one origin, reused while they are fresh: behind a NAT an idle one may be dead without a sign."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.streams: set[Stream] = set()
+        self._idle: deque[tuple[Stream, float]] = deque()  # the freshest last
+        self._tls: ssl.SSLContext | None = None
+        if origin.tls:
+            import ssl
+
+            self._tls = ssl.create_default_context()
+
+    async def connect(self) -> Stream:
+        """Open a connection; OSError when that is not possible within CONNECT_TIME."""
+        origin = self.origin
+        try:
+            async with asyncio.timeout(CONNECT_TIME):
+                reader, writer = await asyncio.open_connection(origin.host, origin.port, ssl=self._tls, limit=SLICE)
+        except TimeoutError:
+            raise ConnectionError(f"{origin.host}:{origin.port} does not answer") from None
+        stream = Stream(reader, writer)
+        stream.stall_time = RELAY_STALL_TIME
+        tune(stream.sock)
+        self.streams.add(stream)
+        return stream
+
+    def reuse(self, *, oldest: bool = False) -> Stream | None:
+        """Take an idle connection, the freshest or the oldest; None when there is no good one."""
+        now = asyncio.get_running_loop().time()
+        while self._idle and (self._idle[0][1] < now - REUSE_TIME or self._idle[0][0].gone()):
+            self.drop(self._idle.popleft()[0])
+        while self._idle:
+            stream, _ = self._idle.popleft() if oldest else self._idle.pop()
+            if not stream.gone():
+                return stream
+            self.drop(stream)
+        return None
+
+    @property
+    def spare(self) -> int:
+        """The number of idle connections."""
+        return len(self._idle)
+
+    def give(self, stream: Stream) -> None:
+        """Give a connection back after an exchange that was read to its end."""
+        if stream.closing or stream.held or stream.gone():
+            self.drop(stream)
+        else:
+            self._idle.append((stream, asyncio.get_running_loop().time()))
+
+    def drop(self, stream: Stream) -> None:
+        """Close a connection that is of no more use."""
+        self.streams.discard(stream)
+        stream.writer.close()
+
+    def close(self) -> None:
+        """Close all connections at once."""
+        for stream in list(self.streams):
+            stream.transport.abort()
+        self.streams.clear()
+        self._idle.clear()
+
+    def head(self, method: str, path: str, fields: Fields) -> bytes:
+        """Format a request head to this origin."""
+        return format_request_head(method, self.origin.path + path, [("Host", self.origin.authority), *fields])
+
+    async def get(self, path: str, fields: Fields, stream: Stream, patience: float, limit: int) -> Answer:
+        """Send a GET and read the whole answer, `limit` bytes at most; the connection is not given back."""
+        await stream.send(self.head("GET", path, fields))
+        return await self.read_answer(stream, "GET", patience, limit)
+
+    async def read_answer(self, stream: Stream, method: str, patience: float, limit: int) -> Answer:
+        """Read an answer to its end."""
+        status, headers = await stream.read_response_head(patience)
+        framing = 0 if status in (204, 304) or method == "HEAD" else parse_framing(headers)
+        body = await IncomingBody(stream, framing).read_all(limit)
+        stream.closing = stream.closing or framing is None
+        return Answer(status, headers, body)
+
+    async def post(self, path: str, fields: Fields, begin: bytes, body: Body, stream: Stream, pace: Pace) -> Answer:
+        """Send `begin` and `body` as one POST; return the answer, also when it comes before the body has left.
+
+        The body is chunked when its length is not known. An early answer means that the rest is not wanted.
+        """
+        chunked = body.length is None
+        size = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(begin) + (body.length or 0)}"
+        name, _, value = size.partition(": ")
+        head = self.head("POST", path, [*fields, (name, value)])
+        if chunked:
+            begin = b"%x\r\n%b\r\n" % (len(begin), begin)
+        if isinstance(body, BytesBody) and not pace.rate:
+            await stream.send(head + begin + body.data)
+            return await self.read_answer(stream, "POST", P7_TIME, SMALL)
+        await stream.send(head + begin)
+        sending = asyncio.create_task(write_body(pace.on(stream), body, chunked=chunked))
+        reading = asyncio.create_task(self.read_answer(stream, "POST", P7_TIME, SMALL))
+        try:
+            await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                await sending
+            elif not sending.done():
+                stream.closing = True
+            return await reading
+        finally:
+            for task in (sending, reading):
+                task.cancel()
+            await asyncio.gather(sending, reading, return_exceptions=True)
+
+
+class Pace:
+    """A limit in bytes per second for all that is sent on it together; 0 is no limit."""
+
+    def __init__(self, rate: int = 0) -> None:
+        self.rate = rate
+        self._free = 0.0  # when the next byte may leave, in the loop's time
+
+    def on(self, stream: Stream) -> Connection:
+        """Return the connection itself, or one that keeps this pace."""
+        return PacedConnection(stream, self) if self.rate else stream
+
+    async def wait(self, count: int) -> None:
+        """Wait until `count` more bytes may leave."""
+        now = asyncio.get_running_loop().time()
+        self._free = max(self._free, now) + count / self.rate
+        await asyncio.sleep(self._free - now)
+
+
+class PacedConnection:
+    """A connection on which sending keeps a pace."""
+
+    peer: str
+    closing: bool
+
+    def __init__(self, stream: Stream, pace: Pace) -> None:
+        self.peer, self.closing, self.ended = stream.peer, stream.closing, stream.ended
+        self._stream = stream
+        self._pace = pace
+        self._slice = max(min(pace.rate // 4, SMALL), 1)  # a quarter of a second's worth
+
+    def gone(self) -> bool:
+        return self._stream.gone()
+
+    def lost(self) -> bool:
+        return self._stream.lost()
+
+    async def send(self, data: bytes) -> None:
+        """Send `data` at the pace."""
+        for start in range(0, len(data), self._slice):
+            piece = data[start : start + self._slice]
+            await self._pace.wait(len(piece))
+            await self._stream.send(piece)
+
+    async def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Send a part of a file at the pace."""
+        for start in range(offset, offset + count, self._slice):
+            size = min(self._slice, offset + count - start)
+            await self._pace.wait(size)
+            await self._stream.send_file(fd, start, size)
+
+
+# -- 9. File server --
+# Paths to responses. Has never heard of sockets or relays.
+
+TYPES = {  # where the table of the standard library differs between versions, or lacks what browsers need
+    ".avif": "image/avif", ".bz2": "application/x-bzip2", ".css": "text/css", ".csv": "text/csv",
+    ".flac": "audio/flac", ".gz": "application/gzip", ".htm": "text/html", ".html": "text/html",
+    ".ico": "image/vnd.microsoft.icon", ".js": "text/javascript", ".json": "application/json", ".log": "text/plain",
+    ".m4a": "audio/mp4", ".markdown": "text/plain", ".md": "text/plain", ".mjs": "text/javascript",
+    ".mkv": "video/x-matroska", ".ogg": "audio/ogg", ".opus": "audio/ogg", ".otf": "font/otf",
+    ".rst": "text/plain", ".rtf": "application/rtf", ".tgz": "application/gzip", ".toml": "text/plain",
+    ".ttf": "font/ttf", ".wasm": "application/wasm", ".wav": "audio/wav", ".webm": "video/webm",
+    ".webmanifest": "application/manifest+json", ".webp": "image/webp", ".woff": "font/woff", ".woff2": "font/woff2",
+    ".xml": "text/xml", ".xz": "application/x-xz", ".yaml": "text/plain", ".yml": "text/plain",
+    ".zip": "application/zip", ".zst": "application/zstd", ".7z": "application/x-7z-compressed",
+}  # fmt: skip
+_types: dict[str, str] = {}
+
+
+def media_type(name: bytes) -> str:
+    """Return the Content-Type for a file's name: the same on every system, text as UTF-8."""
+    extension = os.path.splitext(name)[1].lower().decode("latin-1")
+    known = _types.get(extension)
+    if known is None:
+        import mimetypes
+
+        # types_map before init() is the module's own table; init() would add what this machine happens to have.
+        known = TYPES.get(extension) or mimetypes.types_map.get(extension) or "application/octet-stream"
+        if known.startswith("text/"):
+            known += "; charset=utf-8"
+        if len(_types) < 1000:
+            _types[extension] = known
+    return known
+
+
+class Plan(NamedTuple):
+    """What a request for a file leads to: a status, and the ranges for 206."""
+
+    status: int
+    ranges: list[tuple[int, int]] = []
+
+
+def choose(method: str, headers: Headers, tag: str, modified: int, size: int, this_year: int) -> Plan:
+    """Decide between 200, 206, 304, 412 and 416, in the order of RFC 9110, 13.2.2; `modified` in whole seconds."""
+    if "if-match" in headers:
+        if not tag_matches(headers.get("if-match"), tag, weak=False):
+            return Plan(412)
+    elif "if-unmodified-since" in headers:
+        since = parse_date(headers.get("if-unmodified-since"), this_year)
+        if since is not None and modified > since:
+            return Plan(412)
+    if "if-none-match" in headers:
+        if tag_matches(headers.get("if-none-match"), tag, weak=True):
+            return Plan(304)
+    elif "if-modified-since" in headers:
+        since = parse_date(headers.get("if-modified-since"), this_year)
+        if since is not None and modified <= since:
+            return Plan(304)
+    if "range" not in headers or method != "GET":
+        return Plan(200)
+    condition = headers.get("if-range")
+    if condition and condition != tag and parse_date(condition, this_year) != modified:
+        return Plan(200)
+    ranges = parse_ranges(headers.get("range"), size)
+    if ranges is None:
+        return Plan(200)
+    return Plan(206, ranges) if ranges else Plan(416)
+
+
+METHODS = ("GET", "HEAD", "OPTIONS")
+_ALLOW = ("Allow", ", ".join(METHODS))
+_KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
+
+
+def is_hidden(segment: bytes) -> bool:
+    """Return whether a name is hidden: it begins with a dot, .well-known excepted (RFC 8615)."""
+    return segment.startswith(b".") and segment != b".well-known"
+
+
+# What no name holds, and what would leave the root if it were taken for one: an escaped slash, a drive, a stream.
+_FOREIGN = re.compile(rb"[/\\:]" if os.name == "nt" else rb"/")
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+class Site:
+    """A directory that is served.  `private` are files never served, wherever the root points: a key's file."""
+
+    def __init__(self, root: str, *, private: Iterable[str] = ()) -> None:
+        self.root = os.path.realpath(os.fsencode(root))
+        self._inside = self.root.rstrip(b"/\\" if os.name == "nt" else b"/") + os.fsencode(os.sep)
+        self._private = [os.path.realpath(os.fsencode(path)) for path in private]
+
+    async def respond(
+        self, request: Request, segments: list[bytes], directory: bool, *, as_json: bool = False
+    ) -> Response:
+        """Answer a request for what `segments` name below the root; `directory` says that the path names one."""
+        if request.method not in METHODS:
+            status = 405 if request.method in _KNOWN_METHODS else 501
+            raise ProtocolError(status, f"{request.method} is not possible here", headers=[_ALLOW])
+        if request.method == "OPTIONS":
+            return Response(204, [_ALLOW, NOSNIFF])
+        if any(map(is_hidden, segments)):
+            raise ProtocolError(404, "there is nothing here")
+        fd, facts, place = self.open(segments)
+        if fd is not None:
+            if directory:
+                os.close(fd)
+                raise ProtocolError(404, "there is nothing here")
+            return self._respond_file(request, fd, facts, segments[-1])
+        if not directory and segments:
+            return text_response(
+                301, "it is a directory\n", [("Location", redirect_below(segments[-1], request.target))]
+            )
+        accept = request.headers.get("accept")
+        as_json = as_json or "application/json" in accept and "text/html" not in accept
+        if not as_json:
+            try:
+                fd, facts, _ = self.open([*segments, b"index.html"])
+            except ProtocolError:
+                fd = None  # nothing of that name, so the listing
+            if fd is not None:
+                return self._respond_file(request, fd, facts, b"index.html", [("Vary", "Accept")])
+        return await self._respond_directory(place, segments, as_json)
+
+    def open(self, segments: list[bytes]) -> tuple[int | None, os.stat_result, bytes]:
+        """Open what is at a path: (fd, facts, place) of a regular file, (None, facts, place) of a directory.
+
+        Raises ProtocolError: 404 for what is missing, outside or special, 403 for what cannot be read, 503 when there
+        are no descriptors left.
+        """
+        try:
+            return self._open(self._inside + b"/".join(segments), segments)
+        except PermissionError:
+            raise ProtocolError(403, "this cannot be read") from None
+        except OSError as error:
+            import errno
+
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise ProtocolError(503, "too many open files", headers=[("Retry-After", "1")]) from None
+            raise ProtocolError(404, "there is nothing here") from None
+
+    def _open(self, place: bytes, segments: list[bytes]) -> tuple[int | None, os.stat_result, bytes]:
+        if _FOREIGN.search(b"".join(segments)):
+            raise FileNotFoundError
+        # Only links need the costly look at the whole path. O_NOFOLLOW finds one in the last place, lstat before it.
+        checked = segments[:-1] if hasattr(os, "O_NOFOLLOW") else segments
+        path = self._inside
+        for segment in checked:
+            path += segment
+            if stat.S_ISLNK(os.lstat(path).st_mode):
+                place = self._follow(place)
+                break
+            path += b"/"
+        for attempt in (1, 2):
+            if os.name == "nt" and os.path.isdir(place):
+                return None, os.stat(place), place
+            try:
+                fd = os.open(place, _OPEN_FLAGS)
+                break
+            except OSError:
+                if attempt == 2 or not os.path.islink(place):
+                    raise
+                place = self._follow(place)
+        facts = os.fstat(fd)
+        if stat.S_ISREG(facts.st_mode) and not (self._private and self._is_private(place, facts)):
+            return fd, facts, place
+        os.close(fd)
+        if not stat.S_ISDIR(facts.st_mode):
+            raise FileNotFoundError  # a device, a socket, a FIFO (which O_NONBLOCK has kept from hanging), a key
+        return None, facts, place
+
+    def _follow(self, place: bytes) -> bytes:
+        """Return where a path with links leads; FileNotFoundError when that is outside the root."""
+        real = os.path.realpath(place, strict=True)
+        if real != self.root and not real.startswith(self._inside):
+            raise FileNotFoundError
+        return real
+
+    def _is_private(self, place: bytes, facts: os.stat_result) -> bool:
+        """Return whether this is a private file, by its place or, for a hard link, by its inode."""
+        for private in self._private:
+            if place == private:
+                return True
+            try:
+                if os.path.samestat(facts, os.stat(private)):
+                    return True
+            except OSError:
+                continue
+        return False
+
+    def _respond_file(
+        self, request: Request, fd: int, facts: os.stat_result, name: bytes, more: Fields | None = None
+    ) -> Response:
+        """Answer with an open file, which is closed here or by the body."""
+        size = facts.st_size
+        tag = f'"{facts.st_mtime_ns:x}-{size:x}"'
+        modified = facts.st_mtime_ns // 1_000_000_000
+        plan = choose(request.method, request.headers, tag, modified, size, time.gmtime().tm_year)
+        fields = [("ETag", tag), ("Last-Modified", _last_modified(modified)), *(more or ())]
+        if plan.status in (304, 412, 416):
+            os.close(fd)
+            if plan.status == 304:
+                return Response(304, [*fields, NOSNIFF])
+            if plan.status == 412:
+                raise ProtocolError(412, "a precondition failed", headers=fields)
+            raise ProtocolError(416, "no such range", headers=[*fields, ("Content-Range", f"bytes */{size}")])
+        kind = media_type(name)
+        fields += [("Accept-Ranges", "bytes"), NOSNIFF]
+        if len(plan.ranges) > 1:
+            boundary = f"ptth-{facts.st_mtime_ns:x}-{size:x}-{facts.st_ino:x}"
+            fields.append(("Content-Type", f"multipart/byteranges; boundary={boundary}"))
+            return Response(206, fields, _multipart(fd, facts, kind, boundary, plan.ranges))
+        fields.append(("Content-Type", kind))
+        first, last = plan.ranges[0] if plan.ranges else (0, size - 1)
+        if plan.ranges:
+            fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
+        return Response(plan.status, fields, _file_body(request.method, fd, facts, first, last - first + 1))
+
+    async def _respond_directory(self, place: bytes, segments: list[bytes], as_json: bool) -> Response:
+        """Answer with a directory's listing, made in a thread: a large one must not keep others waiting."""
+        try:
+            return await asyncio.to_thread(self._list, place, segments, as_json)
+        except PermissionError:
+            raise ProtocolError(403, "this cannot be read") from None
+        except OSError:
+            raise ProtocolError(404, "there is nothing here") from None
+
+    def _list(self, place: bytes, segments: list[bytes], as_json: bool) -> Response:
+        entries = sorted(self.entries(place), key=lambda entry: (not entry.is_dir, entry.name.lower(), entry.name))
+        if not as_json:
+            return html_response(200, listing_page(segments, entries), [("Vary", "Accept")])
+        import json
+
+        rows = [
+            {"name": os.fsdecode(e.name), "size": e.size, "is_dir": e.is_dir, "mtime": e.mtime // 1_000_000_000}
+            for e in entries
+        ]
+        fields = [("Content-Type", "application/json; charset=UTF-8"), ("Vary", "Accept"), NOSNIFF]
+        return Response(200, fields, BytesBody(json.dumps({"entries": rows}, separators=(",", ":")).encode()))
+
+    def entries(self, place: bytes) -> Iterator[Entry]:
+        """Yield what is served of a directory: files and directories, not hidden, not leaving the root."""
+        with os.scandir(place) as found:
+            for item in found:
+                try:
+                    if is_hidden(item.name):
+                        continue
+                    if item.is_symlink():
+                        self._follow(item.path)
+                    facts = item.stat()
+                except OSError:
+                    continue  # a link that leads nowhere or outside, a file that has gone meanwhile
+                is_dir = stat.S_ISDIR(facts.st_mode)
+                if not is_dir and not stat.S_ISREG(facts.st_mode):
+                    continue
+                if not is_dir and self._private and self._is_private(item.path, facts):
+                    continue
+                yield Entry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
+
+
+_last_dates: dict[int, str] = {}
+
+
+def _last_modified(seconds: int) -> str:
+    """Return the Last-Modified value: formatting it costs as much as opening the file, and few are asked for often."""
+    text = _last_dates.get(seconds)
+    if text is None:
+        if len(_last_dates) > 1000:
+            _last_dates.clear()
+        text = _last_dates[seconds] = format_date(seconds)
+    return text
+
+
+def _file_body(method: str, fd: int, facts: os.stat_result, first: int, count: int) -> Body:
+    """Return the body for a part of an open file; a small one is read now, so that it leaves with its head."""
+    if method == "HEAD":
+        os.close(fd)
+        return AbsentBody(count)
+    if count <= SMALL:
+        data = read_at(fd, first, count)
+        if len(data) == count:
+            os.close(fd)
+            return BytesBody(data)
+    return FileBody(fd, facts, first, count)
+
+
+def _multipart(
+    fd: int, facts: os.stat_result, kind: str, boundary: str, ranges: list[tuple[int, int]]
+) -> MultipartBody:
+    """Return the body of several ranges (RFC 9110, 14.6)."""
+    parts = []
+    for first, last in ranges:
+        head = (
+            f"\r\n--{boundary}\r\nContent-Type: {kind}\r\nContent-Range: bytes {first}-{last}/{facts.st_size}\r\n\r\n"
+        )
+        parts.append((head.encode("latin-1"), first, last - first + 1))
+    return MultipartBody(fd, facts, parts, f"\r\n--{boundary}--\r\n".encode("latin-1"))
+
+
+def site_handler(site: Site) -> Handler:
+    """Make the handler of `ptth file-server`: the site at the root of the URLs."""
+
+    async def handle(request: Request) -> Response:
+        if request.target == "*":
+            return Response(204, [_ALLOW, NOSNIFF])
+        return await site.respond(request, *parse_path(request.target.partition("?")[0]))
+
+    return handle
+
+
+def server_handler(site: Site, name: str) -> Handler:
+    """Make the handler of `ptth server`: a small page at /, the site below /files/, as JSON below /api/v1/dir/."""
+
+    async def handle(request: Request) -> Response:
+        path = request.target.partition("?")[0]
+        segments, directory = ([], True) if path == "*" else parse_path(path)
+        if request.method not in METHODS or request.method == "OPTIONS":
+            return await site.respond(request, segments, directory)
+        if not segments:
+            return html_response(200, page(name, f'<h1>{escape(name)}</h1>\n<p><a href="./files/">Files</a></p>'))
+        for prefix, as_json in (([b"files"], False), ([b"api", b"v1", b"dir"], True)):
+            if segments[: len(prefix)] == prefix:
+                if segments == prefix and not directory:
+                    location = redirect_below(prefix[-1], request.target)
+                    return text_response(301, "it is a directory\n", [("Location", location)])
+                return await site.respond(request, segments[len(prefix) :], directory, as_json=as_json)
+        raise ProtocolError(404, "there is nothing here; the files are below files/")
+
+    return handle
+
+
+# -- 10. Tunnel messages --
+# Requests and responses as they cross the tunnel: application/http (RFC 9112, 10.2). Pure.
+
+REQUESTS_TYPE = "application/http; msgtype=request"
+RESPONSE_TYPE = "application/http; msgtype=response"
+
+# Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
+_HOP_BY_HOP = {
+    "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
+    "proxy-authenticate", "proxy-authorization",
+}  # fmt: skip
+_NOT_TO_SERVER = _HOP_BY_HOP | {
+    "expect",
+    "cookie",
+    "x-apikey",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-proto",
+    "x-forwarded-host",
+}
+# What would give one server power over the origin that all servers share, or over a proxy in front of the relay.
+_NOT_TO_CLIENT = _HOP_BY_HOP | {
+    "date", "via", "set-cookie", "set-cookie2", "service-worker-allowed", "clear-site-data", "nel", "report-to",
+    "strict-transport-security", "alt-svc", "reporting-endpoints", "x-sendfile", "x-content-type-options",
+}  # fmt: skip
+_RUNS_NOTHING = re.compile(
+    r"(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
+    r"|application/(?:json|pdf|zip|octet-stream))(?:;[^,]*)?",
+    re.IGNORECASE | re.ASCII,
+)
+SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
+
+
+def _passing(headers: Headers, dropped: set[str]) -> Fields:
+    """Return the fields that may pass: none of `dropped`, of PTTH-*, of X-Accel-*, or named by Connection."""
+    named = headers.tokens("connection") if "connection" in headers else ()
+    return [
+        pair
+        for pair in headers.pairs
+        if (name := pair[0].lower()) not in dropped and not name.startswith(("ptth-", "x-accel-")) and name not in named
+    ]
+
+
+def pack_request(identity: str, request: Request, target: str) -> bytes:
+    """Format a client's request for the server: P3. It never has a body."""
+    headers = request.headers
+    forwarded = headers.get("x-forwarded-for")
+    via = headers.get("via")
+    host = headers.get("host") or "localhost"  # an HTTP/1.0 client may have left it out
+    fields = [("PTTH-Request-Id", identity), *_passing(headers, _NOT_TO_SERVER)]
+    if "host" not in headers:
+        fields.append(("Host", host))
+    fields += [
+        ("X-Forwarded-For", f"{forwarded}, {request.peer}" if forwarded else request.peer),
+        ("X-Forwarded-Proto", headers.get("x-forwarded-proto") or ("https" if request.secure else "http")),
+        ("X-Forwarded-Host", headers.get("x-forwarded-host") or host),
+        ("Via", f"{via}, 1.{request.minor} ptth" if via else f"1.{request.minor} ptth"),
+    ]
+    return format_request_head(request.method, target, fields)
+
+
+def unpack_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]]:
+    """Yield the (id, request) of each request in a P3's body.
+
+    One that is invalid yields its error in the request's place; without a readable id the rest is lost: ProtocolError.
+    """
+    position = 0
+    while position < len(data):
+        end = data.find(b"\r\n\r\n", position) + 4
+        if end < 4:
+            raise ProtocolError(502, "the relay's requests end inside a head", close=True)
+        head = data[position:end]
+        position = end
+        found = re.search(rb"\r\nPTTH-Request-Id: ([0-9a-zA-Z]{8,64})\r\n", head)
+        if not found:
+            raise ProtocolError(502, "the relay sent a request without an id", close=True)
+        identity = found[1].decode("ascii")
+        try:
+            if len(head) > MAX_INNER_HEAD:
+                raise ProtocolError(431, "the head is too large")
+            request = parse_request_head(head, MAX_INNER_FIELDS)
+            if parse_framing(request.headers):
+                raise ProtocolError(400, "a request with a body in the tunnel")
+        except ProtocolError as error:
+            yield identity, error
+            continue
+        request.headers.pairs = [pair for pair in request.headers.pairs if not pair[0].startswith("PTTH-")]
+        yield identity, request
+
+
+def pack_response_head(response: Response, method: str) -> bytes:
+    """Format the inner head of P5; what follows it in the POST is the body."""
+    fields = list(response.headers)
+    if response.body.length is not None and response.status not in (204, 304):
+        fields.append(("Content-Length", str(response.body.length)))
+    return format_response_head(response.status, fields)
+
+
+def has_body(method: str, status: int) -> bool:
+    """Return whether a response to `method` with `status` is followed by a body (RFC 9112, 6.3(1))."""
+    return not (method == "HEAD" or status in (204, 304))
+
+
+def passing_response(headers: Headers, *, sandbox: bool = True) -> Fields:
+    """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin."""
+    fields = _passing(headers, _NOT_TO_CLIENT)
+    via = headers.get("via")
+    fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
+    fields.append(NOSNIFF)
+    # Two types are joined by a comma, which does not match; nor does one that is absent.
+    if sandbox and not _RUNS_NOTHING.fullmatch(headers.get("content-type")):
+        fields.append(("Content-Security-Policy", SANDBOX))
+    return fields
+
+
+def parse_wait(prefer: str) -> float:
+    """Return the seconds of `Prefer: wait=N` (RFC 7240, 4.3), WAIT_TIME at most, and that when nothing is said."""
+    match = re.search(r"(?:\A|[,;\s])wait\s*=\s*\"?([0-9]{1,9})(?![0-9])", prefer, re.IGNORECASE)
+    return min(float(match[1]), WAIT_TIME) if match else WAIT_TIME
+
+
+# -- 11. Relay --
+# P2 to P1 and P5 to P6. Sees heads and passes bodies on; has never heard of files.
+
+NAME = r"[A-Za-z0-9._-]{1,64}"
+_NAME = re.compile(rf"(?!\.\.?\Z){NAME}")
+
+
+class ServerEntry(NamedTuple):
+    """One [[servers]] block of ptth_relay.toml."""
+
+    name: str
+    tripcode: str
+    display_name: str = ""
+    sandbox: bool = True
+
+
+class Exchange:
+    """One client's request on its way: waiting, then offered in a P3, then claimed by the P5 that answers it."""
+
+    __slots__ = ("answer", "arrived", "client", "finished", "head", "identity", "method", "offers", "server")
+
+    def __init__(self, server: Registered, request: Request, target: str, now: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.identity = os.urandom(16).hex()
+        self.server = server
+        self.method = request.method
+        self.head = pack_request(self.identity, request, target)
+        self.client = request.connection
+        self.arrived = now
+        self.offers = 0
+        self.answer: asyncio.Future[Response] = loop.create_future()
+        self.finished: asyncio.Future[bool] = loop.create_future()  # whether the client has it all
+
+    def finish(self, whole: bool) -> None:
+        """Note the end, the first time that it is told."""
+        if not self.finished.done():
+            self.finished.set_result(whole)
+
+    def fail(self, status: int, reason: str) -> None:
+        """Answer the client with an error, if nothing else has been answered yet."""
+        if not self.answer.done():
+            headers = [("Retry-After", "5")] if status == 503 else []
+            self.answer.set_exception(ProtocolError(status, reason, headers=headers))
+            self.answer.exception()  # looked at, so that nobody complains when the client has gone
+
+
+class Parked(NamedTuple):
+    """A P1 that waits for work."""
+
+    batch: asyncio.Future[list[Exchange]]
+    connection: Connection | None
+    until: float
+
+
+class Registered:
+    """A server from the configuration, and what is known of it now."""
+
+    def __init__(self, entry: ServerEntry) -> None:
+        self.entry = entry
+        self.name = entry.name
+        self.waiting: dict[str, Exchange] = {}
+        self.offered: dict[str, Exchange] = {}  # handed over, not yet claimed
+        self.parked: deque[Parked] = deque()
+        self.answering = 0  # P5 under way
+        self.last_seen: float | None = None  # in the loop's time
+        self.present = False  # as people are told: a moment between two P1 is no absence
+        self.flushing = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether a backend connection is open: a parked P1, a P3 whose answers are to come, a P5 under way."""
+        return bool(self.parked or self.offered or self.answering)
+
+    def take(self) -> list[Exchange]:
+        """Take what goes into one P3."""
+        batch: list[Exchange] = []
+        size = 0
+        for exchange in list(itertools.islice(self.waiting.values(), MAX_BATCH)):
+            size += len(exchange.head)
+            if batch and size > MAX_BATCH_BYTES:
+                break
+            del self.waiting[exchange.identity]
+            if exchange.client is not None and exchange.client.lost():
+                exchange.fail(502, "the client went away")
+                continue
+            exchange.offers += 1
+            self.offered[exchange.identity] = exchange
+            batch.append(exchange)
+        return batch
+
+    def flush(self) -> None:
+        """Hand what waits to parked P1: at the end of the loop's turn, so that what came in one turn goes in one P3."""
+        self.flushing = False
+        while self.waiting and self.parked:
+            parked = self.parked.popleft()
+            if parked.batch.done() or parked.connection is not None and parked.connection.gone():
+                if not parked.batch.done():
+                    parked.batch.set_result([])
+                continue
+            parked.batch.set_result(self.take())
+
+    def offer(self, exchange: Exchange) -> None:
+        """Let a request wait for the next P1."""
+        self.waiting[exchange.identity] = exchange
+        if not self.flushing and self.parked:
+            self.flushing = True
+            asyncio.get_running_loop().call_soon(self.flush)
+
+
+class TunnelBody:
+    """The body of P5 as it becomes the client's: nothing of it is kept here, so a slow client slows the server."""
+
+    __slots__ = ("_body", "length")
+
+    def __init__(self, body: IncomingBody, length: int | None) -> None:
+        self._body = body
+        self.length = length
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = self.length
+        async for piece in self._body:
+            if left is not None:
+                left -= len(piece)
+                if left < 0:
+                    raise BrokenBody("the server sent more than it announced")
+            yield piece
+        if left:
+            raise BrokenBody("the server sent less than it announced")
+
+    async def write_to(self, connection: Connection) -> None:
+        async for piece in self:
+            await connection.send(piece)
+
+    async def aclose(self) -> None:
+        pass  # the connection of P5 belongs to its own exchange
+
+
+_GONE = (410, "nobody waits for this response")
+
+
+class Relay:
+    """Tells clients and servers apart, and brings them together.  `handle` is its handler."""
+
+    def __init__(self, servers: Iterable[ServerEntry], *, answer_time: float = ANSWER_TIME) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.servers = {entry.name: Registered(entry) for entry in servers}
+        self.exchanges: dict[str, Exchange] = {}  # all that is not claimed, the oldest first
+        self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
+        self.answer_time = answer_time
+        self.stopping = False
+        self._verified: set[tuple[str, str]] = set()  # (key, tripcode) that belong together
+        self._delivered: dict[Connection, list[Exchange]] = {}  # by the connection that took the P3
+        self._started = self.loop.time()
+        self._watcher = self.loop.create_task(self._watch())
+        with open(__file__, "rb") as file:
+            self._source = file.read()  # now: the file may be replaced while the program runs
+        self._pages: dict[str, Callable[[Request], Response]] = {
+            "/": lambda request: text_response(302, "see frontend/servers/\n", [("Location", "./frontend/servers/")]),
+            "/frontend/servers": lambda request: text_response(301, "see servers/\n", [("Location", "./servers/")]),
+            "/frontend/servers/": self._server_list,
+            "/frontend/unregistered_servers": self._unregistered_servers,
+            "/frontend/relay_up_check": lambda request: text_response(200, "Relay is up\n", [NO_STORE]),
+            "/ptth.py": lambda request: Response(
+                200,
+                [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff")],
+                BytesBody(self._source),
+            ),
+        }
+
+    async def handle(self, request: Request) -> Response:
+        """Answer any request to the relay.
+
+        The prefixes and the name are matched on the raw target, not decoded, not normalised: what a proxy in front of
+        us allows by its prefix must not become something else here.
+        """
+        target = request.target
+        path = target.partition("?")[0]
+        if path.startswith("/frontend/servers/") and path != "/frontend/servers/":
+            name, slash, rest = target.removeprefix("/frontend/servers/").partition("/")
+            if not slash or "?" in name:
+                name = name.partition("?")[0]
+                self._known(name)
+                return text_response(301, "see below\n", [("Location", redirect_below(name.encode("latin-1"), target))])
+            return await self._forward(request, self._known(name), "/" + rest)
+        if path.startswith(BACKEND):
+            return await self._backend(request, path.removeprefix(BACKEND))
+        show = self._pages.get(path)
+        if show is None:
+            raise ProtocolError(404, "there is nothing here")
+        if request.method not in ("GET", "HEAD"):
+            raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", "GET, HEAD")])
+        return show(request)
+
+    def _known(self, name: str) -> Registered:
+        """Return the server of that name; ProtocolError 404."""
+        server = self.servers.get(name)
+        if server is None:
+            raise ProtocolError(404, "there is no server of that name here")
+        return server
+
+    # P2 and P6
+
+    async def _forward(self, request: Request, server: Registered, target: str) -> Response:
+        """Have the server answer a client's request."""
+        await self._refuse_body(request)
+        now = self.loop.time()
+        seen = server.last_seen
+        if self.stopping:
+            raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
+        if not server.connected:
+            if not (seen is not None and now - seen < RECENT_TIME or now - self._started < RECENT_TIME):
+                raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
+        if len(server.waiting) >= MAX_WAITING:
+            raise ProtocolError(503, f"too many requests wait for {server.name}", headers=[("Retry-After", "5")])
+        exchange = Exchange(server, request, target, now)
+        self.exchanges[exchange.identity] = exchange
+        server.offer(exchange)
+        try:
+            response = await exchange.answer
+        except BaseException:
+            exchange.finish(False)
+            raise
+        finally:
+            self._forget(exchange)
+        return response
+
+    async def _refuse_body(self, request: Request) -> None:
+        """Refuse a request with a body: it has no way through the tunnel.  That of GET or HEAD means nothing."""
+        body = request.body
+        if request.method in ("GET", "HEAD") or not isinstance(body, IncomingBody):
+            return
+        if body.expects or body.length or await body.read():
+            raise ProtocolError(501, "request bodies cannot pass this tunnel", close=True)
+
+    def _forget(self, exchange: Exchange) -> None:
+        """Take a request out of all lists of what is to be answered."""
+        identity = exchange.identity
+        self.exchanges.pop(identity, None)
+        exchange.server.waiting.pop(identity, None)
+        exchange.server.offered.pop(identity, None)
+
+    # P1, P3, P5 and P7
+
+    async def _backend(self, request: Request, path: str) -> Response:
+        """Answer a server: every request shows its key anew, since a proxy may mix connections."""
+        action, _, rest = path.partition("/")
+        method = {"http_listen": "GET", "http_response": "POST"}.get(action)
+        if method is None or "/" in rest or not rest:
+            raise ProtocolError(404, "there is nothing here")
+        if request.method != method:
+            raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
+        if action == "http_listen":
+            server = self.servers.get(rest)
+            if not self._verify(request, server, rest) or server is None:
+                raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE])
+            return await self._listen(request, server)
+        exchange = self.exchanges.get(rest)
+        if exchange is None:
+            raise ProtocolError(*_GONE, headers=[NO_STORE])
+        if not self._verify(request, exchange.server, exchange.server.name):
+            raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE])
+        return await self._take_response(request, exchange)
+
+    def _verify(self, request: Request, server: Registered | None, name: str) -> bool:
+        """Return whether the request shows the server's key; remember who asks in vain."""
+        key = request.headers.get("x-apikey")
+        if not key or len(key) > MAX_KEY:
+            return False
+        if server and (key, server.entry.tripcode) in self._verified:
+            return True
+        code = tripcode(key)
+        if server and hmac.compare_digest(code.encode("ascii"), server.entry.tripcode.encode("ascii")):
+            self._verified.add((key, code))
+            return True
+        tell(
+            f"ptth relay: P1 refused: {'wrong key' if server else 'unknown name'} for {name[:64]!r} from {request.peer}"
+        )
+        if not server and _NAME.fullmatch(name):
+            self.unregistered[name, code] = time.time()
+            self.unregistered.move_to_end((name, code))
+            while len(self.unregistered) > MAX_UNREGISTERED:
+                self.unregistered.popitem(last=False)
+        return False
+
+    async def _listen(self, request: Request, server: Registered) -> Response:
+        """P1: answer with what waits, or wait for it."""
+        now = self.loop.time()
+        if not server.present:
+            server.present = True
+            tell(f"ptth relay: {server.name} is connected")
+        server.last_seen = now
+        batch = server.take()
+        wait = parse_wait(request.headers.get("prefer"))
+        if not batch and self.stopping:
+            raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
+        if not batch and wait:
+            parked = Parked(self.loop.create_future(), request.connection, now + wait)
+            server.parked.append(parked)
+            if len(server.parked) > MAX_PARKED:
+                server.parked.popleft().batch.set_result([])
+            try:
+                batch = await parked.batch
+            finally:
+                server.last_seen = self.loop.time()
+                if parked in server.parked:
+                    server.parked.remove(parked)
+        fields = [("Content-Type", REQUESTS_TYPE), NO_STORE]
+        body = BytesBody(b"".join([exchange.head for exchange in batch]))
+        sent = (lambda whole: self._handed_over(request.connection, batch, whole)) if batch else None
+        return Response(200, fields, body, sent, final=self.stopping)
+
+    def _handed_over(self, connection: Connection | None, batch: list[Exchange], whole: bool) -> None:
+        """Note the end of a P3: requests that it may not have brought are offered once more."""
+        if not whole or connection is None:
+            for exchange in batch:
+                self._lose(exchange, "the connection to the server broke")
+            return
+        earlier = self._delivered.get(connection)
+        if earlier is None:
+            connection.ended.append(lambda: self._connection_ended(connection))
+            earlier = []
+        self._delivered[connection] = [
+            exchange for exchange in (*earlier, *batch) if exchange.identity in self.exchanges
+        ]
+
+    def _connection_ended(self, connection: Connection) -> None:
+        """A connection that brought a P3 has ended: a plain close that was announced loses nothing."""
+        for exchange in self._delivered.pop(connection, ()):
+            if not connection.closing and exchange.method in ("GET", "HEAD"):
+                self._lose(exchange, "")
+
+    def _lose(self, exchange: Exchange, reason: str) -> None:
+        """Offer a GET or HEAD again, once; anything else might have been done already, and gets 502."""
+        if exchange.server.offered.pop(exchange.identity, None) is None:
+            return  # claimed or failed meanwhile
+        if exchange.method in ("GET", "HEAD") and exchange.offers < 2:
+            exchange.server.offer(exchange)
+        elif reason:
+            exchange.fail(502, reason)
+
+    async def _take_response(self, request: Request, exchange: Exchange) -> Response:
+        """P5: its body is the response; P7: the client has it all, or has gone."""
+        server = exchange.server
+        incoming = request.body
+        server.answering += 1
+        try:
+            if not isinstance(incoming, IncomingBody):
+                raise ProtocolError(502, "a response without head")
+            if request.headers.get("content-type").partition(";")[0].strip().lower() != "application/http":
+                raise ProtocolError(502, "the response is not application/http")
+            response = await self._read_response(incoming, exchange)
+            if self.exchanges.pop(exchange.identity, None) is None:
+                raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client's time is over
+            server.offered.pop(exchange.identity, None)
+            exchange.answer.set_result(response)
+            if not await exchange.finished:
+                raise ProtocolError(*_GONE, headers=[NO_STORE])
+        except ProtocolError as error:
+            if error.status == 410:
+                raise
+            exchange.fail(502, f"the server's response cannot be used: {error.reason}")
+            raise ProtocolError(400, error.reason, close=True, headers=[NO_STORE]) from None
+        finally:
+            server.answering -= 1
+            server.last_seen = self.loop.time()
+        return text_response(200, "StreamFinished\n", [NO_STORE])
+
+    async def _read_response(self, incoming: IncomingBody, exchange: Exchange) -> Response:
+        """Read the inner head of P5, and make the client's response of it."""
+        data = b""
+        while (end := data.find(b"\r\n\r\n") + 4) < 4:
+            piece = await incoming.read()
+            if not piece or len(data) > MAX_INNER_HEAD:
+                break
+            data += piece
+        if not 4 <= end <= MAX_INNER_HEAD:
+            raise ProtocolError(502, "its head is too large, or has no end")
+        status, headers = parse_response_head(data[:end], MAX_INNER_FIELDS)
+        if status < 200 or "transfer-encoding" in headers:
+            raise ProtocolError(502, "an interim response, or one with a transfer coding of its own")
+        if end < len(data):
+            incoming.unread(data[end:])
+        length = incoming.length
+        told = parse_framing(headers)
+        fields = passing_response(headers, sandbox=exchange.server.entry.sandbox)
+        if not has_body(exchange.method, status):
+            if length or length is None and await incoming.read():
+                raise ProtocolError(502, "a body where none may be")
+            return Response(status, fields, AbsentBody(told), exchange.finish)
+        if told is not None and length is not None and told != length:
+            raise ProtocolError(502, "its Content-Length is not the length of its body")
+        return Response(status, fields, TunnelBody(incoming, length if told is None else told), exchange.finish)
+
+    # time, and the end
+
+    async def _watch(self) -> NoReturn:
+        """End, for ever, what has waited for too long."""
+        while True:
+            await asyncio.sleep(SWEEP_TIME)
+            now = self.loop.time()
+            for server in self.servers.values():
+                self._watch_server(server, now)
+            for exchange in list(self.exchanges.values()):
+                if now - exchange.arrived < self.answer_time:
+                    break  # they are in the order of their arrival
+                exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
+
+    def _watch_server(self, server: Registered, now: float) -> None:
+        """Answer parked P1 whose time is over or whose server has gone; give up on a server that does not return."""
+        was_connected = server.connected
+        for parked in list(server.parked):
+            ended = parked.connection is not None and parked.connection.gone()
+            if (ended or now >= parked.until) and not parked.batch.done():
+                server.parked.remove(parked)
+                parked.batch.set_result([])
+        if server.connected or server.last_seen is None and not server.waiting:
+            return
+        if was_connected:
+            server.last_seen = now
+        absent_since = server.last_seen or self._started
+        if server.present and now - absent_since >= AWAY_TIME:
+            server.present = False
+            tell(f"ptth relay: {server.name} went away")
+        for exchange in list(server.waiting.values()):
+            if now - max(exchange.arrived, absent_since) >= ABSENT_TIME:
+                exchange.fail(503, f"the server {server.name} is not connected")
+
+    async def stop(self, grace: float = GRACE_TIME) -> None:
+        """Take no new work; what was accepted is finished, since the servers' P5 are still taken."""
+        self.stopping = True
+        for server in self.servers.values():
+            while server.parked:
+                parked = server.parked.popleft()
+                if not parked.batch.done():
+                    parked.batch.set_result([])
+        try:
+            async with asyncio.timeout(grace):
+                while self.exchanges or any(server.answering for server in self.servers.values()):
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            for exchange in list(self.exchanges.values()):
+                exchange.fail(503, "the relay is stopping")
+        self._watcher.cancel()
+
+    # pages
+
+    def _server_list(self, request: Request) -> Response:
+        """Show the servers and whether they are connected."""
+        now = self.loop.time()
+        rows = []
+        for server in sorted(self.servers.values(), key=lambda server: server.name):
+            if server.present:
+                state = "connected"
+            elif server.last_seen is None:
+                state = "never seen"
+            else:
+                state = f"last seen {format_age(now - server.last_seen)}"
+            shown = escape(server.entry.display_name or server.name)
+            rows.append(f'<tr><td><a href="./{server.name}/">{shown}</a></td><td class="n">{state}</td></tr>')
+        content = "<h1>Servers</h1>\n"
+        content += (
+            table(["Name", "State"], rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
+        )
+        content += '\n<p><a href="../unregistered_servers">Unregistered servers</a></p>'
+        return html_response(200, page("Servers", content + FOOTER.format("../../")), [NO_STORE])
+
+    def _unregistered_servers(self, request: Request) -> Response:
+        """Show who tried to connect under a name that nobody has, with the block that would register them."""
+        now = time.time()
+        rows = [
+            f'<tr><td><pre>[[servers]]\nname = "{escape(name)}"\ntripcode = "{code}"</pre></td>'
+            f'<td class="n">{format_age(now - seen)}</td></tr>'
+            for (name, code), seen in reversed(self.unregistered.items())
+        ]
+        content = "<h1>Unregistered servers</h1>\n<p>These tried to connect. Anybody can: before pasting a block into "
+        content += "ptth_relay.toml, compare its tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
+        content += table(["To register", "Tried"], rows) if rows else "<p>Nobody has tried.</p>"
+        return html_response(200, page("Unregistered servers", content + FOOTER.format("../")), [NO_STORE])
+
+
+# -- 12. Server --
+# P1, P4 and P5: brings a relay's requests to a handler, and its responses back. Has never heard of clients.
+
+
+class Refused(Exception):
+    """The relay does not know this name with this key."""
+
+
+class Server:
+    """Attends to a relay: asks it for requests, has them handled, sends back the responses."""
+
+    def __init__(self, client: Client, name: str, key: str, handler: Handler, *, pace: int = 0) -> None:
+        self.client = client
+        self.name = name
+        self.handler = handler
+        self.connected = asyncio.Event()
+        self._key = key
+        self._pace = Pace(pace)
+        self._stopping = asyncio.Event()
+        self._room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are worked on
+        self._room.set()
+        self._pending: deque[tuple[str, Request | ProtocolError]] = deque()
+        self._working: set[str] = set()  # the ids of all requests that came and are not answered
+        self._parked: set[Stream] = set()  # P1 that wait for their answer
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[Exception]  # why the present listeners have to end
+        self._told = ""
+
+    async def run(self) -> None:
+        """Stay connected until `stop`: try again for ever, at first quickly."""
+        import random
+
+        loop = asyncio.get_running_loop()
+        sweeper = loop.create_task(sweep(self.client.streams))
+        backoff = BACKOFF_MIN
+        try:
+            while not self._stopping.is_set():
+                try:
+                    near = await self._connect()
+                    backoff = BACKOFF_MIN
+                    failure = self._failure = loop.create_future()
+                    for _ in range(1 if near else FAR_P1):
+                        self._spawn(self._listen(failure))
+                    raise await self._failure_or_stop(failure)
+                except Refused:
+                    self._tell_refused()
+                    pause = REFUSED_TIME
+                except (OSError, ProtocolError) as error:
+                    self._tell(f"no connection to the relay: {describe(error)}; trying again")
+                    pause = backoff * random.uniform(0.5, 1)
+                    backoff = min(backoff * 2, BACKOFF_MAX)
+                self.connected.clear()
+                await self._pause(pause)
+        except _Stopped:
+            pass
+        finally:
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+            sweeper.cancel()
+            self.client.close()
+
+    async def stop(self, grace: float = GRACE_TIME) -> None:
+        """Ask for nothing more, and finish what has come; ends `run`."""
+        self._stopping.set()
+        for stream in list(self._parked):
+            # The relay takes the half-close for our leaving, and a P3 that is on its way still arrives.
+            if stream.writer.can_write_eof():
+                stream.writer.write_eof()
+            else:
+                stream.writer.close()
+        try:
+            async with asyncio.timeout(grace):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        except TimeoutError:
+            for task in self._tasks:
+                task.cancel()
+
+    def _tell(self, line: str) -> None:
+        """Tell the operator, once for each change."""
+        if line != self._told:
+            self._told = line
+            tell(f"ptth server: {line}")
+
+    def _tell_refused(self) -> None:
+        self._tell(
+            f"the relay refuses the name {self.name} with this key (401). If the key is right, the relay's "
+            f"ptth_relay.toml needs this, and a restart; trying again:\n{registration(self.name, self._key)}"
+        )
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, or wake up for the stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+        if self._stopping.is_set():
+            raise _Stopped
+
+    async def _failure_or_stop(self, failure: asyncio.Future[Exception]) -> Exception:
+        """Return the listeners' failure; raises _Stopped at the stop."""
+        stopping = asyncio.create_task(self._stopping.wait())
+        stopping.add_done_callback(lambda _: None if failure.done() else failure.set_result(_Stopped()))
+        try:
+            await failure
+        finally:
+            stopping.cancel()
+        if self._stopping.is_set():
+            raise _Stopped
+        return failure.result()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work`, which catches its own errors, until it ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # P1
+
+    async def _connect(self) -> bool:
+        """Say hello by a P1 that does not wait; return whether the relay is near."""
+        loop = asyncio.get_running_loop()
+        stream = await self.client.connect()
+        started = loop.time()
+        await self._poll(stream, 0)
+        took = loop.time() - started
+        self._tell(f"connected to the relay at {self.client.origin.authority} as {self.name}")
+        self.connected.set()
+        return took < NEAR
+
+    async def _listen(self, failure: asyncio.Future[Exception]) -> None:
+        """Ask the relay again and again, until one of the listeners fails."""
+        loop = asyncio.get_running_loop()
+        try:
+            brought = False
+            while not (failure.done() or self._stopping.is_set()):
+                # What brought requests stays free for their responses: it is alive, a new one costs a round trip.
+                stream = self.client.reuse(oldest=True) if self.client.spare > brought else None
+                started = loop.time()
+                brought = await self._poll_again(stream)
+                if not brought and loop.time() - started < 1 and not self._stopping.is_set():
+                    raise ConnectionError("the relay answers at once and with nothing")
+                await self._room.wait()
+        except (OSError, ProtocolError, Refused) as error:
+            if not failure.done():
+                failure.set_result(error)
+
+    async def _poll_again(self, stream: Stream | None) -> bool:
+        """Send a P1 on a kept connection, and on a new one if that turns out to be closed."""
+        if stream is not None:
+            try:
+                return await self._poll(stream, WAIT_TIME)
+            except ConnectionError:
+                if self._stopping.is_set():
+                    return False
+        return await self._poll(await self.client.connect(), WAIT_TIME)
+
+    async def _poll(self, stream: Stream, wait: float) -> bool:
+        """P1 and P3: ask the relay, take what it has; return whether that was something."""
+        fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
+        self._parked.add(stream)
+        try:
+            limit = MAX_BATCH_BYTES + MAX_INNER_HEAD
+            answer = await self.client.get(f"{BACKEND}http_listen/{self.name}", fields, stream, P1_TIME, limit)
+            check_listen_answer(answer)
+        except BaseException:
+            self.client.drop(stream)
+            raise
+        finally:
+            self._parked.discard(stream)
+        if self._stopping.is_set():
+            stream.closing = True  # our side of it is closed
+        self.client.give(stream)
+        self._accept(answer.body)
+        return bool(answer.body)
+
+    # P4 and P5
+
+    def _accept(self, data: bytes) -> None:
+        """Take over the requests of a P3; one that is worked on already was offered again in vain."""
+        for identity, request in unpack_requests(data):
+            if identity not in self._working:
+                self._working.add(identity)
+                self._pending.append((identity, request))
+        if len(self._working) >= MAX_HANDLERS:
+            self._room.clear()
+        self._pump()
+
+    def _pump(self) -> None:
+        """Start a worker, and look again whether it has to wait for something: then the rest needs another one.
+
+        So a page of small files costs one task, and a slow handler holds up nobody.
+        """
+        if self._pending:
+            self._spawn(self._work())
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    async def _work(self) -> None:
+        """Handle what is pending, one after the other."""
+        while self._pending:
+            identity, request = self._pending.popleft()
+            try:
+                if isinstance(request, ProtocolError):
+                    response, method = error_response(None, request), "GET"
+                else:
+                    response, method = await answer(self.handler, request), request.method
+                await self._send_response(identity, response, method)
+            finally:
+                self._working.discard(identity)
+                if len(self._working) < MAX_HANDLERS:
+                    self._room.set()
+
+    async def _send_response(self, identity: str, response: Response, method: str) -> None:
+        """P5 and P7: send a response to the relay; its body is closed in the end."""
+        body = response.body
+        try:
+            head = pack_response_head(response, method)
+            await self._post(identity, head, body if has_body(method, response.status) else EMPTY)
+        except (OSError, ProtocolError) as error:
+            tell(f"ptth server: P5 broke off: {describe(error)}")
+        finally:
+            await body.aclose()
+
+    async def _post(self, identity: str, head: bytes, body: Body) -> None:
+        """Post a response; once more on a fresh connection when a kept one turns out to be closed."""
+        repeatable = isinstance(body, BytesBody | FileBody | MultipartBody)
+        stream = self.client.reuse() if repeatable else None
+        reused = stream is not None
+        while True:
+            stream = stream or await self.client.connect()
+            fields = [("X-ApiKey", self._key), ("Content-Type", RESPONSE_TYPE)]
+            try:
+                path = f"{BACKEND}http_response/{identity}"
+                reply = await self.client.post(path, fields, head, body, stream, self._pace)
+            except BaseException as error:
+                self.client.drop(stream)
+                if not reused or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
+                    raise
+                stream, reused = None, False
+                continue
+            self.client.give(stream)
+            if reply.status not in (200, 410):
+                tell(f"ptth server: P5 was answered with {reply.status}")
+            return
+
+
+class _Stopped(Exception):
+    """The server has been asked to stop."""
+
+
+def check_listen_answer(answer: Answer) -> None:
+    """Return when this is a P3; otherwise raise Refused, or a ConnectionError that says what answered instead."""
+    kind = answer.headers.get("content-type")
+    if answer.status == 200 and kind.partition(";")[0].strip().lower() == "application/http":
+        return
+    if answer.status == 401:
+        raise Refused
+    if 300 <= answer.status < 400:
+        raise ConnectionError(f"relay_url leads to a redirect to {answer.headers.get('location')!r}: use that instead")
+    if answer.status == 204 or answer.status == 200 and not kind:
+        raise ConnectionError("the relay speaks the older MessagePack form, which this version does not know")
+    if answer.status >= 500:
+        raise ConnectionError(f"the relay, or a proxy in front of it, answers {answer.status}")
+    raise ConnectionError(f"what answers at relay_url is no relay ({answer.status}, {kind or 'no type'}): a portal?")
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line what went wrong."""
+    if isinstance(error, ProtocolError):
+        return error.reason
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text)
+
+
+def registration(name: str, key: str) -> str:
+    """Return the block that registers a server at its relay: valid TOML."""
+    return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
+
+
+# -- 13. Configuration --
+# TOML to dataclasses. All that is wrong with a file is said at once.
+
+
+@dataclass
+class RelayConfig:
+    """What ptth_relay.toml says."""
+
+    port: int = 4000
+    bind: str = "127.0.0.1"
+    servers: list[ServerEntry] = field(default_factory=list)
+
+
+@dataclass
+class ServerConfig:
+    """What ptth_server.toml and the flags of `ptth server` say together."""
+
+    path: str
+    name: str = ""
+    api_key: str = ""
+    relay_url: str = ""
+    file_server_root: str = ""
+    throttle_upload: int = 0  # bytes per second; 0 is no limit
+
+
+class Table:
+    """A TOML table that is being read: gives values out by name and type, and notes what is wrong with it."""
+
+    def __init__(self, values: dict[str, object], where: str, problems: list[str]) -> None:
+        self.values = values
+        self.where = where
+        self.problems = problems
+
+    def problem(self, text: str) -> None:
+        """Note what is wrong."""
+        self.problems.append(f"{self.where}: {text}")
+
+    def text(self, key: str, default: str = "") -> str:
+        """Return a string."""
+        value = self.values.get(key, default)
+        if isinstance(value, str):
+            return value
+        self.problem(f"{key} must be a string in quotes")
+        return default
+
+    def number(self, key: str, default: int, low: int, high: int) -> int:
+        """Return a whole number of a range."""
+        value = self.values.get(key, default)
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+            return value
+        self.problem(f"{key} must be a whole number from {low} to {high}")
+        return default
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return true or false."""
+        value = self.values.get(key, default)
+        if isinstance(value, bool):
+            return value
+        self.problem(f"{key} must be true or false")
+        return default
+
+    def tables(self, key: str) -> list[Table]:
+        """Return the tables of an array of tables."""
+        values = self.values.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            self.problem(f"{key} must be written as [[{key}]] blocks")
+            return []
+        return [Table(value, f"{self.where}, [[{key}]] number {i}", self.problems) for i, value in enumerate(values, 1)]
+
+    def allow_only(self, keys: Iterable[str]) -> None:
+        """Note every unknown key, with the known one that is nearest."""
+        import difflib
+
+        known = list(keys)
+        for key in self.values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                self.problem(
+                    f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}")
+                )
+
+
+def read_toml(path: str, example: str) -> dict[str, object]:
+    """Read a TOML file; UserError when that is not possible."""
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; begin with a copy of {example}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {describe(error)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def find_config(given: str | None, name: str) -> str:
+    """Return the path of a configuration file: the one that was named, ./NAME, or where the original kept it."""
+    if given:
+        return given
+    original = os.path.join("config", name)
+    return original if not os.path.exists(name) and os.path.exists(original) else name
+
+
+_LATER_RELAY_KEYS = ("news_url", "enable_scraper_api", "scraper_keys", "dev_mode")
+
+
+def load_relay_config(path: str) -> RelayConfig:
+    """Read ptth_relay.toml; UserError with a line for each thing that is wrong."""
+    values = read_toml(path, "ptth_relay.toml.example")
+    problems: list[str] = []
+    table = Table(values, path, problems)
+    if "server_tripcodes" in values:
+        table.problem(
+            "the table [server_tripcodes] is an old form; write for each server a block of these lines: "
+            '[[servers]]  name = "NAME"  tripcode = "TRIPCODE"'
+        )
+    table.allow_only(["port", "bind", "servers", "server_tripcodes", *_LATER_RELAY_KEYS])
+    for key in _LATER_RELAY_KEYS:
+        if values.get(key):
+            tell(f"ptth relay: {path}: {key} is not used by this version")
+    config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
+    names = set()
+    for block in table.tables("servers"):
+        block.allow_only(["name", "tripcode", "display_name", "sandbox"])
+        name, code = block.text("name"), block.text("tripcode")
+        if not _NAME.fullmatch(name):
+            block.problem(f"name = {name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..")
+        if name in names:
+            block.problem(f"there are two servers named {name}")
+        names.add(name)
+        if not is_tripcode(code):
+            block.problem("tripcode must be what `ptth.py server --print-tripcode` prints, 44 characters that end in =")
+        config.servers.append(ServerEntry(name, code, block.text("display_name"), block.flag("sandbox", True)))
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def is_tripcode(text: str) -> bool:
+    """Return whether `text` is 32 bytes in standard base64."""
+    try:
+        return len(text) == 44 and len(base64.b64decode(text, validate=True)) == 32
+    except ValueError:
+        return False
+
+
+def load_server_config(path: str, flags: dict[str, str]) -> ServerConfig:
+    """Read ptth_server.toml, overridden by `flags`; UserError with a line for each thing that is wrong."""
+    values = read_toml(path, "ptth_server.toml.example")
+    problems: list[str] = []
+    table = Table(values, path, problems)
+    if os.name == "posix" and (mode := os.stat(path).st_mode) & 0o077:
+        table.problem(f"holds a secret and has mode {mode & 0o777:04o}, others can read it; do: chmod 600 {path}")
+    table.allow_only(["name", "api_key", "relay_url", "file_server_root", "throttle_upload"])
+    if isinstance(values.get("throttle_upload"), bool) and values.pop("throttle_upload"):
+        tell(f"ptth server: {path}: throttle_upload = true sets no limit here; give a number of bytes per second")
+    values.update(flags)
+    texts = {key: table.text(key) for key in ("name", "api_key", "relay_url", "file_server_root")}
+    config = ServerConfig(path, **texts, throttle_upload=table.number("throttle_upload", 0, 0, 10**12))
+    if not config.name:
+        table.problem('name is missing: set name = "..." or give --name')
+    elif not _NAME.fullmatch(config.name):
+        table.problem(f"name = {config.name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..")
+    if not config.api_key:
+        table.problem('api_key is missing: set api_key = "..."')
+    elif weakness := key_weakness(config.api_key):
+        table.problem(weakness)
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def check_to_connect(config: ServerConfig) -> Origin:
+    """Return the relay's origin, and complete the root: what `--print-tripcode` can do without. UserError."""
+    problems = []
+    origin = Origin(False, "", 0, "")
+    if not config.relay_url:
+        problems.append('relay_url is missing: set relay_url = "https://..." or give --relay-url')
+    else:
+        try:
+            origin = parse_origin(config.relay_url.rstrip("/").removesuffix(BACKEND.rstrip("/")))
+        except ValueError as error:
+            problems.append(f"relay_url = {config.relay_url!r} cannot be used: {error}")
+    try:
+        config.file_server_root = check_root(config.file_server_root, "file_server_root or --file-server-root")
+    except UserError as error:
+        problems += error.args
+    if problems:
+        raise UserError(*(f"{config.path}: {problem}" for problem in problems))
+    return origin
+
+
+def check_root(root: str, how: str) -> str:
+    """Return the directory to serve; / and the home directory only when they are named. UserError."""
+    if not root:
+        root = os.getcwd()
+        if os.path.realpath(root) in (os.path.realpath(os.sep), os.path.realpath(os.path.expanduser("~"))):
+            raise UserError(f"will not serve {root} unless asked to: name the directory by {how}")
+    if not os.path.isdir(root):
+        hint = f"; for a port give --port {root}" if root.isdigit() else ""
+        raise UserError(f"{root} is no directory{hint}")
+    return root
+
+
+# -- 14. Command line --
+# What people type, and what they are told.
+
+
+def announce(line: str) -> None:
+    """Write a line on stdout, where what a user waits for is written; a closed stdout stops nothing."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        pass
+
+
+def open_socket(bind: str, port: int) -> socket.socket:
+    """Return a bound socket; an empty `bind` is all interfaces, IPv4 and IPv6. UserError."""
+    try:
+        if not bind:
+            if socket.has_dualstack_ipv6():
+                try:
+                    return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+                except OSError as error:
+                    import errno
+
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise  # otherwise IPv6 is switched off on this machine
+            return socket.create_server(("", port))
+        family, _, _, _, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen on {bind or 'port'}{':' if bind else ' '}{port}: {describe(error).lower()}"
+        ) from None
+
+
+def urls(sock: socket.socket, scheme: str = "http") -> list[str]:
+    """Return the URLs at which a listening socket can be reached."""
+    host, port = sock.getsockname()[:2]
+    hosts = [host]
+    if host in ("::", "0.0.0.0"):
+        hosts = ["127.0.0.1", *local_addresses(host == "::")]
+    return [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/" for host in hosts]
+
+
+def local_addresses(ipv6: bool) -> list[str]:
+    """Return the addresses this machine would speak from; nothing is sent to find them out."""
+    found = []
+    for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        if family == socket.AF_INET6 and not ipv6:
+            continue
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.connect((probe, 9))
+                found.append(sock.getsockname()[0])
+        except OSError:
+            pass  # no route, so no address
+    return [address for address in found if not address.startswith(("127.", "::1"))]
+
+
+def stop_event() -> asyncio.Event:
+    """Return an event that SIGINT and SIGTERM set; a second SIGINT ends the program at once."""
+    import signal
+
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+
+    def stop(number: int) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            os._exit(1)
+        event.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, stop, number)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(stop, number))
+    return event
+
+
+def access_log(args: argparse.Namespace) -> AccessLog | None:
+    """Return the access log, unless --quiet is given."""
+    return None if args.quiet else AccessLog()
+
+
+async def run_file_server(args: argparse.Namespace) -> None:
+    """Serve a directory until a signal."""
+    root = check_root(args.dir, "DIR")
+    server = HTTPServer(site_handler(Site(root)), log=access_log(args))
+    sock = open_socket(args.bind, args.port)
+    stop = stop_event()
+    await server.listen(sock)
+    announce(f"Serving {os.path.realpath(root)} at {' '.join(urls(sock))}")
+    await stop.wait()
+    await server.stop()
+
+
+async def run_relay(args: argparse.Namespace) -> None:
+    """Relay until a signal."""
+    path = find_config(args.config, "ptth_relay.toml")
+    if args.config is None and not os.path.exists(path):
+        config = RelayConfig()
+        tell("ptth relay: there is no ptth_relay.toml, so no server is registered")
+    else:
+        config = load_relay_config(path)
+    sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
+    relay = Relay(config.servers)
+    server = HTTPServer(relay.handle, log=access_log(args))
+    stop = stop_event()
+    await server.listen(sock)
+    announce(f"PTTH relay for {len(config.servers)} servers at {' '.join(urls(sock))}")
+    await stop.wait()
+    await relay.stop()
+    await server.stop()
+
+
+async def run_server(args: argparse.Namespace) -> None:
+    """Serve a directory through a relay until a signal, or print the tripcode."""
+    flags = {key: getattr(args, key) for key in ("name", "relay_url", "file_server_root")}
+    path = find_config(args.config, "ptth_server.toml")
+    config = load_server_config(path, {key: value for key, value in flags.items() if value is not None})
+    if args.print_tripcode:
+        announce(registration(config.name, config.api_key))
+        return
+    origin = check_to_connect(config)
+    site = Site(config.file_server_root, private=[config.path])
+    handler = server_handler(site, config.name)
+    server = Server(Client(origin), config.name, config.api_key, handler, pace=config.throttle_upload)
+    stop = stop_event()
+    announce(f"PTTH server {config.name}: serving {os.path.realpath(config.file_server_root)}")
+    running = asyncio.create_task(server.run())
+    await asyncio.wait({running, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    await server.stop()
+    await running
+
+
+async def run_demo(args: argparse.Namespace) -> None:
+    """Run a relay and a server that share nothing but a connection, until a signal."""
+    import secrets
+
+    root = check_root(args.dir, "DIR")
+    key = secrets.token_urlsafe(32)
+    sock = open_socket("127.0.0.1", args.port)
+    relay = Relay([ServerEntry("demo", tripcode(key))])
+    http = HTTPServer(relay.handle, log=access_log(args))
+    stop = stop_event()
+    await http.listen(sock)
+    port = sock.getsockname()[1]
+    handler = server_handler(Site(root), "demo")
+    server = Server(Client(Origin(False, "127.0.0.1", port, "")), "demo", key, handler)
+    running = asyncio.create_task(server.run())
+    await server.connected.wait()
+    announce(f"Serving {os.path.realpath(root)} through a relay and a server; open:")
+    announce(f"    http://127.0.0.1:{port}/frontend/servers/demo/files/")
+    await stop.wait()
+    await server.stop()
+    await running
+    await relay.stop()
+    await http.stop()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="ptth.py", description="An HTTP server that works behind a firewall, by way of a relay.",
+        epilog="Begin with: python3 ptth.py demo",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"ptth {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., object], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        made.add_argument("-q", "--quiet", action="store_true", help="no access log")
+        return made
+
+    demo = command("demo", run_demo, "run a relay and a server on this machine, to see how it works")
+    demo.add_argument("dir", nargs="?", default="", metavar="DIR", help="the directory to serve (default: this one)")
+    demo.add_argument("--port", type=port_number, default=4000, metavar="N", help="default: 4000")
+
+    relay = command("relay", run_relay, "relay requests to servers behind firewalls; runs on a public host")
+    relay.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_relay.toml")
+    relay.add_argument("--bind", metavar="ADDR", help="address to listen on (default: 127.0.0.1)")
+    relay.add_argument("--port", type=port_number, metavar="N", help="default: 4000")
+
+    server = command("server", run_server, "serve a directory through a relay; makes only outgoing connections")
+    server.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_server.toml")
+    server.add_argument("--name", metavar="N", help="the name at the relay")
+    server.add_argument("--relay-url", metavar="URL", help="for example https://relay.example.com")
+    server.add_argument("--file-server-root", metavar="DIR", help="the directory to serve (default: this one)")
+    server.add_argument("--print-tripcode", action="store_true", help="print the block for ptth_relay.toml, and exit")
+
+    files = command("file-server", run_file_server, "serve a directory, without any relay")
+    files.add_argument("dir", nargs="?", default="", metavar="DIR", help="the directory to serve (default: this one)")
+    files.add_argument("--bind", default="", metavar="ADDR", help="address to listen on (default: all)")
+    files.add_argument("--port", type=port_number, default=8000, metavar="N", help="default: 8000")
+    return parser
+
+
+def port_number(text: str) -> int:
+    """Parse a port, 0 to 65535."""
+    if not (text.isascii() and text.isdigit()) or not 0 <= int(text) <= 65535:
+        raise ValueError
+    return int(text)
+
+
+port_number.__name__ = "port"  # what argparse calls it in its message
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return its exit status: 0 fine, 1 could not do it. Wrong usage exits with 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        asyncio.run(args.run(args))
+    except UserError as error:
+        for line in error.args:
+            tell(f"ptth {args.command}: {line}")
+        return 1
+    except KeyboardInterrupt:
+        return 1  # before there was anything to stop gracefully
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

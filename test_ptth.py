@@ -1,0 +1,1949 @@
+"""Tests of ptth.py, in the order of its sections.
+
+`python3 test_ptth.py` runs them on a fresh machine: where pytest cannot be imported it makes .venv beside this file,
+installs pytest and blake3 there, and goes on inside.  `pytest` works as ever.  Arguments go to pytest.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def enter_venv() -> None:
+    """Run this file again in .venv, made when it is missing; does not return."""
+    python = os.path.join(HERE, ".venv", "Scripts" if os.name == "nt" else "bin", "python")
+    if not os.path.exists(python):
+        try:
+            import ensurepip  # noqa: F401  Debian has venv without it
+            import venv
+        except ImportError:
+            sys.exit("test_ptth.py: Python's venv module is missing; do: apt install python3-venv")
+        print("test_ptth.py: pytest is not installed; putting it into .venv", flush=True)
+        venv.create(os.path.join(HERE, ".venv"), with_pip=True)
+    if subprocess.call([python, "-c", "import pytest, blake3"], stderr=subprocess.DEVNULL):
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "pytest", "blake3"]
+        if subprocess.call(pip):
+            sys.exit("test_ptth.py: cannot install pytest into .venv; is there a network?")
+    sys.exit(subprocess.call([python, os.path.join(HERE, "test_ptth.py"), *sys.argv[1:]]))
+
+
+try:
+    import pytest
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    enter_venv()
+
+import ast
+import asyncio
+import contextlib
+import hashlib
+import http.client
+import json
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import statistics
+import threading
+import time
+
+import ptth
+
+PROGRAM = os.path.join(HERE, "ptth.py")
+KEY = "correct-horse-battery-staple"
+
+# -- helpers --
+
+
+def reader_of(*pieces: bytes) -> asyncio.StreamReader:
+    """A stream reader that holds these pieces and then ends."""
+    reader = asyncio.StreamReader(limit=ptth.SLICE)
+    for piece in pieces:
+        reader.feed_data(piece)
+    reader.feed_eof()
+    return reader
+
+
+class FakeWriter:
+    """A writer, and its own transport, that collects what is written."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.closed = self.aborted = False
+        self.transport = self
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    def get_extra_info(self, name: str) -> object:
+        return {"peername": ("192.0.2.7", 1234), "sslcontext": "none, but it keeps sendfile away"}.get(name)
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.closed = self.aborted = True
+
+
+def say(handler: ptth.Handler, *pieces: bytes) -> bytes:
+    """What an HTTP server answers on one connection to these bytes."""
+
+    async def talk() -> bytes:
+        writer = FakeWriter()
+        await ptth.HTTPServer(handler)._converse(reader_of(*pieces), writer)
+        return bytes(writer.data)
+
+    return asyncio.run(talk())
+
+
+async def echo(request: ptth.Request) -> ptth.Response:
+    """A handler that tells what it was asked, and returns the request's body to POST."""
+    if request.method == "POST":
+        pieces = [piece async for piece in request.body]
+        return ptth.Response(200, [], ptth.BytesBody(b"".join(pieces)))
+    return ptth.text_response(200, f"{request.method} {request.target}\n")
+
+
+def split(data: bytes) -> list[tuple[int, dict[str, str], bytes]]:
+    """Split a connection's bytes into (status, fields, body) of each response; only Content-Length and chunked."""
+    answers = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        status = int(lines[0].split()[1])
+        fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+        body = b""
+        if fields.get("transfer-encoding") == "chunked":
+            while True:
+                line, _, data = data.partition(b"\r\n")
+                size = int(line, 16)
+                body, data = body + data[:size], data[size + 2 :]
+                if not size:
+                    break
+        elif status not in (100, 204, 304):
+            size = int(fields.get("content-length", "0"))
+            body, data = data[:size], data[size:]
+        answers.append((status, fields, body))
+    return answers
+
+
+def one(data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """The one response in `data`."""
+    answers = split(data)
+    assert len(answers) == 1, data
+    return answers[0]
+
+
+def fetch(port: int, request: bytes, *, half_close: bool = True, patience: float = 20) -> bytes:
+    """Send raw bytes to a port of this machine and return all that comes back."""
+    with socket.create_connection(("127.0.0.1", port), timeout=patience) as sock:
+        sock.sendall(request)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        pieces = []
+        with contextlib.suppress(ConnectionResetError):
+            while piece := sock.recv(1 << 20):
+                pieces.append(piece)
+    return b"".join(pieces)
+
+
+def get(path: str, *fields: str, method: str = "GET") -> bytes:
+    """A request's bytes; the connection closes behind it."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: example.com", "Connection: close", *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+MTIME = 1_700_000_000  # Tue, 14 Nov 2023 22:13:20 GMT
+DATE = "Tue, 14 Nov 2023 22:13:20 GMT"
+HELLO = b"hello, world\n"
+
+
+def make_tree(root: str) -> None:
+    """Make the directory that the Files table asks for."""
+    files = {
+        b"hello.txt": HELLO,
+        b"empty": b"",
+        b"page.html": b"<p>page</p>\n",
+        b"noext": b"?",
+        b"a b&c<d>\"e'#%?.txt": b"odd\n",
+        "\u00fcml\u00e4ut.txt".encode(): b"umlaut\n",
+        b"bytes\xff\xfe": b"not UTF-8\n",
+        b"new\nline": b"newline\n",
+        b"back\\slash": b"backslash\n",
+        b"a:b": b"colon\n",
+        b"a:d/f": b"f\n",
+        b"sub/file": b"in sub\n",
+        b"sub dir/x": b"x\n",
+        b"index/index.html": b"the index\n",
+        b"index/other": b"other\n",
+        b".secret": b"secret\n",
+        b".git/config": b"secret\n",
+        b".well-known/x": b"well known\n",
+        b"big": bytes(range(256)) * 1024,
+    }
+    base = os.fsencode(root)
+    for name, data in files.items():
+        path = os.path.join(base, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+        os.utime(path, (MTIME, MTIME))
+    os.mkdir(os.path.join(base, b"nothing"))
+    outside = base + b".outside"
+    os.makedirs(outside, exist_ok=True)
+    with open(os.path.join(outside, b"secret"), "wb") as file:
+        file.write(b"secret\n")
+    for link, aim in (
+        (b"inside", b"hello.txt"), (b"insub", b"sub"), (b"outside", outside + b"/secret"), (b"outdir", outside),
+        (b"dangling", b"nowhere"), (b"loop", b"loop"), (b"up", b"sub/../../" + os.path.basename(outside)),
+    ):  # fmt: skip
+        os.symlink(aim, os.path.join(base, link))
+    os.mkfifo(os.path.join(base, b"fifo"))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("files") / "root")
+    os.mkdir(path)
+    make_tree(path)
+    return path
+
+
+class Background:
+    """An event loop in a thread, for servers that tests talk to from outside."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: object, patience: float = 30) -> object:
+        """Run a coroutine there and return its result."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(patience)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+
+@pytest.fixture(scope="session")
+def background() -> object:
+    made = Background()
+    yield made
+    made.close()
+
+
+class Tunnel:
+    """A relay with one server, n, whose handler is given; all in one loop, over real sockets."""
+
+    relay: ptth.Relay
+    server: ptth.Server
+
+    def __init__(self, background: Background, handler: ptth.Handler | None, **options: float) -> None:
+        self.background = background
+        background.run(self._start(handler, options))
+
+    async def _start(self, handler: ptth.Handler | None, options: dict[str, float]) -> None:
+        self.relay = ptth.Relay([ptth.ServerEntry("n", ptth.tripcode(KEY))], **options)
+        self.http = ptth.HTTPServer(self.relay.handle)
+        sock = ptth.open_socket("127.0.0.1", 0)
+        self.port = sock.getsockname()[1]
+        await self.http.listen(sock)
+        self.running = None
+        if handler:
+            self.server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", self.port, "")), "n", KEY, handler)
+            self.running = asyncio.create_task(self.server.run())
+            await self.server.connected.wait()
+
+    async def _stop(self) -> None:
+        if self.running:
+            await self.server.stop(1)
+            await self.running
+        await self.relay.stop(0.1)
+        await self.http.stop(0.1)
+
+    def fetch(self, request: bytes, **options: bool) -> bytes:
+        """Send raw bytes to the relay and return all that comes back."""
+        return fetch(self.port, request, **options)
+
+    def close(self) -> None:
+        self.background.run(self._stop())
+
+
+@pytest.fixture(scope="session")
+def files_tunnel(background: Background, root: str) -> object:
+    made = Tunnel(background, ptth.server_handler(ptth.Site(root), "n"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bare_relay(background: Background) -> object:
+    """A relay without a server: the test plays it by hand."""
+    made = Tunnel(background, None)
+    yield made
+    made.close()
+
+
+class Process:
+    """ptth.py as a real process; `port` is the one that it announces."""
+
+    def __init__(
+        self, *args: str, cwd: str | None = None, env: dict[str, str] | None = None, quiet: bool = True
+    ) -> None:
+        command = [sys.executable, PROGRAM, *args, *(["-q"] if quiet else [])]
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.told: list[str] = []
+        for pipe in (self.process.stdout, self.process.stderr):
+            threading.Thread(target=self._read, args=(pipe,), daemon=True).start()
+        self.port = 0
+
+    def _read(self, pipe: object) -> None:
+        for line in pipe:
+            self.told.append(line)
+            self.lines.put(line)
+
+    def wait_for(self, text: str, patience: float = 20) -> str:
+        """Return the next line that holds `text`."""
+        end = time.monotonic() + patience
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0, end - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"{text!r} did not come; it said {self.told}") from None
+            if text in line:
+                return line
+
+    def listening(self) -> Process:
+        """Wait until it announces its port."""
+        self.port = int(re.search(r"http://[^/ ]*:(\d+)/", self.wait_for("http://"))[1])
+        return self
+
+    def end(self, number: int = signal.SIGTERM, patience: float = 40) -> int:
+        """Signal it, and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(patience)
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def peak_mib(self) -> float:
+        """The most memory that it has had, in MiB."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1]) / 1024
+
+
+@pytest.fixture
+def start() -> object:
+    """Start ptth.py with arguments; ended by its pid when the test ends."""
+    started = []
+
+    def begin(*args: str, **options: object) -> Process:
+        started.append(Process(*args, **options))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.end(signal.SIGKILL)
+
+
+def write_configs(where: object, port: int, root: str = ".", **more: object) -> None:
+    """Write both configuration files, for a relay on `port`."""
+    (where / "ptth_relay.toml").write_text(
+        f'port = {port}\n[[servers]]\nname = "n"\ntripcode = "{ptth.tripcode(KEY)}"\n'
+    )
+    lines = {"name": "n", "api_key": KEY, "relay_url": f"http://127.0.0.1:{port}", "file_server_root": root, **more}
+    path = where / "ptth_server.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+    path.chmod(0o600)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def needs(program: str) -> object:
+    return pytest.mark.skipif(not shutil.which(program), reason=f"{program} is not installed")
+
+
+def eventually(check: object, patience: float = 20) -> None:
+    """Wait until `check` returns something true."""
+    end = time.monotonic() + patience
+    while not check():
+        assert time.monotonic() < end, "it did not become true"
+        time.sleep(0.01)
+
+
+class TestShape:
+    """The file as a text: its map is true, its sections are layers, its functions are short."""
+
+    source = open(PROGRAM, encoding="utf-8").read()
+    tree = ast.parse(source)
+    dividers = re.findall(r"^# -- (\d+)\. (.+) --$", source, re.MULTILINE)
+
+    def sections(self) -> list[tuple[str, list[ast.stmt]]]:
+        starts = [
+            self.source[: m.start()].count("\n") + 1 for m in re.finditer(r"^# -- \d+\.", self.source, re.MULTILINE)
+        ]
+        parts: list[tuple[str, list[ast.stmt]]] = [(name, []) for _, name in self.dividers]
+        for node in self.tree.body:
+            index = sum(start <= node.lineno for start in starts) - 1
+            if index >= 0:
+                parts[index][1].append(node)
+        return parts
+
+    @staticmethod
+    def defined(nodes: list[ast.stmt]) -> set[str]:
+        names = set()
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        return names
+
+    def test_the_docstring_lists_the_sections_in_their_order(self) -> None:
+        listed = re.findall(
+            r"^    (\d+)  ?([A-Z][A-Za-z ]+?)  ", ast.get_docstring(self.tree, clean=False), re.MULTILINE
+        )
+        assert listed == self.dividers
+        assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
+
+    def test_a_section_uses_only_those_above_it(self) -> None:
+        sections = self.sections()
+        for i, (name, nodes) in enumerate(sections):
+            later = set().union(*(self.defined(nodes) for _, nodes in sections[i + 1 :]))
+            used = {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert not used & later, name
+
+    @pytest.mark.parametrize("name", ["Tripcodes", "Syntax", "Pages", "Tunnel messages"])
+    def test_a_pure_section_does_no_input_or_output(self, name: str) -> None:
+        for node in dict(self.sections())[name]:
+            for inner in ast.walk(node):
+                assert not isinstance(inner, ast.Await | ast.AsyncFunctionDef)
+                assert not (isinstance(inner, ast.Name) and inner.id in ("open", "socket", "asyncio", "sys"))
+
+    def test_functions_are_short(self) -> None:
+        lengths = {}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[0]
+                is_doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                doc = first.end_lineno - first.lineno + 1 if is_doc else 0
+                lengths[node.name, node.lineno] = node.end_lineno - node.lineno + 1 - doc
+        assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
+        assert statistics.median(lengths.values()) <= 12
+
+    def test_every_public_function_and_class_has_a_docstring(self) -> None:
+        for node in self.tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name[0] != "_":
+                assert ast.get_docstring(node), node.name
+
+    def test_every_command_in_the_readme_is_one(self) -> None:
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            commands = re.findall(r"^ *(?:\$ )?(?:python3?|uv run) ptth\.py ([^#\n|>&]+)", file.read(), re.MULTILINE)
+        assert len(commands) >= 5
+        for command in commands:
+            words = command.split()
+            if not {"--help", "--version"} & set(words):
+                ptth.build_parser().parse_args(words)
+
+
+class TestTripcodes:
+    VECTORS = {  # of the BLAKE3 authors, for the input bytes 0, 1, ... 250, 0, 1, ...
+        0: "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262",
+        1: "2d3adedff11b61f14c886e35afa036736dcd87a74d27b5c1510225d0f592e213",
+        63: "e9bc37a594daad83be9470df7f7b3798297c3d834ce80ba85d6e207627b7db7b",
+        64: "4eed7141ea4a5cd4b788606bd23f46e212af9cacebacdc7d1f4c6dc7f2511b98",
+        65: "de1e5fa0be70df6d2be8fffd0e99ceaa8eb6e8c93a63f2d8d1c30ecb6b263dee",
+        1023: "10108970eeda3eb932baac1428c7a2163b0e924c9a9e25b35bba72b28f70bd11",
+        1024: "42214739f095a406f3fc83deb889744ac00df831c10daa55189b5d121c855af7",
+        1025: "d00278ae47eb27b34faecf67b4fe263f82d5412916c1ffd97c8cb7fb814b8444",
+        2048: "e776b6028c7cd22a4d0ba182a8bf62205d2ef576467e838ed6f2529b85fba24a",
+        2049: "5f4d72f40d7a5f82b15ca2b2e44b1de3c2ef86c426c95c1af0b6879522563030",
+        3072: "b98cb0ff3623be03326b373de6b9095218513e64f1ee2edd2525c7ad1e5cffd2",
+        8193: "bab6c09cb8ce8cf459261398d2e7aef35700bf488116ceb94a36d0f5f1b7bc3b",
+        31744: "62b6960e1a44bcc1eb1a611a8d6235b6b4b78f32e7abc4fb4c6cdcce94895c47",
+        102400: "bc3e3d41a1146b069abffad3c0d44860cf664390afce4d9661f7902e7943e085",
+    }
+
+    @pytest.mark.parametrize("length", VECTORS)
+    def test_the_built_in_hash_gives_the_published_vectors(self, length: int) -> None:
+        assert ptth.builtin_blake3((bytes(range(251)) * 500)[:length]).hex() == self.VECTORS[length]
+
+    def test_the_package_gives_the_same(self) -> None:
+        package = pytest.importorskip("blake3")
+        for length in self.VECTORS:
+            data = os.urandom(length)
+            assert ptth.builtin_blake3(data) == package.blake3(data).digest() == ptth.blake3_hash(data)
+
+    def test_a_tripcode_is_padded_base64(self) -> None:
+        assert ptth.tripcode("secretpassword") == "v7tW77nRaiC9s31Y6JoDcHTOHNzEDhhmKHZRBHKc87s="
+
+    @pytest.mark.parametrize(
+        ("key", "word"),
+        [("short", "16"), ("abababababababababab", "different"), ("REPLACE-THIS-PLACEHOLDER", "placeholder"),
+         ("k\u00e9y-with-an-accent-in-it", "ASCII"), ("abcdefghij" * 13, "128"), ("with a space in it!", "ASCII")],
+    )  # fmt: skip
+    def test_a_weak_key_is_named_with_a_way_to_make_a_good_one(self, key: str, word: str) -> None:
+        assert word in ptth.key_weakness(key)
+        assert "secrets.token_urlsafe" in ptth.key_weakness(key)
+
+    def test_a_good_key_passes(self) -> None:
+        assert ptth.key_weakness(KEY) is None
+
+
+class TestSyntax:
+    GOOD = [  # (name, head, method, target, pairs): parsed, and formatted back to the same bytes
+        ("plain", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "/", [("Host", "a")]),
+        ("port", b"GET /x?y HTTP/1.1\r\nHost: a.b:80\r\nX: y z\r\n\r\n", "GET", "/x?y", [("Host", "a.b:80"), ("X", "y z")]),
+        ("ipv6", b"HEAD /%20 HTTP/1.1\r\nHost: [::1]:8\r\n\r\n", "HEAD", "/%20", [("Host", "[::1]:8")]),
+        ("empty value", b"GET / HTTP/1.1\r\nHost: \r\nA: \r\n\r\n", "GET", "/", [("Host", ""), ("A", "")]),
+        ("high bytes", b"GET /\xff HTTP/1.1\r\nHost: a\r\nX: \xe9\r\n\r\n", "GET", "/\xff", [("Host", "a"), ("X", "\xe9")]),
+        ("own method", b"M-SEARCH * HTTP/1.1\r\nHost: a\r\n\r\n".replace(b"*", b"/"), "M-SEARCH", "/", [("Host", "a")]),
+    ]  # fmt: skip
+    REFUSED = [
+        (b"GET / HTTP/1.1\nHost: a\n\n", 400), (b"GET / HTTP/1.1\r\nHost: a\n\r\n", 400), (b"GET /\rx HTTP/1.1\r\n", 400),
+        (b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400), (b"GET / HTTP/1.1 \r\nHost: a\r\n\r\n", 400),
+        (b" GET / HTTP/1.1\r\nHost: a\r\n\r\n", 400), (b"GET\t/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /\r\nHost: a\r\n\r\n", 400), (b"GET / http/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.10\r\nHost: a\r\n\r\n", 400), (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+        (b"GET / HTTP/0.9\r\nHost: a\r\n\r\n", 505), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400), (b"GET /\x00 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: u@a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX y\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a\r\n: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: \x0b\r\n\r\n", 400), (b"GET x HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET * HTTP/1.1\r\nHost: a\r\n\r\n", 400), (b"GET http:///x HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /#f HTTP/1.1\r\nHost: a\r\n\r\n", 400), (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414), (b"GET /" + b"x" * 9000, 414),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 100 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 33000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 33000, 431), (b"\r\n" * 5 + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +5\r\n\r\nabcde", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1_0\r\n\r\nabcde", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0x5\r\n\r\nabcde", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: \xb2\r\n\r\nabcde", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length:\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 5\r\n\r\nabcde", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n", 413),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 501),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nExpect: coffee\r\n\r\n", 417),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("name", "head", "method", "target", "pairs"), GOOD, ids=[row[0] for row in GOOD])
+    def test_a_good_head_is_parsed_and_formatted_back(
+        self, name: str, head: bytes, method: str, target: str, pairs: object
+    ) -> None:
+        request = ptth.parse_request_head(head)
+        assert (request.method, request.target, request.headers.pairs) == (method, target, pairs)
+        assert ptth.format_request_head(method, target, pairs) == head
+
+    @pytest.mark.parametrize(("data", "status"), REFUSED)
+    def test_what_can_be_read_in_two_ways_is_refused(self, data: bytes, status: int) -> None:
+        behind = b"GET /second HTTP/1.1\r\nHost: a\r\n\r\n"
+        for pieces in (
+            [data],
+            [data, behind],
+            [data[i : i + 1] for i in range(len(data))] if len(data) < 999 else [data],
+        ):
+            answer = one(say(echo, *pieces))
+            assert (answer[0], answer[1]["connection"]) == (status, "close")
+
+    def test_white_space_around_a_value_is_not_part_of_it(self) -> None:
+        head = b"GET / HTTP/1.1\r\nHost:\t a \t\r\nX:y  \r\n\r\n"
+        assert ptth.parse_request_head(head).headers.pairs == [("Host", "a"), ("X", "y")]
+
+    def test_the_absolute_form_replaces_host(self) -> None:
+        request = ptth.parse_request_head(b"GET HTTP://b:81/x?y HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (request.target, request.headers.get("host")) == ("/x?y", "b:81")
+
+    @pytest.mark.parametrize(
+        "pair", [("A", "b\r\nC: d"), ("A\r\nB", "c"), ("A", "b\n"), ("A b", "c"), ("", "c"), ("A", "\0")]
+    )
+    def test_a_field_that_would_split_the_head_is_not_formatted(self, pair: tuple[str, str]) -> None:
+        with pytest.raises(ptth.ProtocolError):
+            ptth.format_response_head(200, [("X", "y"), pair])
+
+    DATES = [
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777), ("Sunday, 06-Nov-94 08:49:37 GMT", 784111777),
+        ("Sun Nov  6 08:49:37 1994", 784111777), ("Sun, 06 Nov 1994 08:49:37 UTC", None), ("Sun, 31 Feb 1994 08:49:37 GMT", None),
+        ("06 Nov 1994", None), ("", None), ("Sun, 06 Nov 0000 08:49:37 GMT", None), ("Sun, 06 Nov 1994 24:00:00 GMT", None),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("text", "seconds"), DATES)
+    def test_dates_in_three_forms(self, text: str, seconds: int | None) -> None:
+        assert ptth.parse_date(text, 2026) == seconds
+
+    def test_a_formatted_date_parses_back(self) -> None:
+        for seconds in (0, 784111777, MTIME, 4102444799):
+            assert ptth.parse_date(ptth.format_date(seconds), 2026) == seconds
+
+    RANGES = [  # of 10 bytes
+        ("bytes=0-4", [(0, 4)]), ("bytes=5-", [(5, 9)]), ("bytes=-3", [(7, 9)]), ("bytes=-99", [(0, 9)]), ("bytes=9-99", [(9, 9)]),
+        ("BYTES=0-0", [(0, 0)]), ("bytes=0-1, 4-5", [(0, 1), (4, 5)]), ("bytes=,0-1,,", [(0, 1)]), ("bytes=10-", []),
+        ("bytes=-0", []), ("bytes=10-,-0", []), ("bytes=20-,0-1", [(0, 1)]), ("bytes=" + "9" * 5000 + "-", []),
+        ("bytes=0-" + "9" * 5000, [(0, 9)]), ("bytes=4-2", None), ("bytes=-", None), ("bytes=a-b", None), ("bytes=", None),
+        ("bytes 0-4", None), ("lines=0-4", None), ("bytes=0-4;5-6", None), ("bytes=0-,0-", None), ("bytes=1-2 3", None),
+        ("bytes=" + ",".join(["0-0"] * 1000), None), ("bytes=--1", None), ("bytes=0x1-2", None),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("text", "expected"), RANGES, ids=[row[0][:20] for row in RANGES])
+    def test_ranges(self, text: str, expected: object) -> None:
+        assert ptth.parse_ranges(text, 10) == expected
+
+    def test_ranges_of_an_empty_file(self) -> None:
+        assert ptth.parse_ranges("bytes=0-", 0) == []
+        assert ptth.parse_ranges("bytes=-5", 0) is None
+
+    PATHS = [
+        ("/", [], True), ("/a", [b"a"], False), ("/a/", [b"a"], True), ("/a/./b", [b"a", b"b"], False), ("/a/../b", [b"b"], False),
+        ("/../../b", [b"b"], False), ("/a/%2e%2E/b", [b"b"], False), ("/a/.", [b"a"], True), ("/a/b/..", [b"a"], True),
+        ("//a///b", [b"a", b"b"], False), ("/a%2fb", [b"a/b"], False), ("/%ff\xfe", [b"\xff\xfe"], False), ("/...", [b"..."], False),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("path", "segments", "directory"), PATHS)
+    def test_paths(self, path: str, segments: list[bytes], directory: bool) -> None:
+        assert ptth.parse_path(path) == (segments, directory)
+
+    TAGS = [
+        ('"a"', '"a"', True, True), ('W/"a"', '"a"', True, False), ('"b", "a"', '"a"', True, True), ("*", '"a"', True, True),
+        ('"b"', '"a"', False, False), ("a", '"a"', False, False), ('"a,b"', '"a,b"', True, True), ("", '"a"', False, False),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("value", "tag", "weak", "strong"), TAGS)
+    def test_entity_tags(self, value: str, tag: str, weak: bool, strong: bool) -> None:
+        assert ptth.tag_matches(value, tag, weak=True) is weak
+        assert ptth.tag_matches(value, tag, weak=False) is strong
+
+    def test_mutated_heads_raise_nothing_but_the_protocol_error(self) -> None:
+        rng = random.Random(1)
+        heads = [row[1] for row in self.GOOD] + [row[0] for row in self.REFUSED if len(row[0]) < 500]
+        for _ in range(3000):
+            data = bytearray(rng.choice(heads))
+            for _ in range(rng.randint(1, 4)):
+                at = rng.randrange(len(data))
+                data[at : at + rng.randint(0, 2)] = rng.choice(
+                    [b"", b"\r\n", b" ", b":", b"\0", b"\xff", b"%", bytes([rng.randrange(256)])]
+                )
+            with contextlib.suppress(ptth.ProtocolError):
+                request = ptth.parse_request_head(bytes(data))
+                ptth.parse_framing(request.headers, request.minor)
+                again = ptth.parse_request_head(
+                    ptth.format_request_head(request.method, request.target, request.headers.pairs)
+                )
+                assert (again.target, again.headers.pairs) == (request.target, request.headers.pairs)
+
+
+def chunked(*fields: str) -> bytes:
+    return "\r\n".join(["POST / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked", *fields, "", ""]).encode()
+
+
+class TestStreams:
+    CHUNKED = [  # what follows the head: the body, or the status that refuses it
+        (b"5\r\nhello\r\n0\r\n\r\n", b"hello"), (b"5;a=b;c\r\nhello\r\n0\r\n\r\n", b"hello"), (b"0\r\n\r\n", b""),
+        (b"00A\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n", b"0123456789"), (b"1\r\na\r\n1\r\nb\r\n0\r\n\r\n", b"ab"),
+        (b"5 ;a\r\nhello\r\n0\r\n\r\n", b"hello"), (b"5\nhello\r\n0\r\n\r\n", 400), (b"5\r\nhelloX\r\n0\r\n\r\n", 400),
+        (b"0x5\r\nhello\r\n0\r\n\r\n", 400), (b"+5\r\nhello\r\n0\r\n\r\n", 400), (b"5_\r\nhello\r\n0\r\n\r\n", 400),
+        (b"\r\nhello\r\n0\r\n\r\n", 400), (b"5 \r\nhello\r\n0\r\n\r\n", 400), (b"-1\r\n\r\n", 400), (b"f" * 20 + b"\r\n", 400),
+        (b"5;\x00\r\nhello\r\n0\r\n\r\n", 400), (b"0\r\nbad trailer\r\n\r\n", 400), (b"0\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431),
+        (b"1;" + b"x" * 5000 + b"\r\na\r\n0\r\n\r\n", 400), (b"1;" + b"x" * 4000 + b"\r\na\r\n0\r\n\r\n", b"a"),
+        ((b"1;" + b"x" * 4000 + b"\r\na\r\n") * 20 + b"0\r\n\r\n", 400),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("body", "expected"), CHUNKED)
+    def test_chunks(self, body: bytes, expected: bytes | int) -> None:
+        for pieces in (
+            [chunked() + body],
+            [chunked(), *(body[i : i + 1] for i in range(len(body)))] if len(body) < 99 else [chunked() + body],
+        ):
+            status, _, content = one(say(echo, *pieces))
+            assert (status if status != 200 else content) == expected
+
+    def test_a_request_behind_a_body_is_answered(self) -> None:
+        head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello"
+        answers = split(say(echo, head + chunked() + b"2\r\nhi\r\n0\r\n\r\n" + get("/x")))
+        assert [body for _, _, body in answers] == [b"hello", b"hi", b"GET /x\n"]
+
+    @pytest.mark.parametrize("sent", [b"5\r\nhel", b"5\r\nhello\r\n", b"5\r\nhello\r\n0\r\n", b""])
+    def test_a_body_that_breaks_off_is_not_taken_for_a_whole_one(self, sent: bytes) -> None:
+        assert b"200 OK" not in say(echo, chunked() + sent)
+        assert b"200 OK" not in say(echo, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhell")
+
+    def test_a_file_that_shrinks_breaks_the_transfer_and_one_that_grows_does_not(self, tmp_path: object) -> None:
+        path = tmp_path / "f"
+
+        async def send(change: object) -> bytes:
+            path.write_bytes(b"x" * 300_000)
+            fd = os.open(path, os.O_RDONLY)
+            body = ptth.FileBody(fd, os.fstat(fd), 0, 300_000)
+            change()
+            try:
+                return b"".join([piece async for piece in body])
+            finally:
+                await body.aclose()
+
+        def append() -> None:
+            with open(path, "ab") as file:
+                file.write(b"more")
+
+        assert asyncio.run(send(append)) == b"x" * 300_000
+        for change in (
+            lambda: os.truncate(path, 10),
+            lambda: (path.write_bytes(b"y" * 300_000), os.utime(path, (1, 1))),
+        ):
+            with pytest.raises(ptth.BrokenBody):
+                asyncio.run(send(change))
+
+    def test_a_pace_is_kept(self) -> None:
+        async def measure() -> float:
+            pace = ptth.Pace(1_000_000)
+            begin = asyncio.get_running_loop().time()
+            for _ in range(10):
+                await pace.wait(10_000)
+            return asyncio.get_running_loop().time() - begin
+
+        assert asyncio.run(measure()) >= 0.095
+
+
+class TestHTTPServer:
+    def test_pipelined_requests_are_answered_in_their_order(self) -> None:
+        requests = b"".join(f"GET /{i} HTTP/1.1\r\nHost: a\r\n\r\n".encode() for i in range(50))
+        assert [body for _, _, body in split(say(echo, requests))] == [f"GET /{i}\n".encode() for i in range(50)]
+
+    CONNECTION = [  # (request, what Connection says in the answer, whether a second request is answered)
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", None, True), (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", "close", False),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: x, Close\r\n\r\n", "close", False), (b"GET / HTTP/1.0\r\n\r\n", "close", False),
+        (b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "keep-alive", True), (b"GET / HTTP/1.2\r\nHost: a\r\n\r\n", None, True),
+        (b"\r\n\r\nGET / HTTP/1.1\r\nHost:\r\n\r\n", None, True), (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi", None, True),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\n" + b"x" * 99999, "close", False),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("request_", "connection", "second"), CONNECTION)
+    def test_keeping_the_connection(self, request_: bytes, connection: str | None, second: bool) -> None:
+        answers = split(say(echo, request_, b"GET /2 HTTP/1.1\r\nHost: a\r\n\r\n"))
+        assert (answers[0][1].get("connection"), len(answers) == 2) == (connection, second)
+
+    def test_100_continue_is_said_when_the_body_is_wanted(self) -> None:
+        head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-Continue\r\n\r\n"
+        assert [status for status, _, _ in split(say(echo, head, b"hi"))] == [100, 200]
+
+    def test_100_continue_is_not_said_when_it_is_not(self) -> None:
+        head = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+        status, fields, _ = one(say(echo, head))
+        assert (status, fields["connection"]) == (200, "close")
+
+    def test_a_body_of_unknown_length_is_chunked_or_ends_with_the_connection(self) -> None:
+        class Endless:
+            length = None
+
+            async def __aiter__(self) -> object:
+                yield b"one"
+                yield b""
+                yield b"two"
+
+            async def write_to(self, connection: ptth.Connection) -> None:
+                async for piece in self:
+                    await connection.send(piece)
+
+            async def aclose(self) -> None:
+                pass
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            return ptth.Response(200, [], Endless())
+
+        status, fields, body = one(say(handler, get("/")))
+        assert (fields["transfer-encoding"], body) == ("chunked", b"onetwo")
+        old = say(handler, b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        assert old.endswith(b"\r\n\r\nonetwo") and b"close" in old and b"chunked" not in old
+
+    def test_an_error_of_ours_is_500_and_tells_the_client_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        async def broken(request: ptth.Request) -> ptth.Response:
+            raise RuntimeError("secret")
+
+        status, _, body = one(say(broken, get("/")))
+        assert status == 500 and b"secret" not in body
+        assert "RuntimeError: secret" in capsys.readouterr().err
+
+    def test_a_head_that_comes_too_slowly_is_408_and_an_idle_connection_is_closed(self, background: Background) -> None:
+        async def begin() -> tuple[ptth.HTTPServer, int]:
+            server = ptth.HTTPServer(echo, idle_time=0.01, head_time=0.01)
+            sock = ptth.open_socket("127.0.0.1", 0)
+            await server.listen(sock)
+            return server, sock.getsockname()[1]
+
+        server, port = background.run(begin())
+        assert one(fetch(port, b"GET / HT", half_close=False))[0] == 408
+        assert fetch(port, b"", half_close=False) == b""
+        background.run(server.stop(1))
+
+    def test_a_half_closed_request_is_answered_and_an_incomplete_one_is_not(self, files_tunnel: Tunnel) -> None:
+        assert one(files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
+        assert files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n") == b""
+
+    def test_the_access_log_has_one_clean_line_for_a_request(self, capsys: pytest.CaptureFixture[str]) -> None:
+        log = ptth.AccessLog()
+
+        async def talk() -> None:
+            head = f'GET {ptth.BACKEND}http_listen/n?key=secret HTTP/1.1\r\nHost: a\r\nUser-Agent: "\x9b\\\r\nReferer: r\r\n\r\n'
+            log.add(ptth.parse_request_head(head.encode("latin-1")), "192.0.2.1", 200, 5)
+            log.flush()
+
+        asyncio.run(talk())
+        line = capsys.readouterr().err
+        assert re.fullmatch(
+            r'192\.0\.2\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d \+0000\] "GET /7ZSFUKGV/http_listen/n HTTP/1\.1" 200 5 '
+            r'"r" "\\x22\\x9b\\x5c"\n', line,
+        )  # fmt: skip
+
+
+ETAG = f'"{MTIME * 10**9:x}-{len(HELLO):x}"'
+TEXT = {"content-type": "text/plain; charset=utf-8", "etag": ETAG, "last-modified": DATE, "accept-ranges": "bytes"}
+
+
+class TestFileServer:
+    FILES = [  # (path, fields, status, some of the answer's fields, body or None): the same directly and tunnelled
+        ("/hello.txt", [], 200, TEXT, HELLO),
+        ("/hello.txt?query", [], 200, TEXT, HELLO),
+        ("/./sub/..//hello%2etxt", [], 200, TEXT, HELLO),
+        ("/empty", [], 200, {"content-length": "0"}, b""),
+        ("/page.html", [], 200, {"content-type": "text/html; charset=utf-8", "x-content-type-options": "nosniff"}, b"<p>page</p>\n"),
+        ("/noext", [], 200, {"content-type": "application/octet-stream"}, b"?"),
+        ("/a%20b%26c%3Cd%3E%22e%27%23%25%3F.txt", [], 200, {}, b"odd\n"),
+        ("/%C3%BCml%C3%A4ut.txt", [], 200, {}, b"umlaut\n"),
+        ("/bytes%FF%fe", [], 200, {}, b"not UTF-8\n"),
+        ("/bytes\xff\xfe", [], 200, {}, b"not UTF-8\n"),
+        ("/new%0Aline", [], 200, {}, b"newline\n"),
+        ("/back\\slash", [], 200, {}, b"backslash\n"),
+        ("/a:b", [], 200, {}, b"colon\n"),
+        ("/big", [], 200, {"content-length": "262144"}, bytes(range(256)) * 1024),
+        ("/inside", [], 200, {"content-type": "application/octet-stream"}, HELLO),
+        ("/insub/file", [], 200, {}, b"in sub\n"),
+        ("/index/", [], 200, {"content-type": "text/html; charset=utf-8"}, b"the index\n"),
+        ("/.well-known/x", [], 200, {}, b"well known\n"),
+        ("/sub", [], 301, {"location": "./sub/"}, None),
+        ("/sub?a=b&c", [], 301, {"location": "./sub/?a=b&c"}, None),
+        ("/sub%20dir", [], 301, {"location": "./sub%20dir/"}, None),
+        ("/a:d", [], 301, {"location": "./a%3Ad/"}, None),
+        ("/.//sub", [], 301, {"location": "./sub/"}, None),
+        ("/insub", [], 301, {"location": "./insub/"}, None),
+        *((path, [], 404, {}, None) for path in (
+            "/missing", "/hello.txt/", "/hello.txt/x", "/sub%2Ffile", "/outside", "/outdir/secret", "/up/secret", "/dangling", "/loop",
+            "/fifo", "/.secret", "/.git/config", "/sub/../.secret", "/%2esecret", "/" + "x" * 300, "/bytes", "/..%2fhello.txt", "/loop/x",
+        )),  # fmt: skip
+        *((path, [], 400, {}, None) for path in ("/%", "/%zz", "/%4", "/hello.txt%00", "/%00")),
+        ("/hello.txt", ["If-None-Match: " + ETAG], 304, {"etag": ETAG}, b""),
+        ("/hello.txt", ["If-None-Match: W/" + ETAG], 304, {}, b""),
+        ("/hello.txt", ['If-None-Match: "x", ' + ETAG], 304, {}, b""),
+        ("/hello.txt", ["If-None-Match: *"], 304, {}, b""),
+        ("/hello.txt", ['If-None-Match: "x"'], 200, {}, HELLO),
+        ("/hello.txt", ['If-None-Match: "x"', "If-Modified-Since: " + DATE], 200, {}, HELLO),
+        ("/hello.txt", ["If-Modified-Since: " + DATE], 304, {"last-modified": DATE}, b""),
+        ("/hello.txt", ["If-Modified-Since: Tuesday, 14-Nov-23 22:13:20 GMT"], 304, {}, b""),
+        ("/hello.txt", ["If-Modified-Since: Tue Nov 14 22:13:19 2023"], 200, {}, HELLO),
+        ("/hello.txt", ["If-Modified-Since: yesterday"], 200, {}, HELLO),
+        ("/hello.txt", ["If-Match: " + ETAG], 200, {}, HELLO),
+        ("/hello.txt", ["If-Match: W/" + ETAG], 412, {}, None),
+        ("/hello.txt", ['If-Match: "x"', "If-None-Match: " + ETAG], 412, {}, None),
+        ("/hello.txt", ["If-Unmodified-Since: Tue, 14 Nov 2023 22:13:19 GMT"], 412, {}, None),
+        ("/hello.txt", ["If-Unmodified-Since: " + DATE], 200, {}, HELLO),
+        ("/hello.txt", ["If-Match: *", "If-Unmodified-Since: Tue, 14 Nov 2023 22:13:19 GMT"], 200, {}, HELLO),
+        ("/hello.txt", ["Range: bytes=7-"], 206, {"content-range": "bytes 7-12/13", "content-length": "6"}, b"world\n"),
+        ("/hello.txt", ["Range: bytes=-1"], 206, {"content-range": "bytes 12-12/13"}, b"\n"),
+        ("/hello.txt", ["Range: bytes=0-99"], 206, {"content-range": "bytes 0-12/13"}, HELLO),
+        ("/hello.txt", ["Range: bytes=13-"], 416, {"content-range": "bytes */13"}, None),
+        ("/hello.txt", ["Range: bytes=20-,1-1"], 206, {"content-range": "bytes 1-1/13"}, b"e"),
+        ("/hello.txt", ["Range: bytes=x"], 200, {}, HELLO),
+        ("/hello.txt", ["Range: bytes=0-0", "Range: bytes=1-1"], 200, {}, HELLO),
+        ("/hello.txt", ["Range: bytes=1-1", "If-Range: " + ETAG], 206, {}, b"e"),
+        ("/hello.txt", ["Range: bytes=1-1", "If-Range: W/" + ETAG], 200, {}, HELLO),
+        ("/hello.txt", ["Range: bytes=1-1", "If-Range: " + DATE], 206, {}, b"e"),
+        ("/hello.txt", ["Range: bytes=1-1", "If-Range: Tue, 14 Nov 2023 22:13:21 GMT"], 200, {}, HELLO),
+        ("/hello.txt", ["Range: bytes=1-1", "If-None-Match: " + ETAG], 304, {}, b""),
+        ("/big", ["Range: bytes=1000-200999"], 206, {"content-range": "bytes 1000-200999/262144"}, (bytes(range(256)) * 1024)[1000:201000]),
+        ("/empty", ["Range: bytes=0-"], 416, {"content-range": "bytes */0"}, None),
+        ("/empty", ["Range: bytes=-1"], 200, {}, b""),
+    ]  # fmt: skip
+    VOLATILE = {"date", "via", "content-security-policy", "connection", "keep-alive", "transfer-encoding"}
+
+    def both(
+        self, root: str, tunnel: Tunnel, path: str, fields: list[str], method: str = "GET"
+    ) -> tuple[int, dict[str, str], bytes]:
+        """The answer to a request, which must be the same directly and through the tunnel."""
+        direct = parse_answer(fetch_direct(root, get(path, *fields, method=method)), method)
+        through = parse_answer(tunnel.fetch(get("/frontend/servers/n/files" + path, *fields, method=method)), method)
+        for _, answer, _ in (direct, through):
+            for name in self.VOLATILE:
+                answer.pop(name, None)
+        assert direct == through
+        return direct
+
+    @pytest.mark.parametrize(("path", "fields", "status", "expected", "body"), FILES)
+    def test_files(
+        self,
+        path: str,
+        fields: list[str],
+        status: int,
+        expected: dict[str, str],
+        body: bytes | None,
+        root: str,
+        files_tunnel: Tunnel,
+    ) -> None:
+        answer = self.both(root, files_tunnel, path, fields)
+        assert answer[0] == status
+        assert {name: answer[1].get(name) for name in expected} == expected
+        assert body is None or answer[2] == body
+
+    @pytest.mark.parametrize("path", ["/hello.txt", "/big", "/sub", "/", "/missing", "/empty"])
+    def test_head_is_get_without_the_body_and_ignores_range(self, path: str, root: str, files_tunnel: Tunnel) -> None:
+        status, fields, body = self.both(root, files_tunnel, path, [])
+        assert body or path == "/empty"
+        again, head_fields, nothing = self.both(root, files_tunnel, path, ["Range: bytes=0-1"], "HEAD")
+        assert (again, nothing) == (status, b"")
+        assert head_fields == fields
+
+    def test_several_ranges_are_one_multipart_body(self, root: str, files_tunnel: Tunnel) -> None:
+        status, fields, body = self.both(root, files_tunnel, "/hello.txt", ["Range: bytes=0-1, 7-8,-1"])
+        boundary = re.fullmatch(r"multipart/byteranges; boundary=([\w-]+)", fields["content-type"])[1]
+        parts = body.split(f"\r\n--{boundary}".encode())
+        assert (status, parts[0], parts[-1]) == (206, b"", b"--\r\n")
+        expected = [("0-1", b"he"), ("7-8", b"wo"), ("12-12", b"\n")]
+        for part, (numbers, data) in zip(parts[1:-1], expected, strict=True):
+            assert (
+                part
+                == f"\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Range: bytes {numbers}/13\r\n\r\n".encode()
+                + data
+            )
+
+    @pytest.mark.parametrize(
+        ("method", "status"), [("POST", 405), ("DELETE", 405), ("TRACE", 405), ("BREW", 501), ("OPTIONS", 204)]
+    )
+    def test_other_methods(self, method: str, status: int, root: str, files_tunnel: Tunnel) -> None:
+        answer = self.both(root, files_tunnel, "/hello.txt", [], method)
+        assert (answer[0], answer[1]["allow"]) == (status, "GET, HEAD, OPTIONS")
+
+    def test_a_listing_shows_what_can_be_fetched_and_nothing_else(self, root: str, files_tunnel: Tunnel) -> None:
+        _, fields, body = self.both(root, files_tunnel, "/", ["Accept: application/json"])
+        names = {entry["name"].encode("utf-8", "surrogateescape") for entry in json.loads(body)["entries"]}
+        hidden = {b".secret", b".git", b"outside", b"outdir", b"dangling", b"loop", b"fifo", b"up"}
+        assert names == {name for name in os.listdir(os.fsencode(root)) if name not in hidden}
+        page = self.both(root, files_tunnel, "/", [])[2].decode()
+        links = set(re.findall(r'href="\./([^"]*)"', page))
+        assert {ptth.parse_path("/" + link)[0][0] for link in links} == names
+        for link in links:
+            assert self.both(root, files_tunnel, "/" + link, [])[0] == 200
+
+    def test_json_tells_name_size_kind_and_time(self, root: str, files_tunnel: Tunnel) -> None:
+        entries = json.loads(self.both(root, files_tunnel, "/sub/", ["Accept: application/json"])[2])
+        assert entries == {"entries": [{"name": "file", "size": 7, "is_dir": False, "mtime": MTIME}]}
+        original = one(files_tunnel.fetch(get("/frontend/servers/n/api/v1/dir/sub/")))
+        assert json.loads(original[2]) == entries and original[1]["content-type"] == "application/json; charset=UTF-8"
+
+    def test_names_are_escaped(self, root: str, files_tunnel: Tunnel) -> None:
+        page = self.both(root, files_tunnel, "/", [])[2].decode()
+        assert "a b&amp;c&lt;d&gt;&quot;e&#39;#%?.txt" in page and "<d>" not in page
+
+    def test_the_servers_own_configuration_is_never_served(self, tmp_path: object) -> None:
+        secret = tmp_path / "ptth_server.toml"
+        secret.write_text("api_key")
+        os.link(secret, tmp_path / "hard")
+        os.symlink(secret, tmp_path / "soft")
+        (tmp_path / "other").write_text("other")
+        handler = ptth.site_handler(ptth.Site(str(tmp_path), private=[str(secret)]))
+        for name, status in (("ptth_server.toml", 404), ("hard", 404), ("soft", 404), ("other", 200)):
+            assert one(say(handler, get(f"/{name}")))[0] == status
+        new = tmp_path / "new"
+        new.write_text("api_key")
+        new.rename(secret)  # an editor's way to save: another inode under the same name
+        assert one(say(handler, get("/ptth_server.toml")))[0] == 404
+        assert b"toml" not in say(handler, get("/"))
+
+    def test_no_descriptor_stays_open(self, root: str) -> None:
+        handler = ptth.site_handler(ptth.Site(root))
+        say(handler, get("/hello.txt"))
+        before = len(os.listdir("/proc/self/fd"))
+        for path, fields, *_ in self.FILES:
+            say(handler, get(path, *fields))
+            say(handler, get(path, *fields, method="HEAD"))
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def parse_answer(data: bytes, method: str) -> tuple[int, dict[str, str], bytes]:
+    """The one answer to a request; that to HEAD has a length and no body."""
+    if method != "HEAD":
+        return one(data)
+    status, fields, body = one(re.sub(rb"(?i)\r\nContent-Length: ", b"\r\nLength: ", data))
+    return status, {name.replace("length", "content-length"): value for name, value in fields.items()}, body
+
+
+def fetch_direct(root: str, request: bytes) -> bytes:
+    """What a file server answers, over a real socket, so that files leave by sendfile."""
+
+    async def talk() -> bytes:
+        server = ptth.HTTPServer(ptth.site_handler(ptth.Site(root)))
+        sock = ptth.open_socket("127.0.0.1", 0)
+        await server.listen(sock)
+        answer = await asyncio.to_thread(fetch, sock.getsockname()[1], request)
+        await server.stop(1)
+        return answer
+
+    return asyncio.run(talk())
+
+
+class TestTunnelMessages:
+    def pack(self, head: bytes, **more: object) -> bytes:
+        request = ptth.parse_request_head(head)
+        request.connection = ptth.Stream.__new__(ptth.Stream)
+        request.connection.peer = "192.0.2.9"
+        return ptth.pack_request("0" * 32, request, request.target)
+
+    def test_a_request_is_rebuilt(self) -> None:
+        head = (
+            b"PUT http://h/x?y HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nConnection: close, X-Mine\r\nX-Mine: 1\r\nKeep-Alive: 2\r\nTE: 3\r\n"
+            b"Trailer: 4\r\nUpgrade: 5\r\nContent-Length: 0\r\nExpect: 100-continue\r\nCookie: 6\r\nX-ApiKey: 7\r\nPTTH-Request-Id: 8\r\n"
+            b"Proxy-Authorization: 9\r\nX-Accel-Redirect: 10\r\nAuthorization: Basic eA==\r\nVia: 1.0 front\r\nX-Forwarded-For: 1.2.3.4\r\n\r\n"
+        )  # fmt: skip
+        assert self.pack(head) == (
+            b"PUT /x?y HTTP/1.1\r\nPTTH-Request-Id: " + b"0" * 32 + b"\r\nHost: h\r\nAccept: */*\r\nAuthorization: Basic eA==\r\n"
+            b"X-Forwarded-For: 1.2.3.4, 192.0.2.9\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: h\r\nVia: 1.0 front, 1.1 ptth\r\n\r\n"
+        )  # fmt: skip
+
+    def test_a_host_is_supplied_for_http_1_0(self) -> None:
+        assert b"\r\nHost: localhost\r\n" in self.pack(b"GET / HTTP/1.0\r\n\r\n")
+
+    def test_requests_are_unpacked_in_their_order(self) -> None:
+        packed = self.pack(get("/1")) + self.pack(get("/2"))
+        assert [(identity, request.target) for identity, request in ptth.unpack_requests(packed)] == [
+            ("0" * 32, "/1"),
+            ("0" * 32, "/2"),
+        ]
+        assert list(ptth.unpack_requests(b"")) == []
+
+    def test_a_bad_request_fails_its_own_id(self) -> None:
+        bad = self.pack(get("/")).replace(b"Host:", b"Host :")
+        with_body = self.pack(get("/")).replace(b"\r\n\r\n", b"\r\nContent-Length: 5\r\n\r\n")
+        answers = [request for _, request in ptth.unpack_requests(bad + with_body + self.pack(get("/good")))]
+        assert [getattr(answer, "status", 200) for answer in answers] == [400, 400, 200]
+
+    @pytest.mark.parametrize(
+        "data", [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"GET / HTTP/1.1\r\nPTTH-Request-Id: 12345678\r\n", b"x"]
+    )
+    def test_without_an_id_or_an_end_the_rest_is_lost(self, data: bytes) -> None:
+        with pytest.raises(ptth.ProtocolError):
+            list(ptth.unpack_requests(data))
+
+    def test_a_response_is_fenced_in(self) -> None:
+        dangerous = (
+            "Set-Cookie", "Set-Cookie2", "Service-Worker-Allowed", "Clear-Site-Data", "Strict-Transport-Security", "Alt-Svc", "NEL",
+            "Report-To", "Reporting-Endpoints", "X-Accel-Redirect", "x-accel-expires", "X-Sendfile", "Connection", "PTTH-Request-Id",
+            "Transfer-Encoding", "Keep-Alive",
+        )  # fmt: skip
+        passed = ptth.passing_response(ptth.Headers([("ETag", "x"), *((name, "y") for name in dangerous)]))
+        assert [name for name, _ in passed] == ["ETag", "Via", "X-Content-Type-Options", "Content-Security-Policy"]
+
+    SANDBOX = [
+        ("text/html", True), ("image/png", False), ("IMAGE/SVG+xml", True), ("text/plain; charset=utf-8", False), ("font/woff2", False),
+        ("application/json", False), ("application/pdf", False), ("text/plain, text/html", True), ("text/plain;x=,text/html", True),
+        ("application/xhtml+xml", True), ("text/javascript", True), ("text/xml", True), ("", True), ("text/plainx", True), ("x", True),
+        ("application/octet-stream", False), ("video/mp4", False), ("image/", True), ("text/css", False), ("application/zip", False),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("kind", "sandbox"), SANDBOX)
+    def test_only_what_runs_nothing_is_spared_the_sandbox(self, kind: str, sandbox: bool) -> None:
+        fields = ptth.passing_response(ptth.Headers([("Content-Type", kind)] if kind else []))
+        assert (("Content-Security-Policy", ptth.SANDBOX) in fields) is sandbox
+        double = ptth.passing_response(ptth.Headers([("Content-Type", "image/png"), ("content-type", kind)]))
+        assert ("Content-Security-Policy", ptth.SANDBOX) in double
+        assert ("Content-Security-Policy", ptth.SANDBOX) not in ptth.passing_response(ptth.Headers(), sandbox=False)
+
+    @pytest.mark.parametrize(
+        ("prefer", "seconds"),
+        [
+            ("wait=5", 5),
+            ("wait=0", 0),
+            ("wait=99", 25),
+            ("", 25),
+            ("respond-async, wait=7", 7),
+            ('wait="3"', 3),
+            ("awaited=3", 25),
+        ],
+    )
+    def test_wait(self, prefer: str, seconds: float) -> None:
+        assert ptth.parse_wait(prefer) == seconds
+
+
+class Hand:
+    """A server played by hand on one connection to the relay."""
+
+    def __init__(self, port: int, name: str = "n", key: str = KEY) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.name, self.key, self.data = name, key, b""
+
+    def send(self, method: str, path: str, body: bytes = b"", *fields: str) -> None:
+        length = (
+            []
+            if any(field.startswith("Transfer") for field in fields) or method == "GET"
+            else [f"Content-Length: {len(body)}"]
+        )
+        lines = [f"{method} /7ZSFUKGV/{path} HTTP/1.1", "Host: r", f"X-ApiKey: {self.key}", *length, *fields, "", ""]
+        self.sock.sendall("\r\n".join(lines).encode() + body)
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """The next answer on this connection."""
+        while True:
+            head, end, rest = self.data.partition(b"\r\n\r\n")
+            if end:
+                length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])
+                if len(rest) >= length:
+                    self.data = rest[length:]
+                    return one(head + end + rest[:length])
+            piece = self.sock.recv(1 << 16)
+            assert piece, f"the connection ended: {self.data!r}"
+            self.data += piece
+
+    def listen(self, wait: int = 20, *fields: str) -> None:
+        """P1"""
+        self.send("GET", f"http_listen/{self.name}", b"", "Accept: application/http", f"Prefer: wait={wait}", *fields)
+
+    def requests(self) -> list[tuple[str, str]]:
+        """P3: the (id, target) of its requests"""
+        status, fields, body = self.answer()
+        assert (status, fields["content-type"], fields["cache-control"]) == (200, ptth.REQUESTS_TYPE, "no-store")
+        return [(identity, request.target) for identity, request in ptth.unpack_requests(body)]
+
+    def respond(self, identity: str, inner: bytes, *fields: str) -> None:
+        """P5"""
+        self.send(
+            "POST", f"http_response/{identity}", inner, "Content-Type: application/http; msgtype=response", *fields
+        )
+
+    def reply(self, identity: str, inner: bytes) -> int:
+        """P5 and P7"""
+        self.respond(identity, inner)
+        return self.answer()[0]
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Client:
+    """A client in a thread, whose answer is looked at later."""
+
+    def __init__(self, port: int, path: str = "/x", *fields: str, method: str = "GET", version: str = "1.1") -> None:
+        request = get("/frontend/servers/n" + path, *fields, method=method).replace(
+            b"HTTP/1.1", b"HTTP/" + version.encode(), 1
+        )
+        self.result: queue.Queue[bytes] = queue.Queue()
+        threading.Thread(target=lambda: self.result.put(fetch(port, request)), daemon=True).start()
+
+    def raw(self) -> bytes:
+        return self.result.get(timeout=30)
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        return one(self.raw())
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nhi"
+
+
+class TestRelay:
+    @pytest.fixture
+    def hand(self, bare_relay: Tunnel) -> object:
+        made = Hand(bare_relay.port)
+        made.listen(0)
+        assert made.requests() == []
+        yield made
+        made.close()
+
+    def hand_over(
+        self, relay: Tunnel, hand: Hand, *clients: tuple[object, ...], **options: str
+    ) -> tuple[list[Client], list[str]]:
+        """Let clients ask one after the other; return them and the ids of their requests."""
+        made, ids = [], []
+        for i, fields in enumerate(clients or ((),)):
+            hand.listen()
+            made.append(Client(relay.port, f"/{i}", *fields, **options))
+            ((identity, target),) = hand.requests()
+            assert target == f"/{i}"
+            ids.append(identity)
+        return made, ids
+
+    def test_a_request_goes_round(self, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        assert hand.reply(identity, OK) == 200
+        status, fields, body = client.answer()
+        assert (status, fields["via"], fields["content-length"], body) == (200, "1.1 ptth", "2", b"hi")
+
+    def test_what_waits_is_handed_over_together(self, bare_relay: Tunnel, hand: Hand) -> None:
+        clients = [Client(bare_relay.port, f"/{i}") for i in range(70)]
+        eventually(lambda: len(bare_relay.relay.servers["n"].waiting) == 70)
+        hand.listen()
+        first = hand.requests()
+        hand.listen()
+        second = hand.requests()
+        assert (len(first), len(second)) == (64, 6)
+        for identity, target in first + second:
+            assert hand.reply(identity, b"HTTP/1.1 200 OK\r\n\r\n" + target.encode()) == 200
+        assert [client.answer()[2] for client in clients] == [f"/{i}".encode() for i in range(70)]
+
+    BAD_RESPONSES = [
+        b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 99 X\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhi", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nhi",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: y\n z: 1\r\n\r\n", b"HTTP/1.1 304 X\r\n\r\nhi",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nhi", b"HTTP/1.1 200 OK\r\nX: " + b"y" * 60_000 + b"\r\n\r\n",
+        b"HTTP/1.1 204 No Content\r\n\r\nhi", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"HTTP/1.1 999 X\r\n\r\n",
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("inner", BAD_RESPONSES, ids=range(len(BAD_RESPONSES)))
+    def test_a_response_that_cannot_be_used_is_502(self, inner: bytes, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        assert hand.reply(identity, inner) == 400
+        assert client.answer()[0] == 502
+
+    def test_the_first_response_claims_the_id(self, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        assert [hand.reply(identity, OK), hand.reply(identity, OK), hand.reply("0" * 32, OK)] == [200, 410, 410]
+        assert client.answer()[0] == 200
+
+    def test_an_answer_to_head_has_a_length_and_no_body(self, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand, method="HEAD")
+        assert hand.reply(identity, OK[:-2]) == 200
+        status, fields, body = parse_answer(client.raw(), "HEAD")
+        assert (status, fields["content-length"], body) == (200, "2", b"")
+
+    @pytest.mark.parametrize("told", [b"", b"Content-Length: 4\r\n"])
+    def test_a_chunked_response_arrives_as_it_comes(self, told: bytes, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        hand.respond(
+            identity, b"%x\r\nHTTP/1.1 200 OK\r\n%b\r\n\r\n" % (19 + len(told), told), "Transfer-Encoding: chunked"
+        )
+        for piece in (b"2\r\nhi\r\n", b"2\r\n!!\r\n", b"0\r\n\r\n"):
+            hand.sock.sendall(piece)
+        assert hand.answer()[0] == 200
+        _, fields, body = client.answer()
+        assert (fields.get("content-length") or fields["transfer-encoding"], body) == (
+            "4" if told else "chunked",
+            b"hi!!",
+        )
+
+    def test_a_chunked_body_that_breaks_off_has_no_last_chunk(self, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        begin = b"HTTP/1.1 200 OK\r\n\r\n"
+        hand.respond(identity, b"%x\r\n%b\r\n2\r\nhi\r\n" % (len(begin), begin), "Transfer-Encoding: chunked")
+        hand.close()
+        raw = client.raw()
+        assert b"chunked" in raw and not raw.endswith(b"0\r\n\r\n")
+
+    def test_towards_http_1_0_a_broken_body_ends_in_a_reset(self, bare_relay: Tunnel, hand: Hand) -> None:
+        hand.listen()
+        with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as client:
+            client.sendall(b"GET /frontend/servers/n/ HTTP/1.0\r\n\r\n")
+            ((identity, _),) = hand.requests()
+            begin = b"HTTP/1.1 200 OK\r\n\r\n"
+            hand.respond(identity, b"%x\r\n%b\r\n2\r\nhi\r\n" % (len(begin), begin), "Transfer-Encoding: chunked")
+            data = b""
+            while not data.endswith(b"hi"):
+                data += client.recv(1000)
+            hand.close()
+            with pytest.raises(ConnectionResetError):
+                client.recv(1000)
+
+    def test_a_short_body_ends_before_its_content_length(self, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        inner = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
+        hand.send(
+            "POST", f"http_response/{identity}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
+        )
+        hand.sock.sendall(b"%x\r\n%b\r\n2\r\nhi\r\n0\r\n\r\n" % (len(inner), inner))
+        raw = client.raw()
+        assert b"Content-Length: 100" in raw and raw.endswith(b"\r\n\r\nhi")
+
+    def test_a_client_that_leaves_ends_the_servers_post(self, bare_relay: Tunnel, hand: Hand) -> None:
+        hand.listen()
+        client = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
+        client.sendall(get("/frontend/servers/n/"))
+        ((identity, _),) = hand.requests()
+        hand.send(
+            "POST", f"http_response/{identity}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
+        )
+        begin = b"HTTP/1.1 200 OK\r\n\r\n"
+        hand.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
+        client.recv(100)
+        client.close()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(10_000):
+                hand.sock.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+            raise AssertionError("the relay read on for a client that had left")
+
+    def test_a_get_is_offered_again_when_its_connection_ends_and_only_once(
+        self, bare_relay: Tunnel, hand: Hand
+    ) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        again = Hand(bare_relay.port)
+        again.listen()
+        hand.close()
+        assert again.requests() == [(identity, "/0")]
+        last = Hand(bare_relay.port)
+        again.close()
+        eventually(lambda: not bare_relay.relay._delivered)
+        last.listen(0)
+        assert last.requests() == []
+        assert last.reply(identity, OK) == 200
+        assert client.answer()[0] == 200
+        last.close()
+
+    def test_a_close_that_was_announced_loses_nothing(self, bare_relay: Tunnel) -> None:
+        hand = Hand(bare_relay.port)
+        hand.listen(20, "Connection: close")
+        client = Client(bare_relay.port)
+        ((identity, _),) = hand.requests()
+        assert hand.sock.recv(1) == b""
+        hand.close()
+        hand = Hand(bare_relay.port)
+        hand.listen(0)
+        assert hand.requests() == []
+        assert hand.reply(identity, OK) == 200
+        assert client.answer()[0] == 200
+        hand.close()
+
+    def test_a_half_closed_p1_gets_no_request(self, bare_relay: Tunnel) -> None:
+        leaving, staying = Hand(bare_relay.port), Hand(bare_relay.port)
+        leaving.listen()
+        leaving.sock.shutdown(socket.SHUT_WR)
+        eventually(
+            lambda: [parked.connection.gone() for parked in bare_relay.relay.servers["n"].parked] in ([True], [])
+        )
+        staying.listen()
+        client = Client(bare_relay.port)
+        ((identity, _),) = staying.requests()
+        assert leaving.requests() == []
+        assert staying.reply(identity, OK) == 200
+        assert client.answer()[0] == 200
+
+    @pytest.mark.parametrize(
+        ("name", "key"),
+        [("n", "wrong-key-that-is-long-enough"), ("unknown", KEY), ("n", "k" * 129), ("n", ""), ("..%2f", KEY)],
+    )
+    def test_a_wrong_key_and_an_unknown_name_get_the_same_401(self, name: str, key: str, bare_relay: Tunnel) -> None:
+        hand = Hand(bare_relay.port, name, key)
+        hand.listen(0)
+        status, _, body = hand.answer()
+        assert (status, body) == (401, b"Bad X-ApiKey\n")
+        hand.close()
+
+    def test_a_response_needs_the_key_of_its_server(self, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        other = Hand(bare_relay.port, key="another-key-than-the-right-one")
+        assert other.reply(identity, OK) == 401
+        assert hand.reply(identity, OK) == 200
+        assert client.answer()[0] == 200
+
+    STATUSES = [
+        ("/frontend/servers/unknown/", 404), ("/frontend/servers/n", 301), ("/frontend/servers/../n/", 404), ("/frontend/servers//n/", 404),
+        ("/frontend//servers/n/", 404), ("/7ZSFUKGV/../frontend/servers/", 404), ("/7ZSFUKGV/http_listen/../n", 404), ("/nothing", 404),
+        ("/%66rontend/servers/", 404), ("/7ZSFUKGV/http_listen/", 404), ("/7ZSFUKGV/", 404), ("/frontend/servers/%6e/", 404), ("/", 302),
+        ("/frontend/servers/./", 404), ("/frontend/servers", 301), ("/frontend/relay_up_check", 200), ("/frontend/servers/", 200),
+        ("/frontend/unregistered_servers", 200), ("/ptth.py", 200), ("/7ZSFUKGV/http_listen/n/x", 404),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("path", "status"), STATUSES)
+    def test_targets_are_matched_literally(self, path: str, status: int, bare_relay: Tunnel) -> None:
+        assert one(bare_relay.fetch(get(path)))[0] == status
+
+    def test_redirects_are_relative(self, bare_relay: Tunnel) -> None:
+        assert one(bare_relay.fetch(get("/frontend/servers/n?a=b/c")))[1]["location"] == "./n/?a=b/c"
+        assert one(bare_relay.fetch(get("/")))[1]["location"] == "./frontend/servers/"
+
+    def test_what_follows_the_name_is_forwarded_untouched(self, bare_relay: Tunnel, hand: Hand) -> None:
+        for path in ("/", "/a/../%2e%2e//b?c=%20/../d", "/\xff"):
+            hand.listen()
+            client = Client(bare_relay.port, path)
+            ((identity, target),) = hand.requests()
+            assert target == path
+            assert hand.reply(identity, OK) == 200
+            assert client.answer()[0] == 200
+
+    def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
+        head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
+        for rest in (b"Content-Length: 2\r\n\r\nhi", b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"):
+            status, fields, _ = one(bare_relay.fetch(head + rest))
+            assert (status, fields["connection"]) == (501, "close")
+        hand.listen()
+        result: queue.Queue[bytes] = queue.Queue()
+        request = (
+            get("/frontend/servers/n/", "Content-Length: 2").replace(b"Connection: close\r\n", b"")
+            + b"hi"
+            + get("/nothing")
+        )
+        threading.Thread(target=lambda: result.put(bare_relay.fetch(request)), daemon=True).start()
+        ((identity, _),) = hand.requests()
+        assert hand.reply(identity, OK) == 200
+        assert [status for status, _, _ in split(result.get(timeout=20))] == [200, 404]
+
+    def test_a_server_that_is_away_is_503(self, bare_relay: Tunnel) -> None:
+        bare_relay.relay._started -= 100
+        status, fields, _ = one(bare_relay.fetch(get("/frontend/servers/n/")))
+        assert (status, "retry-after" in fields) == (503, True)
+
+    def test_a_server_that_does_not_answer_is_504(self, background: Background) -> None:
+        relay = Tunnel(background, None, answer_time=0.01)
+        hand = Hand(relay.port)
+        (client,), (identity,) = self.hand_over(relay, hand)
+        assert client.answer()[0] == 504
+        assert hand.reply(identity, OK) == 410
+        relay.close()
+
+    def test_a_thousand_requests_may_wait(self, bare_relay: Tunnel) -> None:
+        server = bare_relay.relay.servers["n"]
+        server.waiting.update({str(i): None for i in range(ptth.MAX_WAITING)})
+        try:
+            assert one(bare_relay.fetch(get("/frontend/servers/n/")))[0] == 503
+        finally:
+            server.waiting.clear()
+
+    def test_unregistered_servers_are_shown_with_what_would_register_them(self, bare_relay: Tunnel) -> None:
+        for name, key in (("stranger", KEY), ("n", "wrong-key-that-is-long-enough"), ("<script>", KEY)):
+            hand = Hand(bare_relay.port, name, key)
+            hand.listen(0)
+            hand.answer()
+        page = one(bare_relay.fetch(get("/frontend/unregistered_servers")))[2].decode()
+        assert "stranger" in page and ptth.tripcode(KEY) in page
+        assert ptth.tripcode("wrong-key-that-is-long-enough") not in page and "<script>" not in page and KEY not in page
+
+    def test_pages_of_the_relay(self, bare_relay: Tunnel) -> None:
+        page = one(bare_relay.fetch(get("/frontend/servers/")))[2].decode()
+        assert 'href="./n/"' in page and "never seen" in page
+        with open(PROGRAM, "rb") as file:
+            assert one(bare_relay.fetch(get("/ptth.py")))[2] == file.read()
+        assert one(bare_relay.fetch(get("/", method="POST")))[0] == 405
+        assert b"<!doctype html>" in bare_relay.fetch(get("/nothing", "Accept: text/html"))
+
+    def test_a_stopping_relay_finishes_what_it_accepted(self, bare_relay: Tunnel, hand: Hand) -> None:
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        hand.listen()
+        eventually(lambda: bare_relay.relay.servers["n"].parked)
+        stopping = asyncio.run_coroutine_threadsafe(bare_relay.relay.stop(), bare_relay.background.loop)
+        status, fields, body = hand.answer()
+        assert (status, fields["connection"], body) == (200, "close", b"")
+        assert one(bare_relay.fetch(get("/frontend/servers/n/")))[0] == 503
+        again = Hand(bare_relay.port)
+        again.listen(20, "Connection: close")
+        assert again.answer()[0] == 503
+        again = Hand(bare_relay.port)
+        assert again.reply(identity, OK) == 200
+        assert client.answer()[0] == 200
+        stopping.result(5)
+
+
+class Impostor:
+    """A relay that answers every P1 with the same bytes, and closes."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.port = self.sock.getsockname()[1]
+        self.asked = 0
+        self.posts: list[bytes] = []
+        self.answer = answer
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.sock.accept()
+            except OSError:
+                return
+            with connection:
+                data = b""
+                while b"\r\n\r\n" not in data and (piece := connection.recv(1 << 16)):
+                    data += piece
+                if data.startswith(b"GET"):
+                    self.asked += 1
+                    connection.sendall(self.answer)
+                else:
+                    self.posts.append(data)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+def p3(*requests: bytes) -> bytes:
+    body = b"".join(requests)
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/http\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(body),
+        body,
+    )
+
+
+class TestServer:
+    IMPOSTORS = [
+        (b"HTTP/1.1 302 Found\r\nLocation: https://elsewhere/\r\nContent-Length: 0\r\n\r\n", "elsewhere"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5\r\n\r\nlogin", "portal"),
+        (b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n", "tripcode ="), (b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n", "502"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/http\r\n\r\n" + b"x" * 400_000, "too large"), (b"", "closed"), (b"SSH-2.0-x\r\n\r\n", "head"),
+        (p3(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"), "without an id"), (p3(), "at once and with nothing"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("answer", "word"), IMPOSTORS, ids=[row[1] for row in IMPOSTORS])
+    def test_what_is_no_relay_is_named(self, answer: bytes, word: str, start: object, tmp_path: object) -> None:
+        relay = Impostor(answer)
+        write_configs(tmp_path, relay.port)
+        server = start("server", cwd=tmp_path)
+        server.wait_for(word)
+        assert relay.asked < 20
+        assert KEY not in "".join(server.told)
+        assert server.end() == 0
+
+    def test_a_bad_request_in_a_p3_is_answered_400_and_a_repeated_one_once(
+        self, start: object, tmp_path: object
+    ) -> None:
+        bad = b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost : a\r\n\r\n"
+        good = b"GET /files/../../etc/passwd HTTP/1.1\r\nPTTH-Request-Id: bbbbbbbb\r\nHost: a\r\n\r\n"
+        relay = Impostor(p3(bad, good, good))
+        write_configs(tmp_path, relay.port)
+        server = start("server", cwd=tmp_path)
+        eventually(lambda: len(relay.posts) >= 2)
+        relay.sock.close()
+        statuses = sorted(
+            (post[29:37], re.search(rb"HTTP/1.1 (4..)", post)[1]) for post in relay.posts[:2] if b"HTTP/1.1 4" in post
+        )
+        assert statuses == [(b"aaaaaaaa", b"400"), (b"bbbbbbbb", b"404")]
+        assert server.end() == 0
+
+    def test_a_slow_handler_holds_up_nobody(self, background: Background) -> None:
+        release = threading.Event()
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            if request.target == "/slow":
+                await asyncio.to_thread(release.wait)
+            return ptth.text_response(200, request.target)
+
+        tunnel = Tunnel(background, handler)
+        slow = Client(tunnel.port, "/slow")
+        assert [Client(tunnel.port, f"/{i}").answer()[2] for i in range(5)] == [f"/{i}".encode() for i in range(5)]
+        release.set()
+        assert slow.answer()[2] == b"/slow"
+        tunnel.close()
+
+
+class TestConfiguration:
+    TRIP = ptth.tripcode(KEY)
+    RELAY = [  # (file, words of the message, all of which must be there)
+        ("prot = 1", ["prot", "did you mean port"]), ("port = 'x'", ["port", "number"]), ("port = 70000", ["65535"]), ("port = true", ["number"]),
+        ("[[servers]]\nname = 'a b'\ntripcode = ''", ["a b", "tripcode"]), ("[[servers]]\nname = '..'", ["'..'"]), ("port =", ["TOML"]),
+        (f"[[servers]]\nname='a'\ntripcode='{TRIP}'\n[[servers]]\nname='a'\ntripcode='{TRIP}'", ["two servers named a"]),
+        ("[server_tripcodes]\na = 'x'", ["[[servers]]", "old form"]), ("servers = 1", ["[[servers]]"]), ("[[servers]]\nnmae = 'x'", ["nmae", "name"]),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("text", "words"), RELAY)
+    def test_what_is_wrong_with_a_relays_file_is_said(self, text: str, words: list[str], tmp_path: object) -> None:
+        path = tmp_path / "r.toml"
+        path.write_text(text)
+        with pytest.raises(ptth.UserError) as caught:
+            ptth.load_relay_config(str(path))
+        for word in words:
+            assert word in "\n".join(caught.value.args)
+        assert str(path) in caught.value.args[0]
+
+    def test_the_examples_are_the_defaults(self, tmp_path: object) -> None:
+        assert ptth.load_relay_config(os.path.join(HERE, "ptth_relay.toml.example")) == ptth.RelayConfig()
+        copy = tmp_path / "ptth_server.toml"
+        shutil.copy(os.path.join(HERE, "ptth_server.toml.example"), copy)
+        copy.chmod(0o644)
+        with pytest.raises(ptth.UserError) as caught:
+            ptth.load_server_config(str(copy), {})
+        assert "chmod 600" in caught.value.args[0] and "placeholder" in caught.value.args[1]  # both at once
+
+    def test_flags_go_before_the_file_and_what_is_missing_is_named(self, tmp_path: object) -> None:
+        path = tmp_path / "s.toml"
+        path.write_text(f'name = "a"\napi_key = "{KEY}"\nthrottle_upload = true\n')
+        path.chmod(0o600)
+        config = ptth.load_server_config(str(path), {"name": "b", "relay_url": "https://r.example/7ZSFUKGV/"})
+        assert (config.name, config.throttle_upload) == ("b", 0)
+        config.file_server_root = str(tmp_path)
+        assert ptth.check_to_connect(config) == ptth.Origin(True, "r.example", 443, "")
+        config.relay_url = ""
+        with pytest.raises(ptth.UserError, match="relay_url is missing"):
+            ptth.check_to_connect(config)
+        path.write_text("")
+        with pytest.raises(ptth.UserError) as caught:
+            ptth.load_server_config(str(path), {})
+        assert "name is missing" in caught.value.args[0] and "api_key is missing" in caught.value.args[1]
+
+    @pytest.mark.parametrize("url", ["ftp://a", "a.example", "http://", "http://a b", "http://a/?q", "http://a:x"])
+    def test_a_url_that_cannot_be_used_is_refused(self, url: str) -> None:
+        with pytest.raises(ValueError):
+            ptth.parse_origin(url)
+
+    def test_the_original_kept_its_files_in_config(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert ptth.find_config(None, "x.toml") == "x.toml"
+        (tmp_path / "config").mkdir()
+        (tmp_path / "config" / "x.toml").touch()
+        assert ptth.find_config(None, "x.toml") == os.path.join("config", "x.toml")
+        (tmp_path / "x.toml").touch()
+        assert ptth.find_config(None, "x.toml") == "x.toml"
+
+    def test_the_root_and_the_home_directory_are_served_only_when_named(
+        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ptth.UserError, match="name the directory"):
+            ptth.check_root("", "DIR")
+        assert ptth.check_root(str(tmp_path), "DIR") == str(tmp_path)
+        with pytest.raises(ptth.UserError, match="--port 8000"):
+            ptth.check_root("8000", "DIR")
+
+
+def run(*args: str, cwd: object = None) -> tuple[int, str, str]:
+    """Run ptth.py to its end: (status, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *args], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize("command", ["", "demo", "relay", "server", "file-server"])
+    def test_help_fits_the_command(self, command: str) -> None:
+        status, out, err = run(*command.split(), "--help")
+        assert (status, err) == (0, "") and "usage: ptth.py" in out
+
+    @pytest.mark.parametrize("args", ["", "nonsense", "relay --port x", "file-server --port 70000", "demo --nonsense"])
+    def test_wrong_usage_is_2(self, args: str) -> None:
+        status, out, err = run(*args.split())
+        assert (status, out) == (2, "") and "usage" in err and "Traceback" not in err
+
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [("server", "ptth_server.toml.example"), ("relay --config none.toml", "none.toml"), ("file-server nowhere", "no directory"),
+         ("file-server 8000", "--port 8000"), ("relay --bind 192.0.2.1 --port 0", "cannot listen"), ("server --config .", "cannot read")],
+    )  # fmt: skip
+    def test_a_users_mistake_is_one_line_and_1(self, args: str, words: str, tmp_path: object) -> None:
+        status, out, err = run(*args.split(), cwd=tmp_path)
+        last = err.splitlines()[-1]
+        assert (
+            (status, out) == (1, "")
+            and words in last
+            and last.startswith(f"ptth {args.split()[0]}: ")
+            and "Traceback" not in err
+        )
+
+    def test_a_port_that_is_taken_is_named(self, tmp_path: object) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            status, _, err = run("demo", str(tmp_path), "--port", str(sock.getsockname()[1]))
+        assert status == 1 and err.count("\n") == 1 and "address already in use" in err
+
+    def test_print_tripcode_can_be_appended_to_the_relays_file(self, tmp_path: object) -> None:
+        import tomllib
+
+        write_configs(tmp_path, 1)
+        status, out, _ = run("server", "--print-tripcode", "--name", "other", cwd=tmp_path)
+        assert status == 0
+        both = tomllib.loads((tmp_path / "ptth_relay.toml").read_text() + out)
+        assert both["servers"][1] == {"name": "other", "tripcode": ptth.tripcode(KEY)}
+
+    def test_version(self) -> None:
+        assert run("--version")[:2] == (0, f"ptth {ptth.__version__}\n")
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_the_demo_serves_and_stops(self, number: int, start: object, root: str) -> None:
+        demo = start("demo", root, "--port", "0").listening()
+        assert one(fetch(demo.port, get("/frontend/servers/demo/files/hello.txt")))[2] == HELLO
+        assert demo.end(number) == 0
+        assert "Traceback" not in "".join(demo.told)
+
+    def test_both_families_by_default(self, start: object, root: str) -> None:
+        server = start("file-server", root, "--port", "0").listening()
+        assert one(fetch(server.port, get("/hello.txt")))[0] == 200
+        if socket.has_dualstack_ipv6():
+            with socket.create_connection(("::1", server.port), timeout=20) as sock:
+                sock.sendall(get("/hello.txt"))
+                assert sock.recv(12) == b"HTTP/1.1 200"
+
+
+class Pair:
+    """A relay and a server as two processes, with their files in one directory."""
+
+    def __init__(self, start: object, where: object, root: str, port: int = 0, **more: object) -> None:
+        self.start, self.where = start, where
+        self.port = port or free_port()
+        write_configs(where, self.port, root, **more)
+        self.start_relay()
+        self.start_server()
+
+    def start_relay(self) -> None:
+        self.relay = self.start("relay", cwd=self.where).listening()
+
+    def start_server(self) -> None:
+        self.server = self.start("server", cwd=self.where)
+        self.server.wait_for("connected to the relay")
+
+    def get(self, path: str, *fields: str) -> bytes:
+        return fetch(self.port, get("/frontend/servers/n/files" + path, *fields))
+
+    def download(self, path: str) -> socket.socket:
+        """A connection on which the answer begins to come."""
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        sock.sendall(get("/frontend/servers/n/files" + path))
+        assert sock.recv(15).startswith(b"HTTP/1.1 200 OK")
+        return sock
+
+
+def read_to_end(sock: socket.socket) -> int:
+    """Read until the connection ends; return the number of bytes."""
+    total = 0
+    with sock, contextlib.suppress(ConnectionError):
+        while piece := sock.recv(1 << 20):
+            total += len(piece)
+    return total
+
+
+class TestRealProcesses:
+    @pytest.fixture
+    def big(self, tmp_path: object) -> str:
+        """A directory with a file of 1 GiB that takes no space."""
+        (tmp_path / "files").mkdir()
+        with open(tmp_path / "files" / "big", "wb") as file:
+            file.truncate(1 << 30)
+        (tmp_path / "files" / "hello.txt").write_bytes(HELLO)
+        return str(tmp_path / "files")
+
+    @pytest.fixture
+    def pair(self, start: object, tmp_path: object, big: str) -> Pair:
+        return Pair(start, tmp_path, big)
+
+    def test_a_gibibyte_arrives_whole_in_little_memory(self, pair: Pair) -> None:
+        digest = hashlib.sha256()
+        connection = http.client.HTTPConnection("127.0.0.1", pair.port, timeout=60)
+        connection.request("GET", "/frontend/servers/n/files/big")
+        answer = connection.getresponse()
+        while piece := answer.read(1 << 20):
+            digest.update(piece)
+        connection.close()
+        assert digest.hexdigest() == "49bc20df15e412a64472421e13fe86ff1c5165e18b2afccf160d4dc19fe68a14"
+        assert pair.relay.peak_mib() < 60 and pair.server.peak_mib() < 60
+
+    def test_a_client_that_leaves_stops_the_servers_reading(self, pair: Pair) -> None:
+        before = pair.server.descriptors()
+        sock = pair.download("/big")
+        eventually(lambda: self.opens(pair.server, "big"))
+        sock.close()
+        eventually(lambda: not self.opens(pair.server, "big"), patience=1)
+        assert one(pair.get("/hello.txt"))[2] == HELLO
+        eventually(lambda: pair.server.descriptors() <= before + 2)
+
+    @staticmethod
+    def opens(process: Process, name: str) -> bool:
+        base = f"/proc/{process.process.pid}/fd"
+        for fd in os.listdir(base):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"{base}/{fd}").endswith(name):
+                    return True
+        return False
+
+    def test_a_client_that_does_not_read_costs_no_memory(self, pair: Pair) -> None:
+        sock = pair.download("/big")
+        eventually(lambda: self.opens(pair.server, "big"))
+        assert one(pair.get("/hello.txt"))[2] == HELLO
+        assert pair.relay.peak_mib() < 60
+        assert read_to_end(sock) > 1 << 30
+
+    def test_a_killed_server_never_looks_like_a_complete_response(self, pair: Pair) -> None:
+        sock = pair.download("/big")
+        pair.server.end(signal.SIGKILL)
+        assert read_to_end(sock) < 1 << 30
+        pair.start_server()
+        assert one(pair.get("/hello.txt"))[2] == HELLO
+
+    def test_the_server_comes_back_to_a_killed_relay_by_itself(self, pair: Pair) -> None:
+        sock = pair.download("/big")
+        pair.relay.end(signal.SIGKILL)
+        assert read_to_end(sock) < 1 << 30
+        pair.server.wait_for("no connection")
+        pair.start_relay()
+        pair.server.wait_for("connected to the relay", patience=3)
+        assert one(pair.get("/hello.txt"))[2] == HELLO
+
+    @pytest.mark.parametrize("side", ["relay", "server"])
+    def test_a_stop_finishes_what_is_in_flight(self, side: str, pair: Pair) -> None:
+        sock = pair.download("/big")
+        process = getattr(pair, side)
+        process.process.send_signal(signal.SIGTERM)
+        assert read_to_end(sock) > 1 << 30
+        assert process.process.wait(20) == 0
+        assert "Traceback" not in "".join(process.told)
+
+    def test_nothing_stays_behind(self, pair: Pair) -> None:
+        assert one(pair.get("/hello.txt"))[0] == 200
+        before = pair.relay.descriptors(), pair.server.descriptors()
+        for fields in (["Range: bytes=0-1"], ["If-None-Match: *"], []):
+            for path in ("/hello.txt", "/missing", "/", "/%00"):
+                pair.get(path, *fields)
+        pair.download("/big").close()
+        eventually(lambda: pair.relay.descriptors() <= before[0] + 3 and pair.server.descriptors() <= before[1] + 3)
+
+    def test_the_key_is_told_to_nobody(self, pair: Pair) -> None:
+        for process in (pair.relay, pair.server):
+            with open(f"/proc/{process.process.pid}/cmdline") as file:
+                assert KEY not in file.read() + "".join(process.told)
+
+
+@contextlib.contextmanager
+def nginx(where: object, http_block: str) -> object:
+    """A real nginx with this http block."""
+    (where / "nginx.conf").write_text(
+        f"daemon off; worker_processes 1; pid {where}/nginx.pid; error_log {where}/error.log;\n"
+        f"events {{ worker_connections 512; }}\nhttp {{ access_log off; client_body_temp_path {where}; proxy_temp_path {where};\n"
+        f"fastcgi_temp_path {where}; uwsgi_temp_path {where}; scgi_temp_path {where};\n{http_block} }}\n"
+    )
+    process = subprocess.Popen(["nginx", "-c", f"{where}/nginx.conf", "-p", str(where)], stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+class TestRealPrograms:
+    @needs("nginx")
+    @pytest.mark.parametrize("kept", [False, True], ids=["closing", "kept-alive"])
+    def test_nginx_carries_both_legs(self, kept: bool, start: object, tmp_path: object, background: Background) -> None:
+        runs: list[str] = []
+        (tmp_path / "big").write_bytes(os.urandom(3_000_000))
+        files = ptth.server_handler(ptth.Site(str(tmp_path)), "n")
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            runs.append(request.target)
+            return await files(request)
+
+        relay_port, front = free_port(), free_port()
+        more = 'proxy_set_header Connection "";' if kept else ""
+        block = f"""upstream relay {{ server 127.0.0.1:{relay_port}; {"keepalive 16;" if kept else ""} }}
+            server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://relay; client_max_body_size 0;
+            proxy_http_version 1.1; proxy_request_buffering off; proxy_buffering off; {more} }} }}"""
+        write_configs(tmp_path, relay_port)
+        start("relay", cwd=tmp_path).listening()
+        with nginx(tmp_path, block):
+            eventually(lambda: self.listens(front))
+
+            async def begin() -> tuple[ptth.Server, object]:
+                server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", front, "")), "n", KEY, handler)
+                running = asyncio.create_task(server.run())
+                await server.connected.wait()
+                return server, running
+
+            async def end() -> None:
+                await server.stop(1)
+                await running
+
+            server, running = background.run(begin())
+            asked = [f"/files/big?{i}" for i in range(30)]
+            for path in asked:
+                status, _, body = one(fetch(front, get("/frontend/servers/n" + path), half_close=False))
+                assert (status, len(body)) == (200, 3_000_000)
+            assert sorted(runs) == sorted(asked)  # none ran twice
+            background.run(end())
+
+    @staticmethod
+    def listens(port: int) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    @needs("openssl")
+    def test_https_to_the_relay_checks_the_certificate(
+        self, start: object, tmp_path: object, background: Background
+    ) -> None:
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
+             "-addext", "subjectAltName=DNS:localhost"], cwd=tmp_path, check=True, capture_output=True,
+        )  # fmt: skip
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+
+        async def begin() -> tuple[ptth.Relay, ptth.HTTPServer, int]:
+            relay = ptth.Relay([ptth.ServerEntry("n", ptth.tripcode(KEY))])
+            server = ptth.HTTPServer(relay.handle, tls=context)
+            sock = ptth.open_socket("127.0.0.1", 0)
+            await server.listen(sock)
+            return relay, server, sock.getsockname()[1]
+
+        relay, server, port = background.run(begin())
+        (tmp_path / "big").write_bytes(b"x" * 3_000_000)
+        write_configs(tmp_path, port, relay_url=f"https://localhost:{port}/")
+        start("server", cwd=tmp_path).wait_for("certificate")
+        trusting = start("server", cwd=tmp_path, env={"SSL_CERT_FILE": str(tmp_path / "cert")})
+        trusting.wait_for("connected")
+        client = http.client.HTTPSConnection(
+            "localhost", port, context=ssl.create_default_context(cafile=tmp_path / "cert")
+        )
+        client.request("GET", "/frontend/servers/n/files/big")
+        assert client.getresponse().read() == b"x" * 3_000_000
+        client.close()
+        assert trusting.end() == 0
+        background.run(relay.stop(0.1))
+        background.run(server.stop(0.1))
+
+    @needs("curl")
+    def test_curl_resumes_a_download(self, files_tunnel: Tunnel, tmp_path: object) -> None:
+        target = tmp_path / "big"
+        target.write_bytes((bytes(range(256)) * 1024)[:100_000])
+        url = f"http://127.0.0.1:{files_tunnel.port}/frontend/servers/n/files/big"
+        subprocess.run(["curl", "-sSf", "-C", "-", "-o", target, url], check=True, timeout=60)
+        assert target.read_bytes() == bytes(range(256)) * 1024
+
+    @needs("wget")
+    def test_wget_mirrors_a_folder(self, files_tunnel: Tunnel, tmp_path: object) -> None:
+        url = f"http://127.0.0.1:{files_tunnel.port}/frontend/servers/n/files/sub/"
+        subprocess.run(["wget", "-q", "-r", "-np", "-nH", "--cut-dirs=5", url], cwd=tmp_path, check=True, timeout=60)
+        assert (tmp_path / "file").read_bytes() == b"in sub\n"
+
+    @needs("chromium")
+    def test_chromium_shows_the_listing_through_the_tunnel(self, files_tunnel: Tunnel, tmp_path: object) -> None:
+        url = f"http://127.0.0.1:{files_tunnel.port}/frontend/servers/n/files/"
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
+                   "--disable-component-update", "--disable-quic", f"--user-data-dir={tmp_path}", "--dump-dom", url]  # fmt: skip
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert '<a href="./hello.txt">hello.txt</a>' in shown
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([os.path.abspath(__file__), *sys.argv[1:]]))
