@@ -50,6 +50,7 @@ if sys.version_info < (3, 11):
 import asyncio
 import base64
 import hmac
+import io
 import itertools
 import math
 import os
@@ -62,7 +63,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:  # slow to import, and each needed by one subcommand or one kind of request only
     import argparse
@@ -140,6 +141,14 @@ class BrokenBody(ConnectionError):
 
 class UserError(Exception):
     """A user's mistake, in words for that user; ends the program with one line for each of them and status 1."""
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line what went wrong."""
+    if isinstance(error, ProtocolError):
+        return error.reason
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text)
 
 
 def tell(line: str) -> None:
@@ -375,6 +384,7 @@ class Response:
 
 
 Handler = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
 # -- 4. Syntax --
@@ -386,24 +396,35 @@ _REQUEST_HEAD = re.compile(rf"({TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\
 _RESPONSE_HEAD = re.compile(rf"HTTP/1\.[0-9] ([0-9]{{3}})(?: [\t\x20-\x7e\x80-\xff]*)?\r\n({_FIELD_LINES})\r\n")
 _FORMATTED = re.compile(rf"[!-~\x80-\xff][\x20-\x7e\x80-\xff]*\r\n{_FIELD_LINES}\r\n")
 _FIELD = re.compile(r"([^:\r\n]+):[ \t]*([^\r\n]*)\r\n")
-_TRAILING_SPACE = re.compile(r"[ \t]+\r\n")
+_TRAILING_SPACE = re.compile(r"(?<![ \t])[ \t]+\r\n")  # the look behind keeps it linear
 # What no complete head holds, so that it is refused at once and not when the head is complete, which it may never be.
 _NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 _REG_NAME = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*"  # RFC 3986, 3.2.2
-_HOST = re.compile(
-    rf"(?:\[[0-9A-Fa-f:.]+\]|\[v[0-9A-Fa-f]+\.[\w\-.~!$&'()*+,;=:]+\]|{_REG_NAME})(?::[0-9]*)?", re.ASCII
-)
+_HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|{_REG_NAME})(?::[0-9]*)?")
 _ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]+")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILERS = re.compile(_FIELD_LINES.encode("ascii"))
 
 
+def is_host(text: str) -> bool:
+    """Return whether `text` is a host with or without a port (RFC 9110, 7.2)."""
+    match = _HOST.fullmatch(text)
+    if match and match[1]:
+        import ipaddress
+
+        try:
+            ipaddress.IPv6Address(match[1])
+        except ValueError:
+            return False
+    return match is not None
+
+
 def check_partial_head(data: bytes, start: int = 0) -> None:
     """Refuse what can no longer become a request head; bytes before `start` have been looked at before."""
     if _NEVER.search(data, max(start - 1, 0)):
         raise ProtocolError(400, "a bare CR or LF, or a control character, in the head", close=True)
-    if data.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0 and len(data) > MAX_REQUEST_LINE:
+    if data.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0 and len(data) > MAX_REQUEST_LINE + 1:
         raise ProtocolError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes", close=True)
     if len(data) > MAX_HEAD:
         raise ProtocolError(431, f"the head is larger than {MAX_HEAD} bytes", close=True)
@@ -437,7 +458,7 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
     if host == "\0":
         if minor != "0":  # RFC 9112, 3.2
             raise ProtocolError(400, "the Host field is missing", close=True)
-    elif not _HOST.fullmatch(host):  # two of them are joined by ", ", which is no host either
+    elif not is_host(host):  # two of them are joined by ", ", which is no host either
         raise ProtocolError(400, "two Host fields, or one that is no host", close=True)
     if target[0] != "/":
         _parse_odd_target(request)
@@ -468,7 +489,7 @@ def _parse_odd_target(request: Request) -> None:
     absolute = _ABSOLUTE.fullmatch(target)
     if request.method == "CONNECT":
         raise ProtocolError(405, "this is no forward proxy", close=True, headers=[("Allow", "GET, HEAD, OPTIONS")])
-    if not absolute or not absolute[1] or not _HOST.fullmatch(absolute[1]) or "#" in target:
+    if not absolute or absolute[1][:1] in ("", ":") or not is_host(absolute[1]) or "#" in target:
         raise ProtocolError(400, "the request target is neither a path nor a URL", close=True)
     path = absolute[2]
     request.target = path if path.startswith("/") else "/" + path
@@ -600,12 +621,11 @@ def parse_date(text: str, this_year: int) -> int | None:
 
 
 _RANGE = re.compile(r"([0-9]*)-([0-9]*)")
-_HUGE = 10**18
 
 
 def _number(digits: str) -> int:
     """Return the number, or one larger than any file: int() refuses more than 4,300 digits."""
-    return int(digits) if len(digits) < 19 else min(_HUGE, int(digits.lstrip("0")[:19] or "0"))
+    return int(digits) if len(digits) < 4300 else 10**4300
 
 
 def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
@@ -703,20 +723,6 @@ class Stream:
     a tenth of a small request.
     """
 
-    __slots__ = (
-        "closing",
-        "deadline",
-        "ended",
-        "held",
-        "loop",
-        "peer",
-        "reader",
-        "sock",
-        "stall_time",
-        "transport",
-        "writer",
-    )
-
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.loop = asyncio.get_running_loop()
         self.reader = reader
@@ -728,6 +734,7 @@ class Stream:
         self.held = b""
         self.deadline = math.inf
         self.stall_time = STALL_TIME
+        self._unsent = 0  # bytes in the transport's buffer when the deadline was set
         self.closing = False
         self.ended: list[Callable[[], None]] = []
 
@@ -742,7 +749,10 @@ class Stream:
     def expire(self) -> None:
         """Wake whoever waits for the peer: the deadline has passed."""
         self.deadline = math.inf
-        if self.transport.get_write_buffer_size():
+        unsent = self.transport.get_write_buffer_size()
+        if 0 < unsent < self._unsent:
+            self._wait_for_writing()  # slow, but alive
+        elif unsent:
             self.transport.abort()  # it does not read: nothing more can be said
         else:
             self.reader.set_exception(TimeoutError("the peer is silent"))
@@ -764,7 +774,7 @@ class Stream:
         blank_lines = checked = 0
         while True:
             data = self.held
-            while data.startswith(b"\r\n"):
+            while data.startswith(b"\r\n") and blank_lines <= MAX_BLANK_LINES:
                 blank_lines += 1
                 data = data[2:]
                 checked = 0
@@ -799,6 +809,8 @@ class Stream:
                     raise ProtocolError(502, "the response head is too large", close=True)
                 if not await self.fill(patience):
                     raise ConnectionError("the connection was closed instead of an answer")
+            if end > MAX_HEAD:
+                raise ProtocolError(502, "the response head is too large", close=True)
             status, headers = parse_response_head(self.held[:end])
             self.held = self.held[end:]
             if status >= 200:
@@ -811,15 +823,20 @@ class Stream:
         if self.transport.is_closing():
             raise ConnectionResetError("the connection was reset")
         if self.transport.get_write_buffer_size() >= SMALL:
-            self.deadline = self.loop.time() + self.stall_time
+            self._wait_for_writing()
             await self.writer.drain()
             self.deadline = math.inf
+
+    def _wait_for_writing(self) -> None:
+        """Give the peer another while to take some of what is to be sent."""
+        self._unsent = self.transport.get_write_buffer_size()
+        self.deadline = self.loop.time() + self.stall_time
 
     async def flush(self) -> None:
         """Wait until the kernel has all that was sent: only then may bytes go past the transport, or it be closed."""
         if self.transport.get_write_buffer_size():
             self.transport.set_write_buffer_limits(0)
-            self.deadline = self.loop.time() + self.stall_time
+            self._wait_for_writing()
             await self.writer.drain()
             self.deadline = math.inf
             self.transport.set_write_buffer_limits()
@@ -918,7 +935,7 @@ def tune(sock: socket.socket) -> None:
     # NODELAY: asyncio sets it only where a socket names its protocol, and every answer would wait 40 ms without it.
     # NOTSENT_LOWAT: without it a socket is writable again only when a third of some MiB has left, which a slow reader
     # does not manage within STALL_TIME.
-    options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", SLICE))
+    options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", SMALL))
     for name, value in options:
         if option := getattr(socket, f"TCP_{name}", None):
             try:
@@ -942,8 +959,6 @@ class IncomingBody:
     for 100 Continue, which is said when the body is first asked for (RFC 9110, 10.1.1).
     """
 
-    __slots__ = ("_between", "chunked", "expects", "finished", "held", "left", "stream", "until_close", "waste")
-
     def __init__(self, stream: Stream, framing: int | None, *, expects: bool = False) -> None:
         self.stream = stream
         self.chunked = framing == CHUNKED
@@ -953,7 +968,8 @@ class IncomingBody:
         self.expects = expects
         self.held = b""  # bytes that were read and given back
         self.waste = 0
-        self._between = False  # a chunk's data has been read, the CR LF behind it has not
+        self._expected = "size"  # what the next line of the chunked framing is: also "end" or "trailer"
+        self._trailers = 0
 
     @property
     def length(self) -> int | None:
@@ -968,8 +984,8 @@ class IncomingBody:
         if self.expects:
             self.expects = False
             await self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.chunked and not self.left and not self.finished:
-            await self._read_chunk_line()
+        if self.chunked:
+            return await self._read_chunks()
         if self.finished:
             return b""
         stream = self.stream
@@ -985,44 +1001,62 @@ class IncomingBody:
             data, stream.held = data[: self.left], data[self.left :]
         if not self.until_close:
             self.left -= len(data)
-            self._between = self.chunked and not self.left
-            self.finished = not self.chunked and not self.left
+            self.finished = not self.left
         return data
 
     def unread(self, data: bytes) -> None:
         """Give back bytes that the next `read` returns again."""
         self.held = data + self.held
 
-    async def _read_line(self) -> bytes:
-        """Return one line of the chunked framing, without its CR LF."""
+    async def _read_chunks(self) -> bytes:
+        """Return the data of all chunks that have arrived: to cut off one at a time would copy the rest for each."""
         stream = self.stream
-        while (end := stream.held.find(b"\r\n")) < 0:
-            if b"\n" in stream.held or len(stream.held) > MAX_CHUNK_LINE:
+        pieces = []
+        at = 0
+        while not self.finished:
+            held = stream.held
+            if self.left and at < len(held):
+                pieces.append(held[at : at + self.left])
+                at += len(pieces[-1])
+                self.left -= len(pieces[-1])
+                self._expected = "" if self.left else "end"
+                continue
+            end = -1 if self.left else held.find(b"\r\n", at)
+            if end >= 0:
+                self._take_line(held[at:end])
+                at = end + 2
+                continue
+            if not self.left and (b"\n" in held[at:] or len(held) - at > MAX_CHUNK_LINE):
                 raise ProtocolError(400, "a chunk without a valid size", close=True)
+            if pieces:
+                break
+            stream.held = held[at:]
+            at = 0
             if not await stream.fill():
                 raise BrokenBody("the connection ended inside a body")
-        line, stream.held = stream.held[:end], stream.held[end + 2 :]
+        stream.held = stream.held[at:]
+        return b"".join(pieces)
+
+    def _take_line(self, line: bytes) -> None:
+        """Understand one line of the chunked framing: the end of a chunk, a size, a trailer (RFC 9112, 7.1)."""
         if len(line) > 16:  # a size is no waste, what stands beside it is
             self.waste += len(line)
         if len(line) > MAX_CHUNK_LINE or self.waste > MAX_CHUNK_WASTE:
             raise ProtocolError(400, "too many chunk extensions or trailers", close=True)
-        return line
-
-    async def _read_chunk_line(self) -> None:
-        """Go to the next chunk's data, or behind the last one (RFC 9112, 7.1)."""
-        if self._between and await self._read_line():
-            raise ProtocolError(400, "a chunk that is longer than its size", close=True)
-        self._between = False
-        self.left = parse_chunk_line(await self._read_line())
-        if self.left:
-            return
-        for _ in range(MAX_FIELDS + 1):
-            trailer = await self._read_line()
-            if not trailer:
-                self.finished = True
-                return
-            parse_trailers(trailer + b"\r\n")
-        raise ProtocolError(431, "too many trailer fields", close=True)
+        if self._expected == "end":
+            if line:
+                raise ProtocolError(400, "a chunk that is longer than its size", close=True)
+            self._expected = "size"
+        elif self._expected == "size":
+            self.left = parse_chunk_line(line)
+            self._expected = "" if self.left else "trailer"
+        elif line:
+            parse_trailers(line + b"\r\n")
+            self._trailers += 1
+            if self._trailers > MAX_FIELDS:
+                raise ProtocolError(431, "too many trailer fields", close=True)
+        else:
+            self.finished = True
 
     async def read_all(self, limit: int) -> bytes:
         """Return the whole body; ProtocolError 502 when it is larger than `limit` bytes."""
@@ -1138,27 +1172,43 @@ async def write_body(connection: Connection, body: Body, *, chunked: bool) -> No
 # The HTML that people see: one look, small, complete without JavaScript. Pure.
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1c1e21;--quiet:#63686f;--line:#e3e5e8;--link:#0b57d0;--page:#fff;--over:#f4f6f8}
+:root{color-scheme:light dark;--ink:#1b1d20;--quiet:#62676e;--line:#e6e8eb;--link:#0a58ca;--page:#fff;--over:#f3f5f8}
 @media(prefers-color-scheme:dark){:root{
---ink:#e6e7e9;--quiet:#9aa0a8;--line:#2e3237;--link:#8ab4f8;--page:#16181b;--over:#1f2226}}
+--ink:#e4e6e9;--quiet:#9aa0a8;--line:#2c3036;--link:#86b7fe;--page:#15171a;--over:#1e2226}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:2rem 1rem;max-width:60rem;background:var(--page);color:var(--ink);
-font:16px/1.5 system-ui,sans-serif}
-h1{margin:0 0 .5rem;font-size:1.5rem;font-weight:600;overflow-wrap:anywhere}
+body{margin:0 auto;padding:2.5rem 1.25rem;max-width:60rem;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+h1{margin:0 0 .25rem;font-size:1.6rem;font-weight:600;line-height:1.3;overflow-wrap:anywhere}
+h1 a{color:inherit}h1 i{font-style:normal;font-weight:400;color:var(--quiet);margin:0 .15em}
 a{color:var(--link);text-decoration:none}a:hover,a:focus-visible{text-decoration:underline}
-p,footer{color:var(--quiet)}footer{margin-top:2rem;font-size:.85rem}
+p,footer{color:var(--quiet)}footer{margin-top:2.5rem;font-size:.85rem}
+.bar{
+display:flex;flex-wrap:wrap;gap:.5rem .9rem;align-items:center;margin:0 0 1.25rem;color:var(--quiet);font-size:.9rem}
+.bar form{display:contents}.bar span{flex:1;min-width:10rem}
+input,.bar button{
+font:inherit;color:inherit;background:var(--page);border:1px solid var(--line);border-radius:6px}
+input{padding:.25rem .6rem;width:12rem}.bar button{padding:.25rem .7rem;cursor:pointer}
+.bar button:hover{background:var(--over)}
 table{width:100%;border-collapse:collapse}
-th{font-weight:500;text-align:left;color:var(--quiet);font-size:.9rem}
-th,td{padding:.45rem .5rem;border-bottom:1px solid var(--line);vertical-align:top}
+th{padding:0;text-align:left;font-weight:400;color:var(--quiet);font-size:.85rem;border-bottom:1px solid var(--line)}
+th button{all:unset;cursor:pointer;padding:.4rem .5rem}th button:hover{color:var(--ink)}
+th button:focus-visible{outline:2px solid var(--link)}th.t{padding:.4rem .5rem}
+td{padding:.42rem .5rem;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
 tbody tr:hover{background:var(--over)}
-td{overflow-wrap:anywhere}.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums;color:var(--quiet)}
-pre{overflow-x:auto;padding:.75rem;background:var(--over)}
+.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td.n{color:var(--quiet);font-size:.9rem}
+td a{display:block;padding-left:1.7rem;position:relative}
+td a::before{content:"";position:absolute;left:.2rem;top:.28rem;width:.8rem;height:1rem;
+border:1.5px solid var(--quiet);border-radius:2px;opacity:.6}
+td a.d{font-weight:500}td a.d::before{left:0;top:.4rem;width:1.1rem;height:.8rem;border:0;border-radius:1px 3px 3px;
+background:var(--link);box-shadow:-.25rem -.15rem 0 -.12rem var(--link);opacity:.75}
+pre{overflow-x:auto;margin:0;padding:.75rem;background:var(--over)}
+@media(max-width:36rem){body{padding:1.25rem .75rem}.w{display:none}input{flex:1}}
 """
 
 
 def escape(text: str) -> str:
     """Escape text for HTML, in an element or a quoted attribute; lone surrogates become the replacement character."""
-    text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+    text = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
     return (
         text.replace("&", "&amp;")
         .replace("<", "&lt;")
@@ -1171,15 +1221,15 @@ def escape(text: str) -> str:
 def page(title: str, content: str) -> bytes:
     """Make a whole page around `content`, which is HTML; `title` is text."""
     return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n{content}\n</html>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n{content}\n</body>\n</html>\n"
     ).encode()
 
 
 def table(headings: list[str], rows: Iterable[str]) -> str:
     """Make a table; headings and rows are HTML."""
-    top = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    top = "".join(f'<th scope="col" class="t">{heading}</th>' for heading in headings)
     return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table>"
 
 
@@ -1206,9 +1256,18 @@ def format_age(seconds: float) -> str:
     """Format how long ago something was."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
         if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+            return count_of(int(seconds // length), unit) + " ago"
     return "just now"
+
+
+def count_of(count: int, noun: str) -> str:
+    """Format a number of things."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def clamp(nanoseconds: int) -> int:
+    """Return a file's time in whole seconds that every calendar has: some file systems hold any 64 bits."""
+    return max(0, min(nanoseconds // 1_000_000_000, 253402300799))  # the last second of 9999
 
 
 class Entry(NamedTuple):
@@ -1220,23 +1279,64 @@ class Entry(NamedTuple):
     mtime: int  # POSIX time in nanoseconds
 
 
-def listing_page(path: list[bytes], entries: list[Entry]) -> bytes:
-    """Show a directory: `path` is below the root, links are relative."""
+LISTING_SCRIPT = """
+const box=document.getElementById("filter");box.hidden=false;
+box.oninput=()=>{const word=box.value.toLowerCase();
+for(const row of document.querySelectorAll("tbody tr"))
+row.hidden=!row.cells[0].textContent.toLowerCase().includes(word)};
+"""
+
+
+def listing_page(path: list[bytes], entries: list[Entry], order: str) -> bytes:
+    """Show a directory: `path` is below the root, `order` is how the entries are sorted.
+
+    All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
+    """
     shown = [segment.decode("utf-8", "surrogateescape") for segment in path]
-    rows = []
-    if path:
-        rows.append('<tr><td><a href="../">../</a></td><td></td><td></td></tr>')
-    for entry in entries:
-        name = escape(entry.name.decode("utf-8", "surrogateescape"))
-        slash = "/" if entry.is_dir else ""
-        size = "" if entry.is_dir else f'<span title="{entry.size:,} bytes">{format_size(entry.size)}</span>'
-        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(entry.mtime / 1e9))
-        rows.append(
-            f'<tr><td><a href="./{quote(entry.name)}{slash}">{name}{slash}</a></td>'
-            f'<td class="n">{size}</td><td class="n">{when}</td></tr>'
-        )
-    title = "/" + "".join(f"{segment}/" for segment in shown)
-    return page(title, f"<h1>{escape(title)}</h1>\n{table(['Name', 'Size', 'Modified (UTC)'], rows)}")
+    crumbs = "<i>/</i>".join(
+        f'<a href="{"../" * (len(shown) - i) or "./"}">{escape(name)}</a>' for i, name in enumerate(["Files", *shown])
+    )
+    folders = sum(entry.is_dir for entry in entries)
+    facts = [count_of(folders, "folder"), count_of(len(entries) - folders, "file")]
+    facts.append(format_size(sum(entry.size for entry in entries)))
+    headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
+    rows = [_PARENT_ROW] if shown else []
+    rows += [_entry_row(entry) for entry in entries]
+    return page(
+        "/" + "/".join(shown),
+        f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span>{", ".join(facts)}</span>\n'
+        '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
+        '<form><button name="zip" value="">Download as .zip</button></form></div>\n'
+        f"<form>\n<table>\n<thead><tr>{headings}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table>\n</form>\n"
+        f"</main>\n<script>{LISTING_SCRIPT}</script>",
+    )
+
+
+_SORT_KEYS = (("name", "Name"), ("size", "Size"), ("time", "Modified (UTC)"))
+_PARENT_ROW = '<tr><td><a class="d" href="../">..</a></td><td class="n"></td><td class="n w"></td></tr>'
+
+
+def _sort_heading(key: str, label: str, order: str) -> str:
+    """Make a column's heading: a button that sorts by it, or the other way round."""
+    active = (order.removeprefix("-") or "name") == key
+    backwards = order.startswith("-")
+    value = f"-{key}" if active != backwards else key
+    aria = f' aria-sort="{"descending" if backwards else "ascending"}"' if active else ""
+    arrow = (" &darr;" if backwards else " &uarr;") if active else ""
+    column = {"name": "", "size": ' class="n"', "time": ' class="n w"'}[key]
+    return f'<th scope="col"{column}{aria}><button name="sort" value="{value}">{label}{arrow}</button></th>'
+
+
+def _entry_row(entry: Entry) -> str:
+    """Make one row of a listing."""
+    name = escape(entry.name.decode("utf-8", "surrogateescape"))
+    when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
+    if entry.is_dir:
+        link, size = f'<a class="d" href="./{quote(entry.name)}/">{name}/</a>', ""
+    else:
+        link = f'<a href="./{quote(entry.name)}">{name}</a>'
+        size = f'<span title="{entry.size:,} bytes">{format_size(entry.size)}</span>'
+    return f'<tr><td>{link}</td><td class="n">{size}</td><td class="n w">{when}</td></tr>'
 
 
 # -- 7. HTTP server --
@@ -1252,13 +1352,18 @@ def text_response(status: int, text: str, fields: Iterable[tuple[str, str]] = ()
     return Response(status, [("Content-Type", "text/plain; charset=utf-8"), NOSNIFF, *fields], BytesBody(text.encode()))
 
 
-def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = ()) -> Response:
-    """Make a response of one of our own pages, which need no script, no frame and nothing from elsewhere."""
+def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = (), script: str = "") -> Response:
+    """Make a response of one of our own pages, which may run `script` only and load nothing from elsewhere."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    if script:
+        import hashlib
+
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
     return Response(
         status,
         [
             ("Content-Type", "text/html; charset=utf-8"),
-            ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"),
+            ("Content-Security-Policy", policy),
             NOSNIFF,
             *fields,
         ],
@@ -1266,9 +1371,9 @@ def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = 
     )
 
 
-def error_response(request: Request | None, error: ProtocolError) -> Response:
+def error_response(request: Request, error: ProtocolError) -> Response:
     """Make the response to an error: a page for a browser, a line for everything else."""
-    if request and "text/html" in request.headers.get("accept"):
+    if "text/html" in request.headers.get("accept"):
         response = html_response(error.status, error_page(error.status, error.reason), error.headers)
     else:
         response = text_response(error.status, f"{error.reason}\n", error.headers)
@@ -1282,8 +1387,10 @@ async def answer(handler: Handler, request: Request) -> Response:
         return await handler(request)
     except ProtocolError as error:
         return error_response(request, error)
-    except ConnectionError as error:
-        return error_response(request, ProtocolError(502, str(error)))
+    except TimeoutError:
+        return error_response(request, ProtocolError(408, "the rest of the request did not come in time", close=True))
+    except BrokenBody:
+        raise  # the request's own body: there is nobody to answer
     except Exception:
         import traceback
 
@@ -1300,22 +1407,18 @@ class AccessLog:
         self._second = 0
         self._stamp = ""
 
-    def add(self, request: Request | None, peer: str, status: int, size: int) -> None:
+    def add(self, request: Request, status: int, size: int) -> None:
         """Add the line for one response; a backend request's query may hold what must not be logged."""
         now = int(time.time())
         if now != self._second:
-            self._second, t = now, time.gmtime(now)
-            self._stamp = (
-                f"{t.tm_mday:02}/{_MONTHS[t.tm_mon - 1]}/{t.tm_year}:{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} +0000"
-            )
-        what, referer, agent = "-", "-", "-"
-        if request:
-            target = request.target
-            if target.startswith(BACKEND):
-                target = target.partition("?")[0]
-            what = f"{request.method} {target} HTTP/1.{request.minor}"
-            referer, agent = request.headers.get("referer", "-"), request.headers.get("user-agent", "-")
-        line = f'{peer} - - [{self._stamp}] "{_quoted(what)}" {status} {size} "{_quoted(referer)}" "{_quoted(agent)}"\n'
+            t = time.gmtime(now)
+            month = _MONTHS[t.tm_mon - 1]
+            self._second = now
+            self._stamp = f"{t.tm_mday:02}/{month}/{t.tm_year}:{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} +0000"
+        target = request.target.partition("?")[0] if request.target.startswith(BACKEND) else request.target
+        what = _quoted(f"{request.method} {target} HTTP/1.{request.minor}")
+        referer, agent = (_quoted(request.headers.get(name, "-")) for name in ("referer", "user-agent"))
+        line = f'{request.peer} - - [{self._stamp}] "{what}" {status} {size} "{referer}" "{agent}"\n'
         if not self._lines:
             asyncio.get_running_loop().call_soon(self.flush)
         self._lines.append(line)
@@ -1416,21 +1519,23 @@ class HTTPServer:
         self.busy.discard(stream)
         if self.stopping and not stream.held:
             return False
+        method = "-"
         try:
             data = await stream.read_request_head(self.idle_time, self.head_time)
             if not data:
                 return False
             self.busy.add(stream)
+            method = "HEAD" if data.startswith(b"HEAD ") else "-"
             request = parse_request_head(data)
             request.connection = stream
             request.secure = self.tls is not None
             self._find_body(stream, request)
         except TimeoutError:
             if stream.held:
-                await self._refuse(stream, ProtocolError(408, "the request's head came too slowly", close=True))
+                await self._refuse(stream, method, ProtocolError(408, "the request's head came too slowly", close=True))
             return False
         except ProtocolError as error:
-            await self._refuse(stream, error)
+            await self._refuse(stream, method, error)
             return False
         if "connection" in request.headers:
             options = request.headers.tokens("connection")
@@ -1455,13 +1560,14 @@ class HTTPServer:
         if framing:
             request.body = IncomingBody(stream, framing, expects=bool(expects))
 
-    async def _refuse(self, stream: Stream, error: ProtocolError) -> None:
-        """Answer what is not a request, and close."""
+    async def _refuse(self, stream: Stream, method: str, error: ProtocolError) -> None:
+        """Answer what is not a request, and close; also here an answer to HEAD has no body."""
         stream.closing = True
-        await self._respond(stream, None, error_response(None, error))
+        unread = Request(method, "-", Headers(), connection=stream)
+        await self._respond(stream, unread, error_response(unread, error))
         await stream.linger()
 
-    async def _respond(self, stream: Stream, request: Request | None, response: Response) -> None:
+    async def _respond(self, stream: Stream, request: Request, response: Response) -> None:
         """Write the response, then tell those who want to know; raises ConnectionError when it broke off."""
         whole = False
         size = 0
@@ -1477,17 +1583,20 @@ class HTTPServer:
             if response.sent:
                 response.sent(whole)
             if self.log:
-                self.log.add(request, stream.peer, response.status, size)
-        if request and isinstance(request.body, IncomingBody) and not stream.closing:
-            stream.closing = not await request.body.drain()
+                self.log.add(request, response.status, size)
+        if isinstance(request.body, IncomingBody) and not stream.closing:
+            try:
+                stream.closing = not await request.body.drain()
+            except ProtocolError:
+                stream.closing = True  # it has its answer; what follows cannot be read
 
-    async def _write(self, stream: Stream, request: Request | None, response: Response) -> int:
+    async def _write(self, stream: Stream, request: Request, response: Response) -> int:
         """Write head and body; return the body's bytes."""
         body, status = response.body, response.status
         length = body.length
         fields = response.headers
-        minor = request.minor if request else 1
-        bare = status in (204, 304) or (request is not None and request.method == "HEAD")
+        minor = request.minor
+        bare = status in (204, 304) or request.method == "HEAD"
         chunked = length is None and minor == 1 and not bare
         if chunked:
             fields.append(("Transfer-Encoding", "chunked"))
@@ -1495,7 +1604,7 @@ class HTTPServer:
             fields.append(("Content-Length", str(length)))
         elif length is None and not bare:
             stream.closing = True  # HTTP/1.0: the end of the connection is the end of the body
-        incoming = request.body if request else None
+        incoming = request.body
         if isinstance(incoming, IncomingBody) and (incoming.expects or (incoming.length or 0) > MAX_DRAIN):
             stream.closing = True
         stream.closing = stream.closing or response.final or self.stopping
@@ -1552,20 +1661,13 @@ def parse_origin(url: str) -> Origin:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
         raise ValueError("it must begin with http:// or https://")
-    if not parts.hostname or not _HOST.fullmatch(parts.netloc):
+    if not parts.hostname or not is_host(parts.netloc):
         raise ValueError("it has no valid host")
     if parts.query or parts.fragment:
         raise ValueError("it must not have a query or a fragment")
+    parts.hostname.encode("idna")  # a label that is empty or too long: UnicodeError, which is a ValueError
     tls = parts.scheme == "https"
     return Origin(tls, parts.hostname, parts.port or (443 if tls else 80), parts.path.rstrip("/"))
-
-
-class Answer(NamedTuple):
-    """A response that was read whole."""
-
-    status: int
-    headers: Headers
-    body: bytes
 
 
 class Client:
@@ -1635,21 +1737,21 @@ class Client:
         """Format a request head to this origin."""
         return format_request_head(method, self.origin.path + path, [("Host", self.origin.authority), *fields])
 
-    async def get(self, path: str, fields: Fields, stream: Stream, patience: float, limit: int) -> Answer:
-        """Send a GET and read the whole answer, `limit` bytes at most; the connection is not given back."""
-        await stream.send(self.head("GET", path, fields))
-        return await self.read_answer(stream, "GET", patience, limit)
-
-    async def read_answer(self, stream: Stream, method: str, patience: float, limit: int) -> Answer:
-        """Read an answer to its end."""
-        status, headers = await stream.read_response_head(patience)
-        framing = 0 if status in (204, 304) or method == "HEAD" else parse_framing(headers)
-        body = await IncomingBody(stream, framing).read_all(limit)
+    async def read_body(self, stream: Stream, headers: Headers, limit: int) -> bytes:
+        """Read a response's body to its end, `limit` bytes at most."""
+        framing = parse_framing(headers)
         stream.closing = stream.closing or framing is None
-        return Answer(status, headers, body)
+        return await IncomingBody(stream, framing).read_all(limit)
 
-    async def post(self, path: str, fields: Fields, begin: bytes, body: Body, stream: Stream, pace: Pace) -> Answer:
-        """Send `begin` and `body` as one POST; return the answer, also when it comes before the body has left.
+    async def _read_status(self, stream: Stream) -> int:
+        """Read a response whose status says all."""
+        status, headers = await stream.read_response_head(P7_TIME)
+        if status != 204:
+            await self.read_body(stream, headers, SMALL)
+        return status
+
+    async def post(self, path: str, fields: Fields, begin: bytes, body: Body, stream: Stream, pace: Pace) -> int:
+        """Send `begin` and `body` as one POST; return the answer's status, also when it comes before the body has left.
 
         The body is chunked when its length is not known. An early answer means that the rest is not wanted.
         """
@@ -1661,10 +1763,10 @@ class Client:
             begin = b"%x\r\n%b\r\n" % (len(begin), begin)
         if isinstance(body, BytesBody) and not pace.rate:
             await stream.send(head + begin + body.data)
-            return await self.read_answer(stream, "POST", P7_TIME, SMALL)
+            return await self._read_status(stream)
         await stream.send(head + begin)
         sending = asyncio.create_task(write_body(pace.on(stream), body, chunked=chunked))
-        reading = asyncio.create_task(self.read_answer(stream, "POST", P7_TIME, SMALL))
+        reading = asyncio.create_task(self._read_status(stream))
         try:
             await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
@@ -1744,18 +1846,19 @@ TYPES = {  # where the table of the standard library differs between versions, o
     ".xml": "text/xml", ".xz": "application/x-xz", ".yaml": "text/plain", ".yml": "text/plain",
     ".zip": "application/zip", ".zst": "application/zstd", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
-_types: dict[str, str] = {}
+_types: dict[bytes, str] = {}  # Content-Type by extension, as they are asked for
 
 
 def media_type(name: bytes) -> str:
     """Return the Content-Type for a file's name: the same on every system, text as UTF-8."""
-    extension = os.path.splitext(name)[1].lower().decode("latin-1")
+    extension = os.path.splitext(name)[1].lower()
     known = _types.get(extension)
     if known is None:
         import mimetypes
 
         # types_map before init() is the module's own table; init() would add what this machine happens to have.
-        known = TYPES.get(extension) or mimetypes.types_map.get(extension) or "application/octet-stream"
+        text = extension.decode("latin-1")
+        known = TYPES.get(text) or mimetypes.types_map.get(text) or "application/octet-stream"
         if known.startswith("text/"):
             known += "; charset=utf-8"
         if len(_types) < 1000:
@@ -1788,8 +1891,8 @@ def choose(method: str, headers: Headers, tag: str, modified: int, size: int, th
             return Plan(304)
     if "range" not in headers or method != "GET":
         return Plan(200)
-    condition = headers.get("if-range")
-    if condition and condition != tag and parse_date(condition, this_year) != modified:
+    condition = headers.get("if-range", tag)
+    if condition != tag and parse_date(condition, this_year) != modified:
         return Plan(200)
     ranges = parse_ranges(headers.get("range"), size)
     if ranges is None:
@@ -1800,6 +1903,7 @@ def choose(method: str, headers: Headers, tag: str, modified: int, size: int, th
 METHODS = ("GET", "HEAD", "OPTIONS")
 _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
+ENCODINGS = {"br": b".br", "gzip": b".gz"}  # what a file beside another one may be, the best first
 
 
 def is_hidden(segment: bytes) -> bool:
@@ -1812,11 +1916,32 @@ _FOREIGN = re.compile(rb"[/\\:]" if os.name == "nt" else rb"/")
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
+class Found(NamedTuple):
+    """What is at a path: a regular file, open, or a directory, for which `fd` is None."""
+
+    fd: int | None
+    facts: os.stat_result
+    place: bytes  # its path in the file system
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """How a directory is served: the flags of `ptth file-server` and keys of ptth_server.toml."""
+
+    hidden: bool = False
+    follow_symlinks: bool = False  # also out of the root
+    listing: bool = True  # and with it JSON and zip
+    cors: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
+    auth: str = ""  # "USER:PASSWORD"
+
+
 class Site:
     """A directory that is served.  `private` are files never served, wherever the root points: a key's file."""
 
-    def __init__(self, root: str, *, private: Iterable[str] = ()) -> None:
+    def __init__(self, root: str, options: SiteOptions | None = None, *, private: Iterable[str] = ()) -> None:
         self.root = os.path.realpath(os.fsencode(root))
+        self.options = options or SiteOptions()
         self._inside = self.root.rstrip(b"/\\" if os.name == "nt" else b"/") + os.fsencode(os.sep)
         self._private = [os.path.realpath(os.fsencode(path)) for path in private]
 
@@ -1829,31 +1954,29 @@ class Site:
             raise ProtocolError(status, f"{request.method} is not possible here", headers=[_ALLOW])
         if request.method == "OPTIONS":
             return Response(204, [_ALLOW, NOSNIFF])
-        if any(map(is_hidden, segments)):
+        if not self.options.hidden and any(map(is_hidden, segments)):
             raise ProtocolError(404, "there is nothing here")
-        fd, facts, place = self.open(segments)
-        if fd is not None:
+        found = self.open(segments)
+        if found.fd is not None:
             if directory:
-                os.close(fd)
+                os.close(found.fd)
                 raise ProtocolError(404, "there is nothing here")
-            return self._respond_file(request, fd, facts, segments[-1])
+            return self._respond_file(request, found, segments)
         if not directory and segments:
-            return text_response(
-                301, "it is a directory\n", [("Location", redirect_below(segments[-1], request.target))]
-            )
-        accept = request.headers.get("accept")
-        as_json = as_json or "application/json" in accept and "text/html" not in accept
+            location = redirect_below(segments[-1], request.target)
+            return text_response(301, "it is a directory\n", [("Location", location)])
+        accepted = weights(request.headers, "accept")
+        as_json = as_json or accepted.get("application/json", False) and not accepted.get("text/html")
         if not as_json:
-            try:
-                fd, facts, _ = self.open([*segments, b"index.html"])
-            except ProtocolError:
-                fd = None  # nothing of that name, so the listing
-            if fd is not None:
-                return self._respond_file(request, fd, facts, b"index.html", [("Vary", "Accept")])
-        return await self._respond_directory(place, segments, as_json)
+            index = self._open_if_there([*segments, b"index.html"])
+            if index is not None:
+                return self._respond_file(request, index, [*segments, b"index.html"], "Accept")
+        if not self.options.listing:
+            raise ProtocolError(404, "there is nothing here")
+        return await self._respond_directory(request, found, segments, as_json)
 
-    def open(self, segments: list[bytes]) -> tuple[int | None, os.stat_result, bytes]:
-        """Open what is at a path: (fd, facts, place) of a regular file, (None, facts, place) of a directory.
+    def open(self, segments: list[bytes]) -> Found:
+        """Open what is at a path.
 
         Raises ProtocolError: 404 for what is missing, outside or special, 403 for what cannot be read, 503 when there
         are no descriptors left.
@@ -1869,40 +1992,46 @@ class Site:
                 raise ProtocolError(503, "too many open files", headers=[("Retry-After", "1")]) from None
             raise ProtocolError(404, "there is nothing here") from None
 
-    def _open(self, place: bytes, segments: list[bytes]) -> tuple[int | None, os.stat_result, bytes]:
+    def _open_if_there(self, segments: list[bytes]) -> Found | None:
+        """Open a regular file that need not be there."""
+        try:
+            found = self.open(segments)
+        except ProtocolError:
+            return None
+        return found if found.fd is not None else None
+
+    def _open(self, place: bytes, segments: list[bytes]) -> Found:
         if _FOREIGN.search(b"".join(segments)):
             raise FileNotFoundError
         # Only links need the costly look at the whole path. O_NOFOLLOW finds one in the last place, lstat before it.
-        checked = segments[:-1] if hasattr(os, "O_NOFOLLOW") else segments
         path = self._inside
-        for segment in checked:
+        for segment in segments[:-1] if hasattr(os, "O_NOFOLLOW") else segments:
             path += segment
             if stat.S_ISLNK(os.lstat(path).st_mode):
                 place = self._follow(place)
                 break
             path += b"/"
-        for attempt in (1, 2):
+        try:
+            fd = os.open(place, _OPEN_FLAGS)
+        except OSError:
             if os.name == "nt" and os.path.isdir(place):
-                return None, os.stat(place), place
-            try:
-                fd = os.open(place, _OPEN_FLAGS)
-                break
-            except OSError:
-                if attempt == 2 or not os.path.islink(place):
-                    raise
-                place = self._follow(place)
+                return Found(None, os.stat(place), place)
+            if not os.path.islink(place):
+                raise
+            place = self._follow(place)
+            fd = os.open(place, _OPEN_FLAGS)
         facts = os.fstat(fd)
         if stat.S_ISREG(facts.st_mode) and not (self._private and self._is_private(place, facts)):
-            return fd, facts, place
+            return Found(fd, facts, place)
         os.close(fd)
         if not stat.S_ISDIR(facts.st_mode):
             raise FileNotFoundError  # a device, a socket, a FIFO (which O_NONBLOCK has kept from hanging), a key
-        return None, facts, place
+        return Found(None, facts, place)
 
     def _follow(self, place: bytes) -> bytes:
         """Return where a path with links leads; FileNotFoundError when that is outside the root."""
         real = os.path.realpath(place, strict=True)
-        if real != self.root and not real.startswith(self._inside):
+        if real != self.root and not real.startswith(self._inside) and not self.options.follow_symlinks:
             raise FileNotFoundError
         return real
 
@@ -1918,15 +2047,23 @@ class Site:
                 continue
         return False
 
-    def _respond_file(
-        self, request: Request, fd: int, facts: os.stat_result, name: bytes, more: Fields | None = None
-    ) -> Response:
+    def _respond_file(self, request: Request, found: Found, segments: list[bytes], vary: str = "") -> Response:
         """Answer with an open file, which is closed here or by the body."""
+        headers = request.headers
+        kind = media_type(segments[-1])
+        encoding = ""
+        if "accept-encoding" in headers and (request.method == "HEAD" or "range" not in headers):
+            found, encoding, varies = self._precompressed(headers, found, segments)
+            vary = ", ".join(filter(None, (vary, varies)))
+        assert found.fd is not None
+        fd, facts = found.fd, found.facts
         size = facts.st_size
-        tag = f'"{facts.st_mtime_ns:x}-{size:x}"'
+        tag = f'"{facts.st_mtime_ns:x}-{size:x}{encoding and "-" + encoding}"'
         modified = facts.st_mtime_ns // 1_000_000_000
-        plan = choose(request.method, request.headers, tag, modified, size, time.gmtime().tm_year)
-        fields = [("ETag", tag), ("Last-Modified", _last_modified(modified)), *(more or ())]
+        plan = choose(request.method, headers, tag, modified, size, time.gmtime().tm_year)
+        fields = [("ETag", tag), ("Last-Modified", _last_modified(modified))]
+        if vary:
+            fields.append(("Vary", vary))
         if plan.status in (304, 412, 416):
             os.close(fd)
             if plan.status == 304:
@@ -1934,8 +2071,9 @@ class Site:
             if plan.status == 412:
                 raise ProtocolError(412, "a precondition failed", headers=fields)
             raise ProtocolError(416, "no such range", headers=[*fields, ("Content-Range", f"bytes */{size}")])
-        kind = media_type(name)
         fields += [("Accept-Ranges", "bytes"), NOSNIFF]
+        if encoding:
+            fields.append(("Content-Encoding", encoding))
         if len(plan.ranges) > 1:
             boundary = f"ptth-{facts.st_mtime_ns:x}-{size:x}-{facts.st_ino:x}"
             fields.append(("Content-Type", f"multipart/byteranges; boundary={boundary}"))
@@ -1946,19 +2084,49 @@ class Site:
             fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
         return Response(plan.status, fields, _file_body(request.method, fd, facts, first, last - first + 1))
 
-    async def _respond_directory(self, place: bytes, segments: list[bytes], as_json: bool) -> Response:
-        """Answer with a directory's listing, made in a thread: a large one must not keep others waiting."""
+    def _precompressed(self, headers: Headers, plain: Found, segments: list[bytes]) -> tuple[Found, str, str]:
+        """Return the file beside `plain` that the client takes instead, its coding, and what Vary must name."""
+        varies = ""
+        accepted = weights(headers, "accept-encoding")
+        for encoding, suffix in ENCODINGS.items():
+            other = self._open_if_there([*segments[:-1], segments[-1] + suffix])
+            if other is None or other.fd is None or plain.fd is None:
+                continue
+            varies = "Accept-Encoding"
+            if accepted.get(encoding, accepted.get("*", False)):
+                os.close(plain.fd)
+                return other, encoding, varies
+            os.close(other.fd)
+        return plain, "", varies
+
+    async def _respond_directory(
+        self, request: Request, found: Found, segments: list[bytes], as_json: bool
+    ) -> Response:
+        """Answer with a directory's listing or zip, made in a thread: a large one must not keep others waiting."""
+        wanted = urllib.parse.parse_qs(request.target.partition("?")[2], keep_blank_values=True)
+        if "zip" in wanted and not as_json:
+            name = quote((segments[-1] if segments else b"files") + b".zip")
+            fields = [("Content-Type", "application/zip"), NOSNIFF]
+            fields.append(("Content-Disposition", f"attachment; filename*=UTF-8''{name}"))
+            return Response(200, fields, ZipBody(self.zip_pieces(found)))
         try:
-            return await asyncio.to_thread(self._list, place, segments, as_json)
+            return await asyncio.to_thread(self._list, segments, found, wanted.get("sort", [""])[-1], as_json)
         except PermissionError:
             raise ProtocolError(403, "this cannot be read") from None
         except OSError:
             raise ProtocolError(404, "there is nothing here") from None
 
-    def _list(self, place: bytes, segments: list[bytes], as_json: bool) -> Response:
-        entries = sorted(self.entries(place), key=lambda entry: (not entry.is_dir, entry.name.lower(), entry.name))
+    def _list(self, segments: list[bytes], found: Found, order: str, as_json: bool) -> Response:
+        """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""
+        entries = sorted(self.entries(found.place), key=lambda entry: (entry.name.lower(), entry.name))
+        by_time = order.removeprefix("-") == "time"
+        if by_time or order.removeprefix("-") == "size":
+            entries.sort(key=lambda entry: entry.mtime if by_time else entry.size)
+        if order.startswith("-"):
+            entries.reverse()
+        entries.sort(key=lambda entry: not entry.is_dir)
         if not as_json:
-            return html_response(200, listing_page(segments, entries), [("Vary", "Accept")])
+            return html_response(200, listing_page(segments, entries, order), [("Vary", "Accept")], LISTING_SCRIPT)
         import json
 
         rows = [
@@ -1970,10 +2138,10 @@ class Site:
 
     def entries(self, place: bytes) -> Iterator[Entry]:
         """Yield what is served of a directory: files and directories, not hidden, not leaving the root."""
-        with os.scandir(place) as found:
-            for item in found:
+        with os.scandir(place) as items:
+            for item in items:
                 try:
-                    if is_hidden(item.name):
+                    if is_hidden(item.name) and not self.options.hidden:
                         continue
                     if item.is_symlink():
                         self._follow(item.path)
@@ -1987,12 +2155,125 @@ class Site:
                     continue
                 yield Entry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
 
+    def zip_pieces(self, top: Found) -> Iterator[bytes]:
+        """Yield a zip of all that is served below a directory, stored, piece by piece; nothing of it is kept."""
+        import zipfile
+
+        sink = _Sink()
+        failed: list[str] = []
+        with zipfile.ZipFile(sink, "w") as archive:
+            for place, name, entry in self._walk(top, failed):
+                when = max((1980, 1, 1, 0, 0, 0), min(time.gmtime(clamp(entry.mtime))[:6], (2107, 12, 31, 0, 0, 0)))
+                info = zipfile.ZipInfo(name.decode("utf-8", "replace") + ("/" if entry.is_dir else ""), when)
+                info.file_size = entry.size  # tells zipfile whether it takes the large form
+                info.external_attr = (
+                    (stat.S_IFDIR | 0o755) << 16 | 0x10 if entry.is_dir else (stat.S_IFREG | 0o644) << 16
+                )
+                if entry.is_dir:
+                    archive.writestr(info, b"")
+                    continue
+                try:
+                    found = self._open(place, [])
+                except OSError as error:
+                    failed.append(f"{info.filename}: {error.strerror or 'not readable'}\n")
+                    continue
+                if found.fd is None:
+                    continue
+                with open(found.fd, "rb", buffering=0) as file, archive.open(info, "w", force_zip64=True) as part:
+                    try:
+                        while data := file.read(SLICE):
+                            part.write(data)
+                            yield sink.take()
+                    except OSError as error:
+                        failed.append(f"{info.filename}: incomplete: {error.strerror}\n")
+            if failed:
+                archive.writestr("could-not-be-read.txt", "".join(failed))
+        yield sink.take()
+
+    def _walk(self, top: Found, failed: list[str]) -> Iterator[tuple[bytes, bytes, Entry]]:
+        """Yield (place, name below the top, entry) of all that is served below a directory, folders before their files.
+
+        A linked folder that holds itself is passed over: it would never end.
+        """
+        stack = [(top.place, b"", frozenset({(top.facts.st_dev, top.facts.st_ino)}))]
+        while stack:
+            place, name, above = stack.pop()
+            try:
+                entries = sorted(self.entries(place), key=lambda entry: entry.name)
+            except OSError as error:
+                failed.append(f"{name.decode('utf-8', 'replace')}: {error.strerror}\n")
+                continue
+            for entry in entries:
+                below, below_name = os.path.join(place, entry.name), name + entry.name
+                if entry.is_dir:
+                    facts = os.stat(below)
+                    identity = (facts.st_dev, facts.st_ino)
+                    if identity in above:
+                        continue
+                    stack.append((below, below_name + b"/", above | {identity}))
+                yield below, below_name, entry
+
+
+class _Sink(io.RawIOBase):
+    """A file that cannot seek, from which what was written is taken away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        """Return True: that much zipfile wants to know."""
+        return True
+
+    def write(self, data: Any) -> int:  # whatever has bytes in it
+        self._pieces.append(bytes(data))
+        return len(self._pieces[-1])
+
+    def take(self) -> bytes:
+        """Return what was written since the last time."""
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        return data
+
+
+class ZipBody:
+    """A zip that is made in a thread while it is sent."""
+
+    length: int | None = None
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while (piece := await asyncio.to_thread(next, self._pieces, None)) is not None:
+            yield piece
+
+    async def write_to(self, connection: Connection) -> None:
+        async for piece in self:
+            await connection.send(piece)
+
+    async def aclose(self) -> None:
+        del self._pieces  # closes what is open in it, when no thread is at work on it any more
+
+
+def weights(headers: Headers, name: str) -> dict[str, bool]:
+    """Return what the members of an Accept field say: wanted, or with a weight of zero not (RFC 9110, 12.4.2)."""
+    found = {}
+    for token in headers.tokens(name):
+        what, _, parameters = token.partition(";")
+        found[what.strip()] = not re.search(r"(?:\A|;)\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", parameters)
+    return found
+
 
 _last_dates: dict[int, str] = {}
 
 
 def _last_modified(seconds: int) -> str:
-    """Return the Last-Modified value: formatting it costs as much as opening the file, and few are asked for often."""
+    """Return the Last-Modified value, never in the future (RFC 9110, 8.8.2.1).
+
+    Formatting it costs as much as opening the file, and few are asked for often.
+    """
+    seconds = max(0, min(seconds, int(time.time())))
     text = _last_dates.get(seconds)
     if text is None:
         if len(_last_dates) > 1000:
@@ -2018,13 +2299,54 @@ def _multipart(
     fd: int, facts: os.stat_result, kind: str, boundary: str, ranges: list[tuple[int, int]]
 ) -> MultipartBody:
     """Return the body of several ranges (RFC 9110, 14.6)."""
+    size = facts.st_size
     parts = []
     for first, last in ranges:
-        head = (
-            f"\r\n--{boundary}\r\nContent-Type: {kind}\r\nContent-Range: bytes {first}-{last}/{facts.st_size}\r\n\r\n"
-        )
+        head = f"\r\n--{boundary}\r\nContent-Type: {kind}\r\nContent-Range: bytes {first}-{last}/{size}\r\n\r\n"
         parts.append((head.encode("latin-1"), first, last - first + 1))
     return MultipartBody(fd, facts, parts, f"\r\n--{boundary}--\r\n".encode("latin-1"))
+
+
+def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
+    """Put a password, fields of the operator's, and permission for other origins' scripts in front of a handler."""
+    fields: Fields = list(options.headers)
+    if options.cors:
+        fields += [
+            ("Access-Control-Allow-Origin", "*"),
+            ("Access-Control-Expose-Headers", "Accept-Ranges, Content-Length, Content-Range, ETag, Last-Modified"),
+        ]
+    if not fields and not options.auth:
+        return handler
+    secret = options.auth.encode("utf-8", "surrogateescape")
+    challenge = ProtocolError(
+        401, "a password is needed", headers=[("WWW-Authenticate", f'Basic realm="{realm}", charset="UTF-8"')]
+    )
+
+    async def guarded(request: Request) -> Response:
+        if options.cors and request.method == "OPTIONS":  # a preflight comes without the password
+            asked = [
+                ("Access-Control-Allow-Methods", "GET, HEAD"),
+                ("Access-Control-Allow-Headers", "*, Authorization"),
+            ]
+            return Response(204, [_ALLOW, NOSNIFF, *fields, *asked])
+        if secret and not hmac.compare_digest(basic_credentials(request.headers.get("authorization")), secret):
+            response = error_response(request, challenge)
+        else:
+            response = await answer(handler, request)
+        given = {name.lower() for name, _ in fields}
+        response.headers = [pair for pair in response.headers if pair[0].lower() not in given] + fields
+        return response
+
+    return guarded
+
+
+def basic_credentials(value: str) -> bytes:
+    """Return "USER:PASSWORD" of an Authorization field's value (RFC 7617, 2), or b"" when there is none."""
+    scheme, _, coded = value.partition(" ")
+    try:
+        return base64.b64decode(coded.strip(" "), validate=True) if scheme.lower() == "basic" else b""
+    except ValueError:
+        return b""
 
 
 def site_handler(site: Site) -> Handler:
@@ -2035,7 +2357,7 @@ def site_handler(site: Site) -> Handler:
             return Response(204, [_ALLOW, NOSNIFF])
         return await site.respond(request, *parse_path(request.target.partition("?")[0]))
 
-    return handle
+    return guard(handle, site.options, "files")
 
 
 def server_handler(site: Site, name: str) -> Handler:
@@ -2056,7 +2378,7 @@ def server_handler(site: Site, name: str) -> Handler:
                 return await site.respond(request, segments[len(prefix) :], directory, as_json=as_json)
         raise ProtocolError(404, "there is nothing here; the files are below files/")
 
-    return handle
+    return guard(handle, site.options, name)
 
 
 # -- 10. Tunnel messages --
@@ -2068,7 +2390,7 @@ RESPONSE_TYPE = "application/http; msgtype=response"
 # Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
 _HOP_BY_HOP = {
     "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
-    "proxy-authenticate", "proxy-authorization",
+    "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
 }  # fmt: skip
 _NOT_TO_SERVER = _HOP_BY_HOP | {
     "expect",
@@ -2085,7 +2407,7 @@ _NOT_TO_CLIENT = _HOP_BY_HOP | {
     "strict-transport-security", "alt-svc", "reporting-endpoints", "x-sendfile", "x-content-type-options",
 }  # fmt: skip
 _RUNS_NOTHING = re.compile(
-    r"(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
+    r"(?![^;]*\+xml)(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
     r"|application/(?:json|pdf|zip|octet-stream))(?:;[^,]*)?",
     re.IGNORECASE | re.ASCII,
 )
@@ -2098,7 +2420,9 @@ def _passing(headers: Headers, dropped: set[str]) -> Fields:
     return [
         pair
         for pair in headers.pairs
-        if (name := pair[0].lower()) not in dropped and not name.startswith(("ptth-", "x-accel-")) and name not in named
+        if (name := pair[0].lower()) not in dropped
+        and not name.startswith(("ptth-", "x-accel-"))
+        and (name not in named or name == "host")
     ]
 
 
@@ -2140,7 +2464,9 @@ def unpack_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]
             if len(head) > MAX_INNER_HEAD:
                 raise ProtocolError(431, "the head is too large")
             request = parse_request_head(head, MAX_INNER_FIELDS)
-            if parse_framing(request.headers):
+            length = parse_framing(request.headers)
+            if length:
+                position += max(length, 0)
                 raise ProtocolError(400, "a request with a body in the tunnel")
         except ProtocolError as error:
             yield identity, error
@@ -2168,8 +2494,8 @@ def passing_response(headers: Headers, *, sandbox: bool = True) -> Fields:
     via = headers.get("via")
     fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
     fields.append(NOSNIFF)
-    # Two types are joined by a comma, which does not match; nor does one that is absent.
-    if sandbox and not _RUNS_NOTHING.fullmatch(headers.get("content-type")):
+    # Judged by what passes: Connection may name Content-Type. Two types are joined by a comma, which does not match.
+    if sandbox and not _RUNS_NOTHING.fullmatch(Headers(fields).get("content-type")):
         fields.append(("Content-Security-Policy", SANDBOX))
     return fields
 
@@ -2185,6 +2511,7 @@ def parse_wait(prefer: str) -> float:
 
 NAME = r"[A-Za-z0-9._-]{1,64}"
 _NAME = re.compile(rf"(?!\.\.?\Z){NAME}")
+_IDENTITY = re.compile(r"[0-9A-Za-z]{8,64}")
 
 
 class ServerEntry(NamedTuple):
@@ -2199,8 +2526,6 @@ class ServerEntry(NamedTuple):
 class Exchange:
     """One client's request on its way: waiting, then offered in a P3, then claimed by the P5 that answers it."""
 
-    __slots__ = ("answer", "arrived", "client", "finished", "head", "identity", "method", "offers", "server")
-
     def __init__(self, server: Registered, request: Request, target: str, now: float) -> None:
         loop = asyncio.get_running_loop()
         self.identity = os.urandom(16).hex()
@@ -2210,6 +2535,7 @@ class Exchange:
         self.client = request.connection
         self.arrived = now
         self.offers = 0
+        self.answering = 0  # P5 that have begun
         self.answer: asyncio.Future[Response] = loop.create_future()
         self.finished: asyncio.Future[bool] = loop.create_future()  # whether the client has it all
 
@@ -2231,6 +2557,7 @@ class Parked(NamedTuple):
 
     batch: asyncio.Future[list[Exchange]]
     connection: Connection | None
+    since: float
     until: float
 
 
@@ -2262,7 +2589,7 @@ class Registered:
             if batch and size > MAX_BATCH_BYTES:
                 break
             del self.waiting[exchange.identity]
-            if exchange.client is not None and exchange.client.lost():
+            if exchange.answer.done() or exchange.client is not None and exchange.client.lost():
                 exchange.fail(502, "the client went away")
                 continue
             exchange.offers += 1
@@ -2357,6 +2684,8 @@ class Relay:
         """
         target = request.target
         path = target.partition("?")[0]
+        if target == "*":
+            return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
         if path.startswith("/frontend/servers/") and path != "/frontend/servers/":
             name, slash, rest = target.removeprefix("/frontend/servers/").partition("/")
             if not slash or "?" in name:
@@ -2427,7 +2756,7 @@ class Relay:
         """Answer a server: every request shows its key anew, since a proxy may mix connections."""
         action, _, rest = path.partition("/")
         method = {"http_listen": "GET", "http_response": "POST"}.get(action)
-        if method is None or "/" in rest or not rest:
+        if method is None or not (_NAME if method == "GET" else _IDENTITY).fullmatch(rest):
             raise ProtocolError(404, "there is nothing here")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
@@ -2475,8 +2804,10 @@ class Relay:
         wait = parse_wait(request.headers.get("prefer"))
         if not batch and self.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
+        if not wait:
+            self._renew(server, now)
         if not batch and wait:
-            parked = Parked(self.loop.create_future(), request.connection, now + wait)
+            parked = Parked(self.loop.create_future(), request.connection, now, now + wait)
             server.parked.append(parked)
             if len(server.parked) > MAX_PARKED:
                 server.parked.popleft().batch.set_result([])
@@ -2490,6 +2821,18 @@ class Relay:
         body = BytesBody(b"".join([exchange.head for exchange in batch]))
         sent = (lambda whole: self._handed_over(request.connection, batch, whole)) if batch else None
         return Response(200, fields, body, sent, final=self.stopping)
+
+    @staticmethod
+    def _renew(server: Registered, now: float) -> None:
+        """Answer the P1 that were here before this hello: those who live ask again at once.
+
+        A proxy may hold a dead server's P1 open, and a request handed to that would be lost. Those of the last moments
+        are left alone: their server would take so quick an answer for a failure.
+        """
+        for parked in list(server.parked):
+            if now - parked.since > 2 and not parked.batch.done():
+                server.parked.remove(parked)
+                parked.batch.set_result([])
 
     def _handed_over(self, connection: Connection | None, batch: list[Exchange], whole: bool) -> None:
         """Note the end of a P3: requests that it may not have brought are offered once more."""
@@ -2508,13 +2851,13 @@ class Relay:
     def _connection_ended(self, connection: Connection) -> None:
         """A connection that brought a P3 has ended: a plain close that was announced loses nothing."""
         for exchange in self._delivered.pop(connection, ()):
-            if not connection.closing and exchange.method in ("GET", "HEAD"):
+            if not connection.closing:
                 self._lose(exchange, "")
 
     def _lose(self, exchange: Exchange, reason: str) -> None:
         """Offer a GET or HEAD again, once; anything else might have been done already, and gets 502."""
-        if exchange.server.offered.pop(exchange.identity, None) is None:
-            return  # claimed or failed meanwhile
+        if exchange.answering or exchange.server.offered.pop(exchange.identity, None) is None:
+            return  # its P5 has begun, or it is over
         if exchange.method in ("GET", "HEAD") and exchange.offers < 2:
             exchange.server.offer(exchange)
         elif reason:
@@ -2525,18 +2868,22 @@ class Relay:
         server = exchange.server
         incoming = request.body
         server.answering += 1
+        exchange.answering += 1
         try:
             if not isinstance(incoming, IncomingBody):
                 raise ProtocolError(502, "a response without head")
             if request.headers.get("content-type").partition(";")[0].strip().lower() != "application/http":
                 raise ProtocolError(502, "the response is not application/http")
             response = await self._read_response(incoming, exchange)
-            if self.exchanges.pop(exchange.identity, None) is None:
+            if self.exchanges.pop(exchange.identity, None) is None or exchange.answer.done():
                 raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client's time is over
             server.offered.pop(exchange.identity, None)
             exchange.answer.set_result(response)
             if not await exchange.finished:
                 raise ProtocolError(*_GONE, headers=[NO_STORE])
+        except (ConnectionError, TimeoutError) as error:
+            exchange.fail(502, f"the server's response broke off: {describe(error)}")
+            raise
         except ProtocolError as error:
             if error.status == 410:
                 raise
@@ -2685,7 +3032,6 @@ class Server:
         self._working: set[str] = set()  # the ids of all requests that came and are not answered
         self._parked: set[Stream] = set()  # P1 that wait for their answer
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: asyncio.Future[Exception]  # why the present listeners have to end
         self._told = ""
 
     async def run(self) -> None:
@@ -2698,12 +3044,15 @@ class Server:
         try:
             while not self._stopping.is_set():
                 try:
-                    near = await self._connect()
-                    backoff = BACKOFF_MIN
-                    failure = self._failure = loop.create_future()
+                    near = await self._unless_stopped(self._connect())
+                    failure: asyncio.Future[Exception] = loop.create_future()
+                    began = loop.time()
                     for _ in range(1 if near else FAR_P1):
                         self._spawn(self._listen(failure))
-                    raise await self._failure_or_stop(failure)
+                    error = await self._unless_stopped(failure)
+                    if loop.time() - began > BACKOFF_MAX:  # it was good for a while, not just for a hello
+                        backoff = BACKOFF_MIN
+                    raise error
                 except Refused:
                     self._tell_refused()
                     pause = REFUSED_TIME
@@ -2712,7 +3061,7 @@ class Server:
                     pause = backoff * random.uniform(0.5, 1)
                     backoff = min(backoff * 2, BACKOFF_MAX)
                 self.connected.clear()
-                await self._pause(pause)
+                await self._unless_stopped(asyncio.sleep(pause))
         except _Stopped:
             pass
         finally:
@@ -2729,20 +3078,30 @@ class Server:
             if stream.writer.can_write_eof():
                 stream.writer.write_eof()
             else:
-                stream.writer.close()
+                stream.transport.abort()
+        await self._finish(min(grace, LINGER_TIME))
+        for stream in list(self._parked):
+            stream.transport.abort()  # a proxy on the way does not pass the half-close on
+        if not await self._finish(grace):
+            for task in self._tasks:
+                task.cancel()
+
+    async def _finish(self, seconds: float) -> bool:
+        """Wait for what is under way; return whether it ended in time."""
         try:
-            async with asyncio.timeout(grace):
+            async with asyncio.timeout(seconds):
                 while self._tasks:
                     await asyncio.wait(self._tasks)
         except TimeoutError:
-            for task in self._tasks:
-                task.cancel()
+            return False
+        return True
 
     def _tell(self, line: str) -> None:
         """Tell the operator, once for each change."""
         if line != self._told:
             self._told = line
-            tell(f"ptth server: {line}")
+            for part in f"ptth server: {line}".split("\n"):
+                tell(part)
 
     def _tell_refused(self) -> None:
         self._tell(
@@ -2750,27 +3109,18 @@ class Server:
             f"ptth_relay.toml needs this, and a restart; trying again:\n{registration(self.name, self._key)}"
         )
 
-    async def _pause(self, seconds: float) -> None:
-        """Sleep, or wake up for the stop."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-        except TimeoutError:
-            pass
-        if self._stopping.is_set():
-            raise _Stopped
-
-    async def _failure_or_stop(self, failure: asyncio.Future[Exception]) -> Exception:
-        """Return the listeners' failure; raises _Stopped at the stop."""
+    async def _unless_stopped(self, work: Awaitable[T]) -> T:
+        """Return the result of `work`; raises _Stopped at the stop, and gives it up."""
+        task = asyncio.ensure_future(work)
         stopping = asyncio.create_task(self._stopping.wait())
-        stopping.add_done_callback(lambda _: None if failure.done() else failure.set_result(_Stopped()))
         try:
-            await failure
+            await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() or self._stopping.is_set():
+                raise _Stopped
+            return await task
         finally:
+            task.cancel()
             stopping.cancel()
-        if self._stopping.is_set():
-            raise _Stopped
-        return failure.result()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run `work`, which catches its own errors, until it ends."""
@@ -2820,12 +3170,17 @@ class Server:
 
     async def _poll(self, stream: Stream, wait: float) -> bool:
         """P1 and P3: ask the relay, take what it has; return whether that was something."""
+        if self._stopping.is_set():
+            self.client.drop(stream)
+            return False
         fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
         self._parked.add(stream)
         try:
-            limit = MAX_BATCH_BYTES + MAX_INNER_HEAD
-            answer = await self.client.get(f"{BACKEND}http_listen/{self.name}", fields, stream, P1_TIME, limit)
-            check_listen_answer(answer)
+            await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
+            status, headers = await stream.read_response_head(P1_TIME)
+            check_listen_answer(status, headers)
+            body = await self.client.read_body(stream, headers, MAX_BATCH_BYTES + MAX_INNER_HEAD)
+            self._accept(body)
         except BaseException:
             self.client.drop(stream)
             raise
@@ -2834,20 +3189,21 @@ class Server:
         if self._stopping.is_set():
             stream.closing = True  # our side of it is closed
         self.client.give(stream)
-        self._accept(answer.body)
-        return bool(answer.body)
+        return bool(body)
 
     # P4 and P5
 
     def _accept(self, data: bytes) -> None:
         """Take over the requests of a P3; one that is worked on already was offered again in vain."""
-        for identity, request in unpack_requests(data):
-            if identity not in self._working:
-                self._working.add(identity)
-                self._pending.append((identity, request))
-        if len(self._working) >= MAX_HANDLERS:
-            self._room.clear()
-        self._pump()
+        try:
+            for identity, request in unpack_requests(data):
+                if identity not in self._working:
+                    self._working.add(identity)
+                    self._pending.append((identity, request))
+        finally:
+            if len(self._working) >= MAX_HANDLERS:
+                self._room.clear()
+            self._pump()
 
     def _pump(self) -> None:
         """Start a worker, and look again whether it has to wait for something: then the rest needs another one.
@@ -2864,7 +3220,7 @@ class Server:
             identity, request = self._pending.popleft()
             try:
                 if isinstance(request, ProtocolError):
-                    response, method = error_response(None, request), "GET"
+                    response, method = error_response(Request("GET", "-", Headers()), request), "GET"
                 else:
                     response, method = await answer(self.handler, request), request.method
                 await self._send_response(identity, response, method)
@@ -2894,7 +3250,7 @@ class Server:
             fields = [("X-ApiKey", self._key), ("Content-Type", RESPONSE_TYPE)]
             try:
                 path = f"{BACKEND}http_response/{identity}"
-                reply = await self.client.post(path, fields, head, body, stream, self._pace)
+                status = await self.client.post(path, fields, head, body, stream, self._pace)
             except BaseException as error:
                 self.client.drop(stream)
                 if not reused or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
@@ -2902,8 +3258,8 @@ class Server:
                 stream, reused = None, False
                 continue
             self.client.give(stream)
-            if reply.status not in (200, 410):
-                tell(f"ptth server: P5 was answered with {reply.status}")
+            if status not in (200, 410):
+                tell(f"ptth server: P5 was answered with {status}")
             return
 
 
@@ -2911,28 +3267,20 @@ class _Stopped(Exception):
     """The server has been asked to stop."""
 
 
-def check_listen_answer(answer: Answer) -> None:
+def check_listen_answer(status: int, headers: Headers) -> None:
     """Return when this is a P3; otherwise raise Refused, or a ConnectionError that says what answered instead."""
-    kind = answer.headers.get("content-type")
-    if answer.status == 200 and kind.partition(";")[0].strip().lower() == "application/http":
+    kind = headers.get("content-type")
+    if status == 200 and kind.partition(";")[0].strip().lower() == "application/http":
         return
-    if answer.status == 401:
+    if status == 401:
         raise Refused
-    if 300 <= answer.status < 400:
-        raise ConnectionError(f"relay_url leads to a redirect to {answer.headers.get('location')!r}: use that instead")
-    if answer.status == 204 or answer.status == 200 and not kind:
+    if 300 <= status < 400:
+        raise ConnectionError(f"relay_url leads to a redirect to {headers.get('location')!r}: use that instead")
+    if status == 204 or status == 200 and not kind:
         raise ConnectionError("the relay speaks the older MessagePack form, which this version does not know")
-    if answer.status >= 500:
-        raise ConnectionError(f"the relay, or a proxy in front of it, answers {answer.status}")
-    raise ConnectionError(f"what answers at relay_url is no relay ({answer.status}, {kind or 'no type'}): a portal?")
-
-
-def describe(error: BaseException) -> str:
-    """Say in one line what went wrong."""
-    if isinstance(error, ProtocolError):
-        return error.reason
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text)
+    if status >= 500:
+        raise ConnectionError(f"the relay, or a proxy in front of it, answers {status}")
+    raise ConnectionError(f"what answers at relay_url is no relay ({status}, {kind or 'no type'}): a portal?")
 
 
 def registration(name: str, key: str) -> str:
@@ -3173,7 +3521,7 @@ def open_socket(bind: str, port: int) -> socket.socket:
             return socket.create_server(("", port))
         family, _, _, _, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(
             f"cannot listen on {bind or 'port'}{':' if bind else ' '}{port}: {describe(error).lower()}"
         ) from None
@@ -3255,8 +3603,14 @@ async def run_relay(args: argparse.Namespace) -> None:
     await server.listen(sock)
     announce(f"PTTH relay for {len(config.servers)} servers at {' '.join(urls(sock))}")
     await stop.wait()
+    await stop_relay(relay, server)
+
+
+async def stop_relay(relay: Relay, server: HTTPServer) -> None:
+    """Stop taking work, then the rest: GRACE_TIME for both together."""
+    end = asyncio.get_running_loop().time() + GRACE_TIME
     await relay.stop()
-    await server.stop()
+    await server.stop(end - asyncio.get_running_loop().time())
 
 
 async def run_server(args: argparse.Namespace) -> None:
@@ -3300,8 +3654,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     await stop.wait()
     await server.stop()
     await running
-    await relay.stop()
-    await http.stop()
+    await stop_relay(relay, http)
 
 
 def build_parser() -> argparse.ArgumentParser:
