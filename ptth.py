@@ -140,7 +140,11 @@ class BrokenBody(ConnectionError):
 
 
 class UserError(Exception):
-    """A user's mistake, in words for that user; ends the program with one line for each of them and status 1."""
+    """A user's mistake, in words for that user; ends the program with one line for each of them."""
+
+    def __init__(self, *lines: str, status: int = 1) -> None:
+        super().__init__(*lines)
+        self.status = status
 
 
 def describe(error: BaseException) -> str:
@@ -1193,22 +1197,21 @@ table{width:100%;border-collapse:collapse}
 th{padding:0;text-align:left;font-weight:400;color:var(--quiet);font-size:.85rem;border-bottom:1px solid var(--line)}
 th button{all:unset;cursor:pointer;padding:.4rem .5rem}th button:hover{color:var(--ink)}
 th button:focus-visible{outline:2px solid var(--link)}th.t{padding:.4rem .5rem}
-td{padding:.42rem .5rem;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
+td{padding:.42rem .5rem;border-bottom:1px solid var(--line);vertical-align:baseline;overflow-wrap:anywhere}
 tbody tr:hover{background:var(--over)}
 .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td.n{color:var(--quiet);font-size:.9rem}
 td a{display:block;padding-left:1.7rem;position:relative}
 td a::before{content:"";position:absolute;left:.2rem;top:.28rem;width:.8rem;height:1rem;
 border:1.5px solid var(--quiet);border-radius:2px;opacity:.6}
-td a.d{font-weight:500}td a.d::before{left:0;top:.4rem;width:1.1rem;height:.8rem;border:0;border-radius:1px 3px 3px;
-background:var(--link);box-shadow:-.25rem -.15rem 0 -.12rem var(--link);opacity:.75}
+td a.d::before,td a.d::after{content:"";position:absolute;left:.05rem;top:.4rem;width:1.1rem;height:.82rem;
+border:0;border-radius:2px;background:var(--link);opacity:.85}td a.d::after{top:.22rem;width:.5rem;height:.4rem}
 pre{overflow-x:auto;margin:0;padding:.75rem;background:var(--over)}
 @media(max-width:36rem){body{padding:1.25rem .75rem}.w{display:none}input{flex:1}}
 """
 
 
 def escape(text: str) -> str:
-    """Escape text for HTML, in an element or a quoted attribute; lone surrogates become the replacement character."""
-    text = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+    """Escape text for HTML, in an element or a quoted attribute."""
     return (
         text.replace("&", "&amp;")
         .replace("<", "&lt;")
@@ -1292,7 +1295,7 @@ def listing_page(path: list[bytes], entries: list[Entry], order: str) -> bytes:
 
     All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
     """
-    shown = [segment.decode("utf-8", "surrogateescape") for segment in path]
+    shown = [segment.decode("utf-8", "replace") for segment in path]
     crumbs = "<i>/</i>".join(
         f'<a href="{"../" * (len(shown) - i) or "./"}">{escape(name)}</a>' for i, name in enumerate(["Files", *shown])
     )
@@ -1329,7 +1332,7 @@ def _sort_heading(key: str, label: str, order: str) -> str:
 
 def _entry_row(entry: Entry) -> str:
     """Make one row of a listing."""
-    name = escape(entry.name.decode("utf-8", "surrogateescape"))
+    name = escape(entry.name.decode("utf-8", "replace"))
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
     if entry.is_dir:
         link, size = f'<a class="d" href="./{quote(entry.name)}/">{name}/</a>', ""
@@ -2181,7 +2184,7 @@ class Site:
                     continue
                 with open(found.fd, "rb", buffering=0) as file, archive.open(info, "w", force_zip64=True) as part:
                     try:
-                        while data := file.read(SLICE):
+                        while data := file.read(SENDFILE_SLICE):
                             part.write(data)
                             yield sink.take()
                     except OSError as error:
@@ -3311,6 +3314,7 @@ class ServerConfig:
     relay_url: str = ""
     file_server_root: str = ""
     throttle_upload: int = 0  # bytes per second; 0 is no limit
+    site: SiteOptions = SiteOptions()
 
 
 class Table:
@@ -3443,12 +3447,20 @@ def load_server_config(path: str, flags: dict[str, str]) -> ServerConfig:
     table = Table(values, path, problems)
     if os.name == "posix" and (mode := os.stat(path).st_mode) & 0o077:
         table.problem(f"holds a secret and has mode {mode & 0o777:04o}, others can read it; do: chmod 600 {path}")
-    table.allow_only(["name", "api_key", "relay_url", "file_server_root", "throttle_upload"])
+    site_keys = ("auth", "hidden", "follow_symlinks", "listing", "cors", "headers")
+    table.allow_only(["name", "api_key", "relay_url", "file_server_root", "throttle_upload", *site_keys])
     if isinstance(values.get("throttle_upload"), bool) and values.pop("throttle_upload"):
         tell(f"ptth server: {path}: throttle_upload = true sets no limit here; give a number of bytes per second")
     values.update(flags)
-    texts = {key: table.text(key) for key in ("name", "api_key", "relay_url", "file_server_root")}
-    config = ServerConfig(path, **texts, throttle_upload=table.number("throttle_upload", 0, 0, 10**12))
+    config = ServerConfig(
+        path,
+        name=table.text("name"),
+        api_key=table.text("api_key"),
+        relay_url=table.text("relay_url"),
+        file_server_root=table.text("file_server_root"),
+        throttle_upload=table.number("throttle_upload", 0, 0, 10**12),
+        site=read_site(table),
+    )
     if not config.name:
         table.problem('name is missing: set name = "..." or give --name')
     elif not _NAME.fullmatch(config.name):
@@ -3460,6 +3472,36 @@ def load_server_config(path: str, flags: dict[str, str]) -> ServerConfig:
     if problems:
         raise UserError(*problems)
     return config
+
+
+def read_site(table: Table) -> SiteOptions:
+    """Read the keys that say how the directory is served."""
+    flags = {key: table.flag(key, default) for key, default in (("hidden", False), ("listing", True), ("cors", False))}
+    lines = table.values.get("headers", [])
+    headers = []
+    for line in lines if isinstance(lines, list) else [lines]:
+        try:
+            headers.append(parse_header_option(str(line)))
+        except ValueError as error:
+            table.problem(f"headers: {error}")
+    auth = table.text("auth")
+    if auth and ":" not in auth:
+        table.problem('auth must be "USER:PASSWORD"')
+    return SiteOptions(**flags, follow_symlinks=table.flag("follow_symlinks", False), headers=tuple(headers), auth=auth)
+
+
+def parse_header_option(line: str) -> tuple[str, str]:
+    """Parse "Name: value"; ValueError when it is none, or one that the server sets itself."""
+    name, colon, value = (part.strip() for part in line.partition(":"))
+    try:
+        format_head("x", [(name, value)])
+    except (ProtocolError, UnicodeError):
+        colon = ""
+    if not colon:
+        raise ValueError(f"{line!r} is not 'Name: value'")
+    if name.lower() in ("connection", "content-length", "transfer-encoding", "date"):
+        raise ValueError(f"{name} is the server's own")
+    return name, value
 
 
 def check_to_connect(config: ServerConfig) -> Origin:
@@ -3579,13 +3621,34 @@ def access_log(args: argparse.Namespace) -> AccessLog | None:
 async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until a signal."""
     root = check_root(args.dir, "DIR")
-    server = HTTPServer(site_handler(Site(root)), log=access_log(args))
+    auth = args.auth or os.environ.get("PTTH_AUTH", "")
+    if auth and ":" not in auth:
+        raise UserError("the password in PTTH_AUTH or --auth must be USER:PASSWORD", status=2)
+    options = SiteOptions(args.hidden, args.follow_symlinks, not args.no_listing, args.cors, tuple(args.header), auth)
+    tls = load_certificate(args.tls_cert, args.tls_key)
+    server = HTTPServer(site_handler(Site(root, options)), log=access_log(args), tls=tls)
     sock = open_socket(args.bind, args.port)
     stop = stop_event()
     await server.listen(sock)
-    announce(f"Serving {os.path.realpath(root)} at {' '.join(urls(sock))}")
+    announce(f"Serving {os.path.realpath(root)} at {' '.join(urls(sock, 'https' if tls else 'http'))}")
     await stop.wait()
     await server.stop()
+
+
+def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None:
+    """Return a context for HTTPS, or None without a certificate. UserError."""
+    if not cert:
+        if key:
+            raise UserError("--tls-key needs --tls-cert", status=2)
+        return None
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(f"cannot use {cert}{' with ' + key if key else ''}: {describe(error)}", status=2) from None
+    return context
 
 
 async def run_relay(args: argparse.Namespace) -> None:
@@ -3622,7 +3685,7 @@ async def run_server(args: argparse.Namespace) -> None:
         announce(registration(config.name, config.api_key))
         return
     origin = check_to_connect(config)
-    site = Site(config.file_server_root, private=[config.path])
+    site = Site(config.file_server_root, config.site, private=[config.path])
     handler = server_handler(site, config.name)
     server = Server(Client(origin), config.name, config.api_key, handler, pace=config.throttle_upload)
     stop = stop_event()
@@ -3661,7 +3724,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     import argparse
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    parser = Parser(
         prog="ptth.py", description="An HTTP server that works behind a firewall, by way of a relay.",
         epilog="Begin with: python3 ptth.py demo",
     )  # fmt: skip
@@ -3694,17 +3761,35 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("dir", nargs="?", default="", metavar="DIR", help="the directory to serve (default: this one)")
     files.add_argument("--bind", default="", metavar="ADDR", help="address to listen on (default: all)")
     files.add_argument("--port", type=port_number, default=8000, metavar="N", help="default: 8000")
+    files.add_argument("--hidden", action="store_true", help="list and serve names that begin with a dot, too")
+    files.add_argument("--follow-symlinks", action="store_true", help="follow links that leave the directory, too")
+    files.add_argument("--no-listing", action="store_true", help="no listings, no zip, no JSON: only files")
+    files.add_argument("--cors", action="store_true", help="let scripts of other origins read everything")
+    files.add_argument("--header", action="append", default=[], type=header_option, metavar="'NAME: VALUE'",
+                       help="add a field to every response; may be given again")  # fmt: skip
+    files.add_argument("--auth", default="", metavar="USER:PASSWORD", help="ask for a password; or set PTTH_AUTH")
+    files.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
+    files.add_argument("--tls-key", metavar="FILE", help="its private key, when that is in a file of its own")
     return parser
 
 
 def port_number(text: str) -> int:
     """Parse a port, 0 to 65535."""
-    if not (text.isascii() and text.isdigit()) or not 0 <= int(text) <= 65535:
-        raise ValueError
+    import argparse
+
+    if not (text.isascii() and text.isdigit()) or int(text[:6]) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
     return int(text)
 
 
-port_number.__name__ = "port"  # what argparse calls it in its message
+def header_option(text: str) -> tuple[str, str]:
+    """Parse the value of --header."""
+    import argparse
+
+    try:
+        return parse_header_option(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3715,7 +3800,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         for line in error.args:
             tell(f"ptth {args.command}: {line}")
-        return 1
+        return error.status
     except KeyboardInterrupt:
         return 1  # before there was anything to stop gracefully
     return 0

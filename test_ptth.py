@@ -47,6 +47,7 @@ import json
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -472,7 +473,7 @@ class TestShape:
             commands = re.findall(r"^ *(?:\$ )?(?:python3?|uv run) ptth\.py ([^#\n|>&]+)", file.read(), re.MULTILINE)
         assert len(commands) >= 5
         for command in commands:
-            words = command.split()
+            words = shlex.split(command)
             if not {"--help", "--version"} & set(words):
                 ptth.build_parser().parse_args(words)
 
@@ -1030,6 +1031,155 @@ class TestFileServer:
         new.rename(secret)  # an editor's way to save: another inode under the same name
         assert one(say(handler, get("/ptth_server.toml")))[0] == 404
         assert b"toml" not in say(handler, get("/"))
+
+    @pytest.mark.parametrize(
+        ("query", "names"),
+        [("", "b d a C"), ("?sort=name", "b d a C"), ("?sort=-name", "d b C a"), ("?sort=size", "d b C a"), ("?sort=-size", "b d a C"),
+         ("?sort=time", "b d C a"), ("?sort=-time", "d b a C"), ("?sort=nonsense", "b d a C"), ("?sort=", "b d a C")],
+    )  # fmt: skip
+    def test_a_listing_is_sorted_folders_first(self, query: str, names: str, tmp_path: object) -> None:
+        for name, size, when in (("a", 20, 200), ("C", 10, 100)):
+            (tmp_path / name).write_bytes(b"x" * size)
+            os.utime(tmp_path / name, (when, when))
+        for name, when in (("b", 1), ("d", 2)):
+            (tmp_path / name).mkdir()
+            os.utime(tmp_path / name, (when, when))
+        page = one(say(ptth.site_handler(ptth.Site(str(tmp_path))), get("/" + query)))[2].decode()
+        shown = re.findall(r'<td><a[^>]*href="\./([^/"]+)/?"', page)
+        if "size" in query:  # folders have none, so their order among themselves is that of the names, or backwards
+            assert shown[2:] == names.split()[2:] and set(shown[:2]) == {"b", "d"}
+        else:
+            assert shown == names.split()
+
+    def test_a_listing_is_small_and_needs_no_script(self, root: str) -> None:
+        page = one(say(ptth.site_handler(ptth.Site(root)), get("/sub/")))[2]
+        assert len(page) < 12_000 and page.count(b"<script>") == 1 and b"src=" not in page
+        assert b'<button name="zip"' in page and b'<button name="sort"' in page
+
+    def site(self, root: object, **options: object) -> ptth.Handler:
+        return ptth.site_handler(ptth.Site(str(root), ptth.SiteOptions(**options)))
+
+    def test_a_folder_as_a_zip(self, tmp_path: object) -> None:
+        import io
+        import zipfile
+
+        base = tmp_path / "base"
+        base.mkdir()
+        files = {"a.txt": b"a", "sub/b": b"b" * 600_000, "\u00fcml\u00e4ut/x": b"", "sub/deep/c": b"c"}
+        for name, data in files.items():
+            (base / name).parent.mkdir(parents=True, exist_ok=True)
+            (base / name).write_bytes(data)
+        (base / "empty").mkdir()
+        (base / ".hidden").write_text("hidden")
+        (tmp_path / "secret").write_text("secret")
+        for link, aim in (("out", "../secret"), ("in", "a.txt"), ("loop", "."), ("sub/up", "..")):
+            (base / link).symlink_to(aim)
+        os.mkfifo(base / "fifo")
+        (base / os.fsdecode(b"\xff")).write_text("bytes")
+        status, fields, body = one(say(self.site(base), get("/?zip")))
+        assert (status, fields["content-type"]) == (200, "application/zip")
+        assert fields["content-disposition"] == "attachment; filename*=UTF-8''files.zip"
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            assert archive.testzip() is None
+            expected = {*files, "sub/", "sub/deep/", "empty/", "\u00fcml\u00e4ut/", "in", "\ufffd"}
+            assert set(archive.namelist()) == expected
+            assert {name: archive.read(name) for name in files} == files
+        assert fields["content-disposition"] != one(say(self.site(base), get("/sub/?zip=")))[1]["content-disposition"]
+        assert say(self.site(base), get("/sub/?zip", method="HEAD")).endswith(b"\r\n\r\n")
+
+    def test_a_file_that_cannot_be_read_is_noted_in_the_zip(
+        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import io
+        import zipfile
+
+        for name in "ab":
+            (tmp_path / name).write_text(name)
+        site = ptth.Site(str(tmp_path))
+        opens = site._open
+
+        def refuse(place: bytes, segments: list[bytes]) -> ptth.Found:
+            if place.endswith(b"/a"):
+                raise PermissionError(13, "Permission denied")
+            return opens(place, segments)
+
+        monkeypatch.setattr(site, "_open", refuse)
+        with zipfile.ZipFile(io.BytesIO(one(say(ptth.site_handler(site), get("/?zip")))[2])) as archive:
+            assert archive.namelist() == ["b", "could-not-be-read.txt"]
+            assert archive.read("could-not-be-read.txt") == b"a: Permission denied\n"
+
+    def test_hidden_names_when_asked_for(self, root: str) -> None:
+        assert one(say(self.site(root, hidden=True), get("/.secret")))[0] == 200
+        assert b".secret" in say(self.site(root, hidden=True), get("/"))
+
+    def test_links_that_leave_when_asked_for(self, root: str) -> None:
+        assert one(say(self.site(root, follow_symlinks=True), get("/outdir/secret")))[2] == b"secret\n"
+
+    def test_without_listing_there_is_no_json_and_no_zip(self, root: str) -> None:
+        handler = self.site(root, listing=False)
+        for path, fields in (("/", []), ("/?zip", []), ("/", ["Accept: application/json"])):
+            assert one(say(handler, get(path, *fields)))[0] == 404
+        assert [one(say(handler, get(path)))[0] for path in ("/hello.txt", "/index/")] == [200, 200]
+
+    def test_other_origins_may_read_when_asked_for(self, root: str) -> None:
+        handler = self.site(root, cors=True, auth="u:p")
+        for path in ("/hello.txt", "/missing"):
+            assert one(say(handler, get(path)))[1]["access-control-allow-origin"] == "*"
+        status, fields, _ = one(say(handler, get("/hello.txt", "Access-Control-Request-Method: GET", method="OPTIONS")))
+        assert (status, fields["access-control-allow-methods"]) == (204, "GET, HEAD")
+
+    def test_fields_of_the_operator_replace_ours(self, root: str) -> None:
+        handler = self.site(root, headers=(("X-Mine", "1"), ("content-type", "text/x")))
+        status, fields, _ = one(say(handler, get("/hello.txt")))
+        assert (status, fields["x-mine"], fields["content-type"]) == (200, "1", "text/x")
+
+    AUTH = [
+        ("Basic dTpwOnE=", 200), ("basic dTpwOnE=", 200), ("Basic dTpw", 401), ("Basic", 401), ("Bearer dTpwOnE=", 401), ("Basic ???", 401), ("", 401),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("value", "status"), AUTH)
+    def test_a_password(self, value: str, status: int, root: str) -> None:
+        for handler, realm in (
+            (self.site(root, auth="u:p:q"), "files"),
+            (ptth.server_handler(ptth.Site(root, ptth.SiteOptions(auth="u:p:q")), "my-server"), "my-server"),
+        ):
+            answer = one(say(handler, get("/", *([f"Authorization: {value}"] if value else []))))
+            assert answer[0] == status
+            assert status == 200 or answer[1]["www-authenticate"] == f'Basic realm="{realm}", charset="UTF-8"'
+
+    ENCODED = [  # (fields, the coding of the answer, its body)
+        ([], None, b"plain"), (["Accept-Encoding: gzip"], "gzip", b"zipped"), (["Accept-Encoding: deflate, gzip;q=0.5"], "gzip", b"zipped"),
+        (["Accept-Encoding: br, gzip"], "br", b"brotli"), (["Accept-Encoding: *"], "br", b"brotli"), (["Accept-Encoding: gzip;q=0"], None, b"plain"),
+        (["Accept-Encoding: br;q=0, *"], "gzip", b"zipped"), (["Accept-Encoding: gzip", "Range: bytes=0-1"], None, b"pl"),
+        (["Accept-Encoding: identity"], None, b"plain"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("fields", "coding", "body"), ENCODED)
+    def test_a_compressed_file_beside_the_plain_one(
+        self, fields: list[str], coding: str | None, body: bytes, tmp_path: object
+    ) -> None:
+        for name, data in (("x.txt", "plain"), ("x.txt.gz", "zipped"), ("x.txt.br", "brotli")):
+            (tmp_path / name).write_text(data)
+        status, answer, got = one(say(self.site(tmp_path), get("/x.txt", *fields)))
+        assert (answer.get("content-encoding"), got) == (coding, body)
+        assert answer["content-type"] == "text/plain; charset=utf-8"
+        if "Range" not in str(fields):
+            assert ("accept-encoding" in answer.get("vary", "").lower()) is bool(fields)
+            again = get("/x.txt", *fields, "If-None-Match: " + answer["etag"])
+            assert one(say(self.site(tmp_path), again))[0] == 304
+        plain = one(say(self.site(tmp_path), get("/x.txt")))[1]
+        assert (answer["etag"] == plain["etag"]) is (coding is None)
+
+    TYPES = [
+        ("x.wasm", "application/wasm"), ("x.mjs", "text/javascript; charset=utf-8"), ("x.webmanifest", "application/manifest+json"),
+        ("x.avif", "image/avif"), ("x.webp", "image/webp"), ("x.woff2", "font/woff2"), ("x.md", "text/plain; charset=utf-8"),
+        ("X.HTML", "text/html; charset=utf-8"), ("x.tar.gz", "application/gzip"), ("x.svg", "image/svg+xml"), ("x.json", "application/json"),
+        ("x", "application/octet-stream"), ("x.pdf", "application/pdf"), ("x.png", "image/png"), ("x.mp4", "video/mp4"), ("x.\xff", "application/octet-stream"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("name", "kind"), TYPES)
+    def test_types(self, name: str, kind: str) -> None:
+        assert ptth.media_type(name.encode("latin-1")) == kind
 
     def test_a_time_that_no_calendar_has_is_no_error(self, tmp_path: object) -> None:
         (tmp_path / "f").write_text("x")
@@ -1703,6 +1853,22 @@ class TestConfiguration:
         with pytest.raises(ValueError):
             ptth.parse_origin(url)
 
+    def test_how_the_directory_is_served(self, tmp_path: object) -> None:
+        path = tmp_path / "s.toml"
+        path.write_text(
+            f'name = "a"\napi_key = "{KEY}"\nauth = "u:p"\nhidden = true\nfollow_symlinks = true\nlisting = false\ncors = true\n'
+            'headers = ["X-A: b", "X-C: d"]\n'
+        )
+        path.chmod(0o600)
+        options = ptth.load_server_config(str(path), {}).site
+        assert options == ptth.SiteOptions(True, True, False, True, (("X-A", "b"), ("X-C", "d")), "u:p")
+        path.write_text(
+            f'name = "a"\napi_key = "{KEY}"\nauth = "u"\nhidden = 1\nheaders = ["x", "Date: y", "A: b\\r\\nC: d"]\n'
+        )
+        with pytest.raises(ptth.UserError) as caught:
+            ptth.load_server_config(str(path), {})
+        assert len(caught.value.args) == 5
+
     def test_the_original_kept_its_files_in_config(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         assert ptth.find_config(None, "x.toml") == "x.toml"
@@ -1738,10 +1904,21 @@ class TestCommandLine:
         status, out, err = run(*command.split(), "--help")
         assert (status, err) == (0, "") and "usage: ptth.py" in out
 
-    @pytest.mark.parametrize("args", ["", "nonsense", "relay --port x", "file-server --port 70000", "demo --nonsense"])
+    @pytest.mark.parametrize(
+        "args",
+        [
+            "",
+            "nonsense",
+            "relay --port x",
+            "file-server --port 70000",
+            "demo --nonsense",
+            "file-server --header x",
+            "file-server --header Date:x",
+        ],
+    )
     def test_wrong_usage_is_2(self, args: str) -> None:
         status, out, err = run(*args.split())
-        assert (status, out) == (2, "") and "usage" in err and "Traceback" not in err
+        assert (status, out, err.count("\n")) == (2, "", 1) and "--help" in err
 
     @pytest.mark.parametrize(
         ("args", "words"),
@@ -1771,6 +1948,16 @@ class TestCommandLine:
         assert status == 0
         both = tomllib.loads((tmp_path / "ptth_relay.toml").read_text() + out)
         assert both["servers"][1] == {"name": "other", "tripcode": ptth.tripcode(KEY)}
+
+    @pytest.mark.parametrize("args", ["--auth x", "--tls-key x", "--tls-cert none"])
+    def test_a_wrong_value_is_one_line_and_2(self, args: str, root: str) -> None:
+        status, out, err = run("file-server", root, *args.split())
+        assert (status, out, err.count("\n")) == (2, "", 1)
+
+    def test_a_password_from_the_environment(self, start: object, root: str) -> None:
+        server = start("file-server", root, "--port", "0", env={"PTTH_AUTH": "u:p"}).listening()
+        assert one(fetch(server.port, get("/hello.txt")))[0] == 401
+        assert one(fetch(server.port, get("/hello.txt", "Authorization: Basic dTpw")))[2] == HELLO
 
     def test_version(self) -> None:
         assert run("--version")[:2] == (0, f"ptth {ptth.__version__}\n")
@@ -1934,6 +2121,44 @@ def nginx(where: object, http_block: str) -> object:
         process.wait(10)
 
 
+class Browser:
+    """Chromium by way of chromedriver (WebDriver: JSON over HTTP)."""
+
+    def __init__(self, port: int, downloads: str) -> None:
+        self.port, self.session = port, ""
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
+                     "--disable-component-update", "--disable-quic", f"--user-data-dir={downloads}/profile"]  # fmt: skip
+        options = {
+            "args": arguments,
+            "prefs": {"download.default_directory": downloads, "download.prompt_for_download": False},
+        }
+        made = self.call(
+            "POST", "", {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}}
+        )
+        self.session = f"/{made['sessionId']}"
+
+    def call(self, method: str, path: str, data: object = None) -> object:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, f"/session{self.session}{path}", json.dumps(data) if data is not None else None)
+        value = json.load(connection.getresponse())["value"]
+        connection.close()
+        assert not (isinstance(value, dict) and "error" in value), value
+        return value
+
+    def open(self, url: str) -> None:
+        self.call("POST", "/url", {"url": url})
+
+    def run(self, script: str) -> object:
+        return self.call("POST", "/execute/sync", {"script": script, "args": []})
+
+    def type(self, selector: str, text: str) -> None:
+        element = next(iter(self.call("POST", "/element", {"using": "css selector", "value": selector}).values()))
+        self.call("POST", f"/element/{element}/value", {"text": text})
+
+    def close(self) -> None:
+        self.call("DELETE", "")
+
+
 class TestRealPrograms:
     @needs("nginx")
     @pytest.mark.parametrize("kept", [False, True], ids=["closing", "kept-alive"])
@@ -2015,6 +2240,74 @@ class TestRealPrograms:
         assert trusting.end() == 0
         background.run(relay.stop(0.1))
         background.run(server.stop(0.1))
+
+    @needs("openssl")
+    def test_https_by_the_file_server(self, start: object, tmp_path: object, root: str) -> None:
+        import ssl
+
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
+             "-addext", "subjectAltName=DNS:localhost"], cwd=tmp_path, check=True, capture_output=True,
+        )  # fmt: skip
+        args = ["--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key")]
+        server = start("file-server", root, "--port", "0", *args)
+        port = int(re.search(r"https://[^/ ]*:(\d+)/", server.wait_for("https://"))[1])
+        client = http.client.HTTPSConnection(
+            "localhost", port, context=ssl.create_default_context(cafile=tmp_path / "cert")
+        )
+        client.request("GET", "/big")
+        assert client.getresponse().read() == bytes(range(256)) * 1024
+        client.close()
+        assert server.end() == 0
+
+    @needs("unzip")
+    def test_unzip_accepts_a_large_zip_made_in_little_memory(self, start: object, tmp_path: object) -> None:
+        (tmp_path / "files").mkdir()
+        for name, size in (("large", 4_400_000_000), ("small", 10)):
+            with open(tmp_path / "files" / name, "wb") as file:
+                file.truncate(size)
+        server = start("file-server", str(tmp_path / "files"), "--port", "0").listening()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+            sock.sendall(b"GET /?zip HTTP/1.0\r\n\r\n")
+            stream = sock.makefile("rb", 1 << 20)
+            while stream.readline() != b"\r\n":
+                pass
+            with open(tmp_path / "x.zip", "wb") as file:
+                while piece := stream.read(1 << 20):
+                    if piece.count(0) == len(piece):
+                        file.seek(len(piece), os.SEEK_CUR)  # a sparse copy, too
+                    else:
+                        file.write(piece)
+                file.truncate()
+        assert server.peak_mib() < 60
+        done = subprocess.run(
+            ["unzip", "-tq", tmp_path / "x.zip"], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert "No errors detected" in done.stdout, done
+
+    @needs("chromedriver")
+    @needs("chromium")
+    def test_a_browser_sorts_filters_and_downloads(self, files_tunnel: Tunnel, tmp_path: object) -> None:
+        port = free_port()
+        driver = subprocess.Popen(["chromedriver", f"--port={port}", "--log-level=OFF"], stdout=subprocess.DEVNULL)
+        try:
+            eventually(lambda: self.listens(port))
+            browser = Browser(port, str(tmp_path))
+            browser.open(f"http://127.0.0.1:{files_tunnel.port}/frontend/servers/n/files/")
+            names = "return [...document.querySelectorAll('tbody tr')].filter(r => !r.hidden).map(r => r.cells[0].textContent)"
+            everything = browser.run(names)
+            assert "hello.txt" in everything and everything[0].endswith("/")
+            browser.run("document.querySelector('button[value=size]').click()")
+            eventually(lambda: browser.run("return location.search") == "?sort=size")
+            assert browser.run(names)[-1] == "big"
+            browser.type("#filter", "HELLO")
+            eventually(lambda: browser.run(names) == ["hello.txt"])
+            browser.run("document.querySelector('button[name=zip]').click()")
+            eventually(lambda: (tmp_path / "files.zip").exists())
+            browser.close()
+        finally:
+            driver.terminate()
+            driver.wait(10)
 
     @needs("curl")
     def test_curl_resumes_a_download(self, files_tunnel: Tunnel, tmp_path: object) -> None:
