@@ -49,6 +49,7 @@ if sys.version_info < (3, 11):
 
 import asyncio
 import base64
+import functools
 import hmac
 import io
 import itertools
@@ -93,8 +94,10 @@ LINGER_TIME = 2.0  # seconds to go on reading after an error answer (RFC 9112, 9
 GRACE_TIME = 30.0  # seconds that work in flight has to finish at a stop
 SWEEP_TIME = 0.25  # seconds between two looks at what has run out of time
 
-SMALL = 64 * 1024  # bytes; a body up to here is read at once and leaves in one write with its head
+SMALL = 128 * 1024  # bytes; a body up to here is read at once and leaves in one write with its head
+PIECE = 64 * 1024  # bytes; more than that in a connection's buffer waits for the peer to take some
 SLICE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
+SPLICE_MIN = 256 * 1024  # bytes still to come from which on a pipe and four descriptors are worth while
 SENDFILE_SLICE = 1024 * 1024  # bytes for one sendfile; the loop is held for about half a millisecond
 MAX_RANGES = 64  # of one request; more gets the whole file, which is cheaper for both (RFC 9110, 14.2)
 
@@ -117,6 +120,7 @@ BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0  # seconds between two attempts to reach the
 REFUSED_TIME = 5.0  # seconds between two attempts with a key that the relay does not know
 NEAR = 0.005  # seconds to the relay; nearer than this one P1 is best, further away eight
 FAR_P1 = 8
+FAR_BATCHES = 4  # of responses under way at once, over a distance
 
 BACKEND = "/7ZSFUKGV/"
 
@@ -257,27 +261,21 @@ def key_weakness(key: str) -> str | None:
 Fields = list[tuple[str, str]]
 
 
-class Headers:
-    """Header fields in their order; names are looked up in lower case (RFC 9110, 5)."""
+class Headers(dict[str, str]):
+    """Header fields by lower-case name; the values of several fields of one name joined by commas (RFC 9110, 5.3).
 
-    __slots__ = ("_joined", "pairs")
+    A dict, since a request is looked at twenty times; `pairs` has the fields in their order, as they came.
+    """
+
+    __slots__ = ("pairs",)
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
-        self.pairs: Fields = list(pairs)
-        self._joined: dict[str, str] | None = None
-
-    def get(self, name: str, default: str = "") -> str:
-        """Return the field's value; those of several fields of one name joined by commas (RFC 9110, 5.3)."""
-        joined = self._joined
-        if joined is None:
-            joined = self._joined = {}
-            for key, value in self.pairs:
-                key = key.lower()
-                joined[key] = f"{joined[key]}, {value}" if key in joined else value
-        return joined.get(name, default)
-
-    def __contains__(self, name: str) -> bool:
-        return self.get(name, "\0") != "\0"  # no value holds a NUL
+        self.pairs: Fields = pairs if isinstance(pairs, list) else list(pairs)
+        for name, value in self.pairs:  # twice as fast as handing them to dict()
+            self[name.lower()] = value
+        if len(self) < len(self.pairs):
+            for name in self:
+                self[name] = ", ".join(self.all(name))
 
     def all(self, name: str) -> list[str]:
         """Return the value of each field of that name."""
@@ -285,7 +283,7 @@ class Headers:
 
     def tokens(self, name: str) -> list[str]:
         """Return the members of a comma-separated list, in lower case (RFC 9110, 5.6.1)."""
-        return [member for part in self.get(name).split(",") if (member := part.strip(" \t").lower())]
+        return [member for part in self.get(name, "").split(",") if (member := part.strip(" \t").lower())]
 
 
 class Connection(Protocol):
@@ -458,8 +456,8 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
     if major != "1":
         raise ProtocolError(505, f"HTTP/{major}.{minor} is not supported, HTTP/1.1 is", close=True)
     request = Request(method, target, parse_fields(lines, limit), 0 if minor == "0" else 1)
-    host = request.headers.get("host", "\0")
-    if host == "\0":
+    host = request.headers.get("host")
+    if host is None:
         if minor != "0":  # RFC 9112, 3.2
             raise ProtocolError(400, "the Host field is missing", close=True)
     elif not is_host(host):  # two of them are joined by ", ", which is no host either
@@ -546,11 +544,11 @@ CHUNKED = -1
 
 def parse_framing(headers: Headers, minor: int = 1) -> int | None:
     """Return the body's length as the fields tell it: a number, CHUNKED, or None when they do not (RFC 9112, 6.3)."""
-    length = headers.get("content-length", "\0")
+    length = headers.get("content-length")
     if "transfer-encoding" in headers:
         if minor == 0:  # RFC 9112, 6.1: an HTTP/1.0 peer on the way would not have understood it
             raise ProtocolError(400, "Transfer-Encoding in HTTP/1.0", close=True)
-        if length != "\0":  # RFC 9112, 6.3(3): both lengths. Refuse: it is how requests are smuggled.
+        if length is not None:  # RFC 9112, 6.3(3): both lengths. Refuse: it is how requests are smuggled.
             raise ProtocolError(400, "both Transfer-Encoding and Content-Length", close=True)
         codings = headers.tokens("transfer-encoding")
         if codings == ["chunked"]:
@@ -558,7 +556,7 @@ def parse_framing(headers: Headers, minor: int = 1) -> int | None:
         if not codings or "chunked" in codings[:-1]:
             raise ProtocolError(400, "chunked is not the one final transfer coding", close=True)
         raise ProtocolError(501, "an unknown transfer coding", close=True)
-    if length == "\0":
+    if length is None:
         return None
     if not _LENGTH.fullmatch(length):
         copies = set(headers.all("content-length"))  # RFC 9112, 6.3(5): equal copies are harmless
@@ -595,8 +593,12 @@ _RFC850_DATE = re.compile(
 _ASCTIME_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}) ({_MONTH}) ([ 0-9][0-9]) {_TIME} ([0-9]{{4}})")
 
 
-def format_date(seconds: float) -> str:
-    """Format a POSIX time as an HTTP date (RFC 9110, 5.6.7), whatever the locale."""
+@functools.lru_cache(1024)
+def format_date(seconds: int) -> str:
+    """Format a POSIX time as an HTTP date (RFC 9110, 5.6.7), whatever the locale.
+
+    Cached: it costs as much as opening a file, and few times are asked for often.
+    """
     t = time.gmtime(seconds)
     return (
         f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year:04} "
@@ -604,7 +606,7 @@ def format_date(seconds: float) -> str:
     )
 
 
-def parse_date(text: str, this_year: int) -> int | None:
+def parse_date(text: str, now: float) -> int | None:
     """Return the POSIX time of an HTTP date in any of its three forms (RFC 9110, 5.6.7), or None."""
     import calendar
 
@@ -612,6 +614,7 @@ def parse_date(text: str, this_year: int) -> int | None:
         day, month, year, hour, minute, second = match.groups()
     elif match := _RFC850_DATE.fullmatch(text):
         day, month, year, hour, minute, second = match.groups()
+        this_year = time.gmtime(now).tm_year
         full = this_year - this_year % 100 + int(year)
         year = str(full - 100 if full > this_year + 50 else full)  # more than 50 years ahead means the past
     elif match := _ASCTIME_DATE.fullmatch(text):
@@ -683,7 +686,8 @@ def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-def parse_path(path: str) -> tuple[list[bytes], bool]:
+@functools.lru_cache(256)
+def parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
     """Return a path's decoded segments, and whether it names a directory (it ends in a slash or a dot segment).
 
     Dot segments, also written %2e, are removed (RFC 3986, 5.2.4), then empty ones. An escaped slash does not separate.
@@ -702,7 +706,7 @@ def parse_path(path: str) -> tuple[list[bytes], bool]:
         elif segment != b".":
             segments.append(segment)
     directory = segment in (b"", b".", b"..")
-    return [segment for segment in segments if segment], directory
+    return tuple(segment for segment in segments if segment), directory
 
 
 def quote(name: bytes) -> str:
@@ -731,7 +735,7 @@ class Stream:
         self.loop = asyncio.get_running_loop()
         self.reader = reader
         self.writer = writer
-        self.transport = writer.transport
+        self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]  # typeshed promises less
         self.sock: socket.socket = writer.get_extra_info("socket")
         name = writer.get_extra_info("peername")
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
@@ -826,7 +830,7 @@ class Stream:
         self.writer.write(data)
         if self.transport.is_closing():
             raise ConnectionResetError("the connection was reset")
-        if self.transport.get_write_buffer_size() >= SMALL:
+        if self.transport.get_write_buffer_size() > PIECE:
             self._wait_for_writing()
             await self.writer.drain()
             self.deadline = math.inf
@@ -853,7 +857,7 @@ class Stream:
         """
         if self.transport.get_extra_info("sslcontext") or not hasattr(os, "sendfile"):
             while count:
-                data = read_at(fd, offset, min(count, SMALL))
+                data = read_at(fd, offset, min(count, PIECE))
                 if not data:
                     raise BrokenBody("the file became shorter")
                 await self.send(data)
@@ -867,7 +871,7 @@ class Stream:
                 try:
                     sent = os.sendfile(twin, fd, offset, min(count, SENDFILE_SLICE))
                 except BlockingIOError:
-                    await self._writable(twin)
+                    await self._ready(twin, self.loop.add_writer, self.loop.remove_writer)
                     continue
                 if not sent:
                     raise BrokenBody("the file became shorter")
@@ -877,17 +881,62 @@ class Stream:
         finally:
             os.close(twin)  # at once: an open twin would keep an aborted connection alive
 
-    async def _writable(self, fd: int) -> None:
-        """Wait until the socket takes bytes again; ConnectionError when it does not for STALL_TIME."""
+    async def splice(self, source: Stream, count: int) -> None:
+        """Send the next `count` bytes that `source` receives, from socket to socket without a copy of ours (Linux).
+
+        Nothing may be held of `source`. BrokenBody when it ends before; ConnectionError when either peer stalls.
+        """
+        await self.flush()
+        inlet, outlet, *twins = -1, -1, os.dup(source.sock.fileno()), os.dup(self.sock.fileno())
+        from_socket, to_socket = twins
+        flags = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+        filled = 0
+        try:
+            outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            while count or filled:
+                try:
+                    if not filled:
+                        filled = os.splice(from_socket, inlet, min(count, SENDFILE_SLICE), flags=flags)
+                        if not filled:
+                            raise BrokenBody("the connection ended inside a body")
+                        count -= filled
+                except BlockingIOError:
+                    await source._ready(from_socket, self.loop.add_reader, self.loop.remove_reader)
+                    continue
+                try:
+                    filled -= os.splice(outlet, to_socket, filled, flags=flags)
+                except BlockingIOError:
+                    await self._ready(to_socket, self.loop.add_writer, self.loop.remove_writer)
+        finally:
+            for fd in (inlet, outlet, *twins):
+                if fd >= 0:
+                    os.close(fd)
+
+    async def take_buffered(self) -> None:
+        """Pause reading, and take into `held` what has been read already: the rest stays in the socket."""
+        while True:
+            # Again each time: a StreamReader resumes its transport when it has been emptied.
+            self.transport.pause_reading()
+            try:
+                async with asyncio.timeout(0):  # there is no other way to look without waiting
+                    data = await self.reader.read(SLICE)
+            except TimeoutError:
+                return
+            if not data:
+                raise BrokenBody("the connection ended inside a body")
+            self.held += data
+
+    async def _ready(self, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
+        """Wait until a descriptor can be read or written; ConnectionError when it cannot for `stall_time`."""
         ready = self.loop.create_future()
-        self.loop.add_writer(fd, lambda: None if ready.done() else ready.set_result(None))
+        add(fd, lambda: None if ready.done() else ready.set_result(None))
         try:
             async with asyncio.timeout(self.stall_time):
                 await ready
         except TimeoutError:
-            raise ConnectionResetError("the peer does not read") from None
+            raise ConnectionResetError("the peer stalls") from None
         finally:
-            self.loop.remove_writer(fd)
+            remove(fd)
 
     def reset(self) -> None:
         """End the connection by a reset: a peer without any framing would take a plain close for the body's end."""
@@ -939,7 +988,7 @@ def tune(sock: socket.socket) -> None:
     # NODELAY: asyncio sets it only where a socket names its protocol, and every answer would wait 40 ms without it.
     # NOTSENT_LOWAT: without it a socket is writable again only when a third of some MiB has left, which a slow reader
     # does not manage within STALL_TIME.
-    options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", SMALL))
+    options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", PIECE))
     for name, value in options:
         if option := getattr(socket, f"TCP_{name}", None):
             try:
@@ -954,6 +1003,11 @@ def read_at(fd: int, offset: int, count: int) -> bytes:
         return os.pread(fd, count, offset)
     os.lseek(fd, offset, os.SEEK_SET)
     return os.read(fd, count)
+
+
+def can_splice(*streams: Stream) -> bool:
+    """Return whether bytes may go from socket to socket: on Linux, without TLS."""
+    return hasattr(os, "splice") and not any(stream.writer.get_extra_info("sslcontext") for stream in streams)
 
 
 class IncomingBody:
@@ -1086,6 +1140,18 @@ class IncomingBody:
             yield piece
 
     async def write_to(self, connection: Connection) -> None:
+        stream = self.stream
+        if self.left >= SPLICE_MIN and isinstance(connection, Stream) and can_splice(stream, connection):
+            try:
+                await stream.take_buffered()
+                while self.held or stream.held and self.left:
+                    await connection.send(await self.read())
+                await connection.splice(stream, self.left)
+                self.left = 0
+                self.finished = True
+            finally:
+                if not stream.transport.is_closing():
+                    stream.transport.resume_reading()
         while piece := await self.read():
             await connection.send(piece)
 
@@ -1290,7 +1356,7 @@ row.hidden=!row.cells[0].textContent.toLowerCase().includes(word)};
 """
 
 
-def listing_page(path: list[bytes], entries: list[Entry], order: str) -> bytes:
+def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> bytes:
     """Show a directory: `path` is below the root, `order` is how the entries are sorted.
 
     All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
@@ -1376,7 +1442,7 @@ def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = 
 
 def error_response(request: Request, error: ProtocolError) -> Response:
     """Make the response to an error: a page for a browser, a line for everything else."""
-    if "text/html" in request.headers.get("accept"):
+    if "text/html" in request.headers.get("accept", ""):
         response = html_response(error.status, error_page(error.status, error.reason), error.headers)
     else:
         response = text_response(error.status, f"{error.reason}\n", error.headers)
@@ -1468,8 +1534,6 @@ class HTTPServer:
         self.stopping = False
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
-        self._second = 0
-        self._date = ""
 
     async def listen(self, sock: socket.socket) -> None:
         """Accept connections on a listening socket."""
@@ -1557,7 +1621,7 @@ class HTTPServer:
         """Attach the request's body, if it has one, and look at Expect (RFC 9110, 10.1.1)."""
         headers = request.headers
         framing = parse_framing(headers, request.minor)
-        expects = headers.get("expect").lower() if request.minor else ""
+        expects = headers.get("expect", "").lower() if request.minor else ""
         if expects not in ("", "100-continue"):
             raise ProtocolError(417, "an unknown expectation", close=True)
         if framing:
@@ -1611,7 +1675,7 @@ class HTTPServer:
         if isinstance(incoming, IncomingBody) and (incoming.expects or (incoming.length or 0) > MAX_DRAIN):
             stream.closing = True
         stream.closing = stream.closing or response.final or self.stopping
-        fields.append(("Date", self._now()))
+        fields.append(("Date", format_date(int(time.time()))))
         if stream.closing:
             fields.append(("Connection", "close"))
         elif minor == 0:
@@ -1631,13 +1695,6 @@ class HTTPServer:
                 stream.reset()
             raise
         return length or 0
-
-    def _now(self) -> str:
-        """Return the Date field's value, formatted once a second."""
-        now = int(time.time())
-        if now != self._second:
-            self._second, self._date = now, format_date(now)
-        return self._date
 
 
 # -- 8. HTTP client --
@@ -1768,6 +1825,9 @@ class Client:
             await stream.send(head + begin + body.data)
             return await self._read_status(stream)
         await stream.send(head + begin)
+        if not pace.rate and (body.length or SLICE) < SLICE:  # soon gone: an early answer can wait for that
+            await body.write_to(stream)
+            return await self._read_status(stream)
         sending = asyncio.create_task(write_body(pace.on(stream), body, chunked=chunked))
         reading = asyncio.create_task(self._read_status(stream))
         try:
@@ -1811,7 +1871,7 @@ class PacedConnection:
         self.peer, self.closing, self.ended = stream.peer, stream.closing, stream.ended
         self._stream = stream
         self._pace = pace
-        self._slice = max(min(pace.rate // 4, SMALL), 1)  # a quarter of a second's worth
+        self._slice = max(min(pace.rate // 4, PIECE), 1)  # a quarter of a second's worth
 
     def gone(self) -> bool:
         return self._stream.gone()
@@ -1849,24 +1909,17 @@ TYPES = {  # where the table of the standard library differs between versions, o
     ".xml": "text/xml", ".xz": "application/x-xz", ".yaml": "text/plain", ".yml": "text/plain",
     ".zip": "application/zip", ".zst": "application/zstd", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
-_types: dict[bytes, str] = {}  # Content-Type by extension, as they are asked for
 
 
+@functools.lru_cache(1024)
 def media_type(name: bytes) -> str:
     """Return the Content-Type for a file's name: the same on every system, text as UTF-8."""
-    extension = os.path.splitext(name)[1].lower()
-    known = _types.get(extension)
-    if known is None:
-        import mimetypes
+    import mimetypes
 
-        # types_map before init() is the module's own table; init() would add what this machine happens to have.
-        text = extension.decode("latin-1")
-        known = TYPES.get(text) or mimetypes.types_map.get(text) or "application/octet-stream"
-        if known.startswith("text/"):
-            known += "; charset=utf-8"
-        if len(_types) < 1000:
-            _types[extension] = known
-    return known
+    # types_map before init() is the module's own table; init() would add what this machine happens to have.
+    extension = os.path.splitext(name)[1].lower().decode("latin-1")
+    known = TYPES.get(extension) or mimetypes.types_map.get(extension) or "application/octet-stream"
+    return f"{known}; charset=utf-8" if known.startswith("text/") else known
 
 
 class Plan(NamedTuple):
@@ -1876,28 +1929,28 @@ class Plan(NamedTuple):
     ranges: list[tuple[int, int]] = []
 
 
-def choose(method: str, headers: Headers, tag: str, modified: int, size: int, this_year: int) -> Plan:
+def choose(method: str, headers: Headers, tag: str, modified: int, size: int, now: float) -> Plan:
     """Decide between 200, 206, 304, 412 and 416, in the order of RFC 9110, 13.2.2; `modified` in whole seconds."""
     if "if-match" in headers:
-        if not tag_matches(headers.get("if-match"), tag, weak=False):
+        if not tag_matches(headers.get("if-match", ""), tag, weak=False):
             return Plan(412)
     elif "if-unmodified-since" in headers:
-        since = parse_date(headers.get("if-unmodified-since"), this_year)
+        since = parse_date(headers.get("if-unmodified-since", ""), now)
         if since is not None and modified > since:
             return Plan(412)
     if "if-none-match" in headers:
-        if tag_matches(headers.get("if-none-match"), tag, weak=True):
+        if tag_matches(headers.get("if-none-match", ""), tag, weak=True):
             return Plan(304)
     elif "if-modified-since" in headers:
-        since = parse_date(headers.get("if-modified-since"), this_year)
+        since = parse_date(headers.get("if-modified-since", ""), now)
         if since is not None and modified <= since:
             return Plan(304)
     if "range" not in headers or method != "GET":
         return Plan(200)
     condition = headers.get("if-range", tag)
-    if condition != tag and parse_date(condition, this_year) != modified:
+    if condition != tag and parse_date(condition, now) != modified:
         return Plan(200)
-    ranges = parse_ranges(headers.get("range"), size)
+    ranges = parse_ranges(headers.get("range", ""), size)
     if ranges is None:
         return Plan(200)
     return Plan(206, ranges) if ranges else Plan(416)
@@ -1949,7 +2002,7 @@ class Site:
         self._private = [os.path.realpath(os.fsencode(path)) for path in private]
 
     async def respond(
-        self, request: Request, segments: list[bytes], directory: bool, *, as_json: bool = False
+        self, request: Request, segments: tuple[bytes, ...], directory: bool, *, as_json: bool = False
     ) -> Response:
         """Answer a request for what `segments` name below the root; `directory` says that the path names one."""
         if request.method not in METHODS:
@@ -1971,14 +2024,14 @@ class Site:
         accepted = weights(request.headers, "accept")
         as_json = as_json or accepted.get("application/json", False) and not accepted.get("text/html")
         if not as_json:
-            index = self._open_if_there([*segments, b"index.html"])
+            index = self._open_if_there((*segments, b"index.html"))
             if index is not None:
-                return self._respond_file(request, index, [*segments, b"index.html"], "Accept")
+                return self._respond_file(request, index, (*segments, b"index.html"), "Accept")
         if not self.options.listing:
             raise ProtocolError(404, "there is nothing here")
         return await self._respond_directory(request, found, segments, as_json)
 
-    def open(self, segments: list[bytes]) -> Found:
+    def open(self, segments: tuple[bytes, ...]) -> Found:
         """Open what is at a path.
 
         Raises ProtocolError: 404 for what is missing, outside or special, 403 for what cannot be read, 503 when there
@@ -1995,7 +2048,7 @@ class Site:
                 raise ProtocolError(503, "too many open files", headers=[("Retry-After", "1")]) from None
             raise ProtocolError(404, "there is nothing here") from None
 
-    def _open_if_there(self, segments: list[bytes]) -> Found | None:
+    def _open_if_there(self, segments: tuple[bytes, ...]) -> Found | None:
         """Open a regular file that need not be there."""
         try:
             found = self.open(segments)
@@ -2003,7 +2056,7 @@ class Site:
             return None
         return found if found.fd is not None else None
 
-    def _open(self, place: bytes, segments: list[bytes]) -> Found:
+    def _open(self, place: bytes, segments: tuple[bytes, ...]) -> Found:
         if _FOREIGN.search(b"".join(segments)):
             raise FileNotFoundError
         # Only links need the costly look at the whole path. O_NOFOLLOW finds one in the last place, lstat before it.
@@ -2050,7 +2103,7 @@ class Site:
                 continue
         return False
 
-    def _respond_file(self, request: Request, found: Found, segments: list[bytes], vary: str = "") -> Response:
+    def _respond_file(self, request: Request, found: Found, segments: tuple[bytes, ...], vary: str = "") -> Response:
         """Answer with an open file, which is closed here or by the body."""
         headers = request.headers
         kind = media_type(segments[-1])
@@ -2063,8 +2116,10 @@ class Site:
         size = facts.st_size
         tag = f'"{facts.st_mtime_ns:x}-{size:x}{encoding and "-" + encoding}"'
         modified = facts.st_mtime_ns // 1_000_000_000
-        plan = choose(request.method, headers, tag, modified, size, time.gmtime().tm_year)
-        fields = [("ETag", tag), ("Last-Modified", _last_modified(modified))]
+        now = time.time()
+        plan = choose(request.method, headers, tag, modified, size, now)
+        # RFC 9110, 8.8.2.1: never in the future. Some file systems hold times before the first, too.
+        fields = [("ETag", tag), ("Last-Modified", format_date(max(0, min(modified, int(now)))))]
         if vary:
             fields.append(("Vary", vary))
         if plan.status in (304, 412, 416):
@@ -2087,12 +2142,12 @@ class Site:
             fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
         return Response(plan.status, fields, _file_body(request.method, fd, facts, first, last - first + 1))
 
-    def _precompressed(self, headers: Headers, plain: Found, segments: list[bytes]) -> tuple[Found, str, str]:
+    def _precompressed(self, headers: Headers, plain: Found, segments: tuple[bytes, ...]) -> tuple[Found, str, str]:
         """Return the file beside `plain` that the client takes instead, its coding, and what Vary must name."""
         varies = ""
         accepted = weights(headers, "accept-encoding")
         for encoding, suffix in ENCODINGS.items():
-            other = self._open_if_there([*segments[:-1], segments[-1] + suffix])
+            other = self._open_if_there((*segments[:-1], segments[-1] + suffix))
             if other is None or other.fd is None or plain.fd is None:
                 continue
             varies = "Accept-Encoding"
@@ -2103,7 +2158,7 @@ class Site:
         return plain, "", varies
 
     async def _respond_directory(
-        self, request: Request, found: Found, segments: list[bytes], as_json: bool
+        self, request: Request, found: Found, segments: tuple[bytes, ...], as_json: bool
     ) -> Response:
         """Answer with a directory's listing or zip, made in a thread: a large one must not keep others waiting."""
         wanted = urllib.parse.parse_qs(request.target.partition("?")[2], keep_blank_values=True)
@@ -2119,7 +2174,7 @@ class Site:
         except OSError:
             raise ProtocolError(404, "there is nothing here") from None
 
-    def _list(self, segments: list[bytes], found: Found, order: str, as_json: bool) -> Response:
+    def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool) -> Response:
         """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""
         entries = sorted(self.entries(found.place), key=lambda entry: (entry.name.lower(), entry.name))
         by_time = order.removeprefix("-") == "time"
@@ -2176,7 +2231,7 @@ class Site:
                     archive.writestr(info, b"")
                     continue
                 try:
-                    found = self._open(place, [])
+                    found = self._open(place, ())
                 except OSError as error:
                     failed.append(f"{info.filename}: {error.strerror or 'not readable'}\n")
                     continue
@@ -2268,23 +2323,6 @@ def weights(headers: Headers, name: str) -> dict[str, bool]:
     return found
 
 
-_last_dates: dict[int, str] = {}
-
-
-def _last_modified(seconds: int) -> str:
-    """Return the Last-Modified value, never in the future (RFC 9110, 8.8.2.1).
-
-    Formatting it costs as much as opening the file, and few are asked for often.
-    """
-    seconds = max(0, min(seconds, int(time.time())))
-    text = _last_dates.get(seconds)
-    if text is None:
-        if len(_last_dates) > 1000:
-            _last_dates.clear()
-        text = _last_dates[seconds] = format_date(seconds)
-    return text
-
-
 def _file_body(method: str, fd: int, facts: os.stat_result, first: int, count: int) -> Body:
     """Return the body for a part of an open file; a small one is read now, so that it leaves with its head."""
     if method == "HEAD":
@@ -2332,7 +2370,7 @@ def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
                 ("Access-Control-Allow-Headers", "*, Authorization"),
             ]
             return Response(204, [_ALLOW, NOSNIFF, *fields, *asked])
-        if secret and not hmac.compare_digest(basic_credentials(request.headers.get("authorization")), secret):
+        if secret and not hmac.compare_digest(basic_credentials(request.headers.get("authorization", "")), secret):
             response = error_response(request, challenge)
         else:
             response = await answer(handler, request)
@@ -2368,12 +2406,12 @@ def server_handler(site: Site, name: str) -> Handler:
 
     async def handle(request: Request) -> Response:
         path = request.target.partition("?")[0]
-        segments, directory = ([], True) if path == "*" else parse_path(path)
+        segments, directory = ((), True) if path == "*" else parse_path(path)
         if request.method not in METHODS or request.method == "OPTIONS":
             return await site.respond(request, segments, directory)
         if not segments:
             return html_response(200, page(name, f'<h1>{escape(name)}</h1>\n<p><a href="./files/">Files</a></p>'))
-        for prefix, as_json in (([b"files"], False), ([b"api", b"v1", b"dir"], True)):
+        for prefix, as_json in (((b"files",), False), ((b"api", b"v1", b"dir"), True)):
             if segments[: len(prefix)] == prefix:
                 if segments == prefix and not directory:
                     location = redirect_below(prefix[-1], request.target)
@@ -2389,6 +2427,7 @@ def server_handler(site: Site, name: str) -> Handler:
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
+MAX_IN_BATCH = 64 * 1024  # bytes of a response's body that may travel with others in one POST
 
 # Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
 _HOP_BY_HOP = {
@@ -2414,6 +2453,14 @@ _RUNS_NOTHING = re.compile(
     r"|application/(?:json|pdf|zip|octet-stream))(?:;[^,]*)?",
     re.IGNORECASE | re.ASCII,
 )
+
+
+@functools.lru_cache(256)
+def runs_nothing(kind: str) -> bool:
+    """Return whether a browser runs nothing of that Content-Type; no type, two or a malformed one may be anything."""
+    return _RUNS_NOTHING.fullmatch(kind) is not None
+
+
 SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 
 
@@ -2432,19 +2479,22 @@ def _passing(headers: Headers, dropped: set[str]) -> Fields:
 def pack_request(identity: str, request: Request, target: str) -> bytes:
     """Format a client's request for the server: P3. It never has a body."""
     headers = request.headers
-    forwarded = headers.get("x-forwarded-for")
-    via = headers.get("via")
+    forwarded = headers.get("x-forwarded-for", "")
+    via = headers.get("via", "")
     host = headers.get("host") or "localhost"  # an HTTP/1.0 client may have left it out
     fields = [("PTTH-Request-Id", identity), *_passing(headers, _NOT_TO_SERVER)]
     if "host" not in headers:
         fields.append(("Host", host))
     fields += [
         ("X-Forwarded-For", f"{forwarded}, {request.peer}" if forwarded else request.peer),
-        ("X-Forwarded-Proto", headers.get("x-forwarded-proto") or ("https" if request.secure else "http")),
-        ("X-Forwarded-Host", headers.get("x-forwarded-host") or host),
+        ("X-Forwarded-Proto", headers.get("x-forwarded-proto", "") or ("https" if request.secure else "http")),
+        ("X-Forwarded-Host", headers.get("x-forwarded-host", "") or host),
         ("Via", f"{via}, 1.{request.minor} ptth" if via else f"1.{request.minor} ptth"),
     ]
     return format_request_head(request.method, target, fields)
+
+
+_REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IGNORECASE)
 
 
 def unpack_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]]:
@@ -2459,10 +2509,11 @@ def unpack_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]
             raise ProtocolError(502, "the relay's requests end inside a head", close=True)
         head = data[position:end]
         position = end
-        found = re.search(rb"\r\nPTTH-Request-Id: ([0-9a-zA-Z]{8,64})\r\n", head)
+        found = _REQUEST_ID.search(head)
         if not found:
             raise ProtocolError(502, "the relay sent a request without an id", close=True)
         identity = found[1].decode("ascii")
+        head = head[: found.start()] + head[found.end() - 2 :]  # the handler has no use for it
         try:
             if len(head) > MAX_INNER_HEAD:
                 raise ProtocolError(431, "the head is too large")
@@ -2474,16 +2525,73 @@ def unpack_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]
         except ProtocolError as error:
             yield identity, error
             continue
-        request.headers.pairs = [pair for pair in request.headers.pairs if not pair[0].startswith("PTTH-")]
         yield identity, request
 
 
-def pack_response_head(response: Response, method: str) -> bytes:
-    """Format the inner head of P5; what follows it in the POST is the body."""
-    fields = list(response.headers)
+def pack_response_head(response: Response, batched: Fields = []) -> bytes:  # noqa: B006  it is copied
+    """Format the inner head of P5; what follows it in the POST is the body.
+
+    In a batch, `batched` tells first of all which request is answered, and where the body ends.
+    """
+    fields = [*batched, *response.headers]
     if response.body.length is not None and response.status not in (204, 304):
         fields.append(("Content-Length", str(response.body.length)))
     return format_response_head(response.status, fields)
+
+
+def pack_batched(identity: str, response: Response, body: bytes) -> bytes:
+    """Format a complete response for a batch: `body` is empty where there is none."""
+    batched = [("PTTH-Request-Id", identity), ("PTTH-Body-Length", str(len(body)))]
+    return pack_response_head(response, batched) + body
+
+
+class Batched(NamedTuple):
+    """One response of a batch, or what is wrong with it."""
+
+    identity: str
+    status: int
+    headers: Headers
+    body: bytes
+    error: ProtocolError | None = None
+
+
+# Our own server puts both fields first; another one may put them anywhere.
+_BATCHED_FIRST = re.compile(
+    rb"([^\r\n]*\r\n)PTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\nPTTH-Body-Length: ([0-9]{1,9})\r\n"
+)
+_BODY_LENGTH = re.compile(rb"\r\nPTTH-Body-Length: ([0-9]{1,9})\r\n", re.IGNORECASE)
+
+
+def unpack_responses(data: bytes) -> Iterator[Batched]:
+    """Yield the responses of a batch; ProtocolError where nobody can tell any more where the next one begins."""
+    position = 0
+    while position < len(data):
+        end = data.find(b"\r\n\r\n", position) + 4
+        if first := _BATCHED_FIRST.match(data, position, max(end, 0)):
+            identity, length = first[2], first[3]
+            head = first[1] + data[first.end() : end]
+        else:
+            head = data[position:end]
+            found, told = _REQUEST_ID.search(head), _BODY_LENGTH.search(head)
+            identity, length = (found[1], told[1]) if found and told else (b"", b"0")
+        position = end + int(length)
+        if end < 4 or not identity or position > len(data):
+            raise ProtocolError(400, "a batch with a response that has no id, no length or no end", close=True)
+        try:
+            status, headers = parse_inner_response(head)
+            yield Batched(identity.decode("ascii"), status, headers, data[end:position])
+        except ProtocolError as error:
+            yield Batched(identity.decode("ascii"), 0, Headers(), b"", error)
+
+
+def parse_inner_response(head: bytes) -> tuple[int, Headers]:
+    """Parse a response's head from the tunnel; ProtocolError 502 for what a client must not get."""
+    if len(head) > MAX_INNER_HEAD:
+        raise ProtocolError(502, "its head is too large")
+    status, headers = parse_response_head(head, MAX_INNER_FIELDS)
+    if status < 200 or "transfer-encoding" in headers:
+        raise ProtocolError(502, "an interim response, or one with a transfer coding of its own")
+    return status, headers
 
 
 def has_body(method: str, status: int) -> bool:
@@ -2494,11 +2602,12 @@ def has_body(method: str, status: int) -> bool:
 def passing_response(headers: Headers, *, sandbox: bool = True) -> Fields:
     """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin."""
     fields = _passing(headers, _NOT_TO_CLIENT)
-    via = headers.get("via")
+    via = headers.get("via", "")
     fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
     fields.append(NOSNIFF)
-    # Judged by what passes: Connection may name Content-Type. Two types are joined by a comma, which does not match.
-    if sandbox and not _RUNS_NOTHING.fullmatch(Headers(fields).get("content-type")):
+    # Connection may name Content-Type, and then that does not pass. Two types are joined by a comma.
+    kind = "" if "content-type" in headers.tokens("connection") else headers.get("content-type", "")
+    if sandbox and not runs_nothing(kind):
         fields.append(("Content-Security-Policy", SANDBOX))
     return fields
 
@@ -2540,11 +2649,11 @@ class Exchange:
         self.offers = 0
         self.answering = 0  # P5 that have begun
         self.answer: asyncio.Future[Response] = loop.create_future()
-        self.finished: asyncio.Future[bool] = loop.create_future()  # whether the client has it all
+        self.finished: asyncio.Future[bool] | None = None  # for a P5 that waits: whether the client has it all
 
     def finish(self, whole: bool) -> None:
         """Note the end, the first time that it is told."""
-        if not self.finished.done():
+        if self.finished and not self.finished.done():
             self.finished.set_result(whole)
 
     def fail(self, status: int, reason: str) -> None:
@@ -2640,6 +2749,9 @@ class TunnelBody:
             raise BrokenBody("the server sent less than it announced")
 
     async def write_to(self, connection: Connection) -> None:
+        if self._body.length == self.length:
+            await self._body.write_to(connection)
+            return
         async for piece in self:
             await connection.send(piece)
 
@@ -2647,6 +2759,11 @@ class TunnelBody:
         pass  # the connection of P5 belongs to its own exchange
 
 
+_BACKEND_ACTIONS = {
+    "http_listen": ("GET", _NAME),
+    "http_response": ("POST", _IDENTITY),
+    "http_responses": ("POST", _NAME),
+}
 _GONE = (410, "nobody waits for this response")
 
 
@@ -2758,16 +2875,16 @@ class Relay:
     async def _backend(self, request: Request, path: str) -> Response:
         """Answer a server: every request shows its key anew, since a proxy may mix connections."""
         action, _, rest = path.partition("/")
-        method = {"http_listen": "GET", "http_response": "POST"}.get(action)
-        if method is None or not (_NAME if method == "GET" else _IDENTITY).fullmatch(rest):
+        method, form = _BACKEND_ACTIONS.get(action, ("", _NAME))
+        if not method or not form.fullmatch(rest):
             raise ProtocolError(404, "there is nothing here")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
-        if action == "http_listen":
+        if action != "http_response":
             server = self.servers.get(rest)
             if not self._verify(request, server, rest) or server is None:
                 raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE])
-            return await self._listen(request, server)
+            return await (self._listen if method == "GET" else self._take_batch)(request, server)
         exchange = self.exchanges.get(rest)
         if exchange is None:
             raise ProtocolError(*_GONE, headers=[NO_STORE])
@@ -2777,7 +2894,7 @@ class Relay:
 
     def _verify(self, request: Request, server: Registered | None, name: str) -> bool:
         """Return whether the request shows the server's key; remember who asks in vain."""
-        key = request.headers.get("x-apikey")
+        key = request.headers.get("x-apikey", "")
         if not key or len(key) > MAX_KEY:
             return False
         if server and (key, server.entry.tripcode) in self._verified:
@@ -2804,7 +2921,7 @@ class Relay:
             tell(f"ptth relay: {server.name} is connected")
         server.last_seen = now
         batch = server.take()
-        wait = parse_wait(request.headers.get("prefer"))
+        wait = parse_wait(request.headers.get("prefer", ""))
         if not batch and self.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
@@ -2875,12 +2992,13 @@ class Relay:
         try:
             if not isinstance(incoming, IncomingBody):
                 raise ProtocolError(502, "a response without head")
-            if request.headers.get("content-type").partition(";")[0].strip().lower() != "application/http":
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/http":
                 raise ProtocolError(502, "the response is not application/http")
             response = await self._read_response(incoming, exchange)
             if self.exchanges.pop(exchange.identity, None) is None or exchange.answer.done():
                 raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client's time is over
             server.offered.pop(exchange.identity, None)
+            exchange.finished = self.loop.create_future()
             exchange.answer.set_result(response)
             if not await exchange.finished:
                 raise ProtocolError(*_GONE, headers=[NO_STORE])
@@ -2903,25 +3021,53 @@ class Relay:
         while (end := data.find(b"\r\n\r\n") + 4) < 4:
             piece = await incoming.read()
             if not piece or len(data) > MAX_INNER_HEAD:
-                break
+                raise ProtocolError(502, "its head is too large, or has no end")
             data += piece
-        if not 4 <= end <= MAX_INNER_HEAD:
-            raise ProtocolError(502, "its head is too large, or has no end")
-        status, headers = parse_response_head(data[:end], MAX_INNER_FIELDS)
-        if status < 200 or "transfer-encoding" in headers:
-            raise ProtocolError(502, "an interim response, or one with a transfer coding of its own")
+        status, headers = parse_inner_response(data[:end])
         if end < len(data):
             incoming.unread(data[end:])
         length = incoming.length
-        told = parse_framing(headers)
+        if length is None and not has_body(exchange.method, status):
+            length = len(await incoming.read())
+        return self._make_response(exchange, status, headers, incoming, length)
+
+    @staticmethod
+    def _make_response(
+        exchange: Exchange, status: int, headers: Headers, content: IncomingBody | bytes, length: int | None
+    ) -> Response:
+        """Make the client's response of the server's; ProtocolError 502 when its lengths contradict each other."""
         fields = passing_response(headers, sandbox=exchange.server.entry.sandbox)
+        told = parse_framing(headers)
         if not has_body(exchange.method, status):
-            if length or length is None and await incoming.read():
+            if length:
                 raise ProtocolError(502, "a body where none may be")
             return Response(status, fields, AbsentBody(told), exchange.finish)
-        if told is not None and length is not None and told != length:
+        if told is not None and length not in (None, told):
             raise ProtocolError(502, "its Content-Length is not the length of its body")
-        return Response(status, fields, TunnelBody(incoming, length if told is None else told), exchange.finish)
+        if isinstance(content, bytes):
+            return Response(status, fields, BytesBody(content))
+        return Response(status, fields, TunnelBody(content, length if told is None else told), exchange.finish)
+
+    async def _take_batch(self, request: Request, server: Registered) -> Response:
+        """P5 of several small responses: each goes to its client by itself, so that a slow one holds up nobody.
+
+        What is foreign or was answered before is passed over: a repeat does no harm.
+        """
+        body = request.body
+        data = await body.read_all(MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL) if isinstance(body, IncomingBody) else b""
+        server.last_seen = self.loop.time()
+        for identity, status, headers, content, error in unpack_responses(data):
+            exchange = self.exchanges.get(identity)
+            if exchange is None or exchange.server is not server or exchange.answer.done():
+                continue
+            try:
+                if error:
+                    raise error
+                exchange.answer.set_result(self._make_response(exchange, status, headers, content, len(content)))
+            except ProtocolError as problem:
+                exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
+            self._forget(exchange)
+        return Response(200, [NO_STORE])
 
     # time, and the end
 
@@ -3036,6 +3182,9 @@ class Server:
         self._parked: set[Stream] = set()  # P1 that wait for their answer
         self._tasks: set[asyncio.Task[None]] = set()
         self._told = ""
+        self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
+        self._sending = 0  # batches under way
+        self._most_batches = 1
 
     async def run(self) -> None:
         """Stay connected until `stop`: try again for ever, at first quickly."""
@@ -3050,6 +3199,7 @@ class Server:
                     near = await self._unless_stopped(self._connect())
                     failure: asyncio.Future[Exception] = loop.create_future()
                     began = loop.time()
+                    self._most_batches = 1 if near else FAR_BATCHES
                     for _ in range(1 if near else FAR_P1):
                         self._spawn(self._listen(failure))
                     error = await self._unless_stopped(failure)
@@ -3223,27 +3373,73 @@ class Server:
             identity, request = self._pending.popleft()
             try:
                 if isinstance(request, ProtocolError):
-                    response, method = error_response(Request("GET", "-", Headers()), request), "GET"
+                    response, method = error_response(_NO_REQUEST, request), "GET"
                 else:
                     response, method = await answer(self.handler, request), request.method
+                if (
+                    not self._pace.rate
+                    and isinstance(response.body, BytesBody)
+                    and len(response.body.data) <= MAX_IN_BATCH
+                ):
+                    self._batch_response(identity, response, method)
+                    continue
                 await self._send_response(identity, response, method)
-            finally:
-                self._working.discard(identity)
-                if len(self._working) < MAX_HANDLERS:
-                    self._room.set()
+                self._done(identity)
+            except BaseException:
+                self._done(identity)
+                raise
+
+    def _done(self, *identities: str) -> None:
+        """Note that requests have been answered."""
+        self._working.difference_update(identities)
+        if len(self._working) < MAX_HANDLERS:
+            self._room.set()
+
+    def _batch_response(self, identity: str, response: Response, method: str) -> None:
+        """Let a small response leave with those that have gathered while the last batch was under way."""
+        assert isinstance(response.body, BytesBody)
+        body = response.body.data if has_body(method, response.status) else b""
+        try:
+            self._batch.append((identity, pack_batched(identity, response, body)))
+        except ProtocolError as error:  # a field that cannot be sent
+            self._batch_response(identity, error_response(_NO_REQUEST, error), method)
+        if self._sending < self._most_batches:
+            self._sending += 1
+            self._spawn(self._send_batches())
+
+    async def _send_batches(self) -> None:
+        """Post what has gathered, until nothing has."""
+        try:
+            while self._batch:
+                identities: list[str] = []
+                pieces: list[bytes] = []
+                size = 0
+                while self._batch and (not pieces or size + len(self._batch[0][1]) <= MAX_BATCH_BYTES):
+                    identity, piece = self._batch.popleft()
+                    identities.append(identity)
+                    pieces.append(piece)
+                    size += len(piece)
+                try:
+                    await self._post(f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
+                except (OSError, ProtocolError) as error:
+                    tell(f"ptth server: P5 broke off: {describe(error)}")
+                finally:
+                    self._done(*identities)
+        finally:
+            self._sending -= 1
 
     async def _send_response(self, identity: str, response: Response, method: str) -> None:
         """P5 and P7: send a response to the relay; its body is closed in the end."""
         body = response.body
         try:
-            head = pack_response_head(response, method)
-            await self._post(identity, head, body if has_body(method, response.status) else EMPTY)
+            head = pack_response_head(response)
+            await self._post(f"http_response/{identity}", head, body if has_body(method, response.status) else EMPTY)
         except (OSError, ProtocolError) as error:
             tell(f"ptth server: P5 broke off: {describe(error)}")
         finally:
             await body.aclose()
 
-    async def _post(self, identity: str, head: bytes, body: Body) -> None:
+    async def _post(self, path: str, head: bytes, body: Body) -> None:
         """Post a response; once more on a fresh connection when a kept one turns out to be closed."""
         repeatable = isinstance(body, BytesBody | FileBody | MultipartBody)
         stream = self.client.reuse() if repeatable else None
@@ -3252,8 +3448,7 @@ class Server:
             stream = stream or await self.client.connect()
             fields = [("X-ApiKey", self._key), ("Content-Type", RESPONSE_TYPE)]
             try:
-                path = f"{BACKEND}http_response/{identity}"
-                status = await self.client.post(path, fields, head, body, stream, self._pace)
+                status = await self.client.post(BACKEND + path, fields, head, body, stream, self._pace)
             except BaseException as error:
                 self.client.drop(stream)
                 if not reused or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
@@ -3266,13 +3461,16 @@ class Server:
             return
 
 
+_NO_REQUEST = Request("GET", "-", Headers())
+
+
 class _Stopped(Exception):
     """The server has been asked to stop."""
 
 
 def check_listen_answer(status: int, headers: Headers) -> None:
     """Return when this is a P3; otherwise raise Refused, or a ConnectionError that says what answered instead."""
-    kind = headers.get("content-type")
+    kind = headers.get("content-type", "")
     if status == 200 and kind.partition(";")[0].strip().lower() == "application/http":
         return
     if status == 401:

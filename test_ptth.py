@@ -622,11 +622,11 @@ class TestSyntax:
 
     @pytest.mark.parametrize(("text", "seconds"), DATES)
     def test_dates_in_three_forms(self, text: str, seconds: int | None) -> None:
-        assert ptth.parse_date(text, 2026) == seconds
+        assert ptth.parse_date(text, 1.8e9) == seconds
 
     def test_a_formatted_date_parses_back(self) -> None:
         for seconds in (0, 784111777, MTIME, 4102444799):
-            assert ptth.parse_date(ptth.format_date(seconds), 2026) == seconds
+            assert ptth.parse_date(ptth.format_date(seconds), 1.8e9) == seconds
 
     RANGES = [  # of 10 bytes
         ("bytes=0-4", [(0, 4)]), ("bytes=5-", [(5, 9)]), ("bytes=-3", [(7, 9)]), ("bytes=-99", [(0, 9)]), ("bytes=9-99", [(9, 9)]),
@@ -653,7 +653,7 @@ class TestSyntax:
 
     @pytest.mark.parametrize(("path", "segments", "directory"), PATHS)
     def test_paths(self, path: str, segments: list[bytes], directory: bool) -> None:
-        assert ptth.parse_path(path) == (segments, directory)
+        assert ptth.parse_path(path) == (tuple(segments), directory)
 
     TAGS = [
         ('"a"', '"a"', True, True), ('W/"a"', '"a"', True, False), ('"b", "a"', '"a"', True, True), ("*", '"a"', True, True),
@@ -1098,7 +1098,7 @@ class TestFileServer:
         site = ptth.Site(str(tmp_path))
         opens = site._open
 
-        def refuse(place: bytes, segments: list[bytes]) -> ptth.Found:
+        def refuse(place: bytes, segments: tuple[bytes, ...]) -> ptth.Found:
             if place.endswith(b"/a"):
                 raise PermissionError(13, "Permission denied")
             return opens(place, segments)
@@ -1186,7 +1186,7 @@ class TestFileServer:
         os.utime(tmp_path / "f", (2**33, 2**33))
         handler = ptth.site_handler(ptth.Site(str(tmp_path)))
         status, fields, _ = one(say(handler, get("/f")))
-        assert (status, ptth.parse_date(fields["last-modified"], 2026) <= time.time()) == (200, True)
+        assert (status, ptth.parse_date(fields["last-modified"], 1.8e9) <= time.time()) == (200, True)
         assert one(say(handler, get("/")))[0] == 200
         assert ptth.clamp(2**62 * 10**9) == 253402300799
 
@@ -1757,7 +1757,7 @@ class TestServer:
         eventually(lambda: len(relay.posts) >= 2)
         relay.sock.close()
         statuses = sorted(
-            (post[29:37], re.search(rb"HTTP/1.1 (4..)", post)[1]) for post in relay.posts[:2] if b"HTTP/1.1 4" in post
+            XX
         )
         assert statuses == [(b"aaaaaaaa", b"400"), (b"bbbbbbbb", b"404")]
         assert server.end() == 0
