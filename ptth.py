@@ -64,7 +64,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:  # slow to import, and each needed by one subcommand or one kind of request only
     import argparse
@@ -107,6 +107,7 @@ MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_PARKED = 64  # open P1 for one name
 MAX_HANDLERS = 256  # requests that one server works on at once; the rest waits at the relay
+MAX_ORIGINAL = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
 MAX_UNREGISTERED = 100  # names remembered for /frontend/unregistered_servers
 WAIT_TIME = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
 P1_TIME = 35.0  # seconds after which the server takes an unanswered P1 for lost
@@ -2618,6 +2619,183 @@ def parse_wait(prefer: str) -> float:
     return min(float(match[1]), WAIT_TIME) if match else WAIT_TIME
 
 
+# The original's form of P3 and P5, in MessagePack: arrays of [id, [{method: nil}, uri, {name: [byte, ...]}]] and of
+# [{status: nil}, {name: [byte, ...]}]. Only the few types that it has, and in no other shape.
+
+Value: TypeAlias = "int | str | list[Value] | dict[int | str, Value] | None"
+_WIDE = {  # first byte: kind, and bytes of the number that follows
+    0xCC: ("number", 1), 0xCD: ("number", 2), 0xCE: ("number", 4), 0xCF: ("number", 8),
+    0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4), 0xDC: ("array", 2), 0xDD: ("array", 4),
+    0xDE: ("map", 2), 0xDF: ("map", 4),
+}  # fmt: skip
+MAX_DEPTH = 6  # of arrays and maps within each other; the wire has five
+ORIGINAL_FIELD = "X-PTTH-2LJYXWC4"
+ORIGINAL_METHODS = ("GET", "HEAD")  # by their numbers; no others cross
+ORIGINAL_STATUSES = (200, 204, 206, 304, 307, 400, 403, 404, 405, 416, 500)  # by their numbers
+
+
+def pack_value(value: Value) -> bytes:
+    """Encode a value; texts, arrays and maps have up to 65,535 members."""
+    if value is None:
+        return b"\xc0"
+    if isinstance(value, int):
+        return _pack_number(value, ((0x80, 0x00, 0), (1 << 8, 0xCC, 1), (1 << 16, 0xCD, 2)))
+    if isinstance(value, str):
+        data = value.encode()
+        return _pack_number(len(data), ((32, 0xA0, 0), (1 << 8, 0xD9, 1), (1 << 16, 0xDA, 2))) + data
+    if isinstance(value, list):
+        return _pack_number(len(value), ((16, 0x90, 0), (1 << 16, 0xDC, 2))) + b"".join(map(pack_value, value))
+    pairs = [pack_value(key) + pack_value(member) for key, member in value.items()]
+    return _pack_number(len(pairs), ((16, 0x80, 0), (1 << 16, 0xDE, 2))) + b"".join(pairs)
+
+
+def _pack_number(number: int, forms: tuple[tuple[int, int, int], ...]) -> bytes:
+    """Encode a number in the first form (limit, first byte, width) that is large enough."""
+    for limit, first, width in forms:
+        if number < limit:
+            return bytes([first]) + number.to_bytes(width, "big") if width else bytes([first | number])
+    raise ProtocolError(502, "too large for the original's form")
+
+
+def unpack_value(data: bytes) -> Value:
+    """Decode one value that fills `data`; ProtocolError 502 for everything else."""
+    value, end = _unpack(data, 0, MAX_DEPTH)
+    if end != len(data):
+        raise ProtocolError(502, "bytes behind the message", close=True)
+    return value
+
+
+def _unpack(data: bytes, at: int, depth: int) -> tuple[Value, int]:
+    first = data[at] if at < len(data) and depth else 0xC1  # a byte that MessagePack never uses
+    at += 1
+    if first < 0x80:
+        return first, at
+    if first == 0xC0:
+        return None, at
+    if first < 0xC0:
+        kind, count = (
+            ("map", first & 15) if first < 0x90 else ("array", first & 15) if first < 0xA0 else ("text", first & 31)
+        )
+    else:
+        kind, width = _WIDE.get(first, ("", 0))
+        count = int.from_bytes(data[at : at + width], "big")
+        at += width
+    if kind == "number" and at <= len(data):
+        return count, at
+    if not kind or count > len(data) - at:  # so an announced length costs nothing
+        raise ProtocolError(502, "not the original's form of a message", close=True)
+    if kind == "text":
+        try:
+            return data[at : at + count].decode(), at + count
+        except UnicodeDecodeError:
+            raise ProtocolError(502, "a text that is not UTF-8", close=True) from None
+    members: list[Value] = []
+    for _ in range(count * 2 if kind == "map" else count):
+        member, at = _unpack(data, at, depth - 1)
+        members.append(member)
+    if kind == "array":
+        return members, at
+    keys = [key for key in members[::2] if isinstance(key, int | str)]
+    if len(set(keys)) < count:
+        raise ProtocolError(502, "a map with the same key twice, or a strange one", close=True)
+    return dict(zip(keys, members[1::2], strict=True)), at
+
+
+def _pack_fields(fields: Fields) -> dict[int | str, Value]:
+    """Return the original's map of fields: one value for each name, so several are joined; of Set-Cookie the first."""
+    joined: dict[str, str] = {}
+    for name, value in fields:
+        name = name.lower()
+        if name not in joined:
+            joined[name] = value
+        elif name != "set-cookie":
+            joined[name] += f", {value}"
+    return {name: list(value.encode("latin-1")) for name, value in joined.items()}
+
+
+def _unpack_fields(value: Value) -> Fields:
+    """Return the fields of the original's map; whether they are valid shows when they are formatted."""
+    fields = []
+    for name, data in value.items() if isinstance(value, dict) else [("", None)]:
+        if not isinstance(name, str) or not isinstance(data, list):
+            raise ProtocolError(502, "not the original's form of header fields")
+        numbers = [number for number in data if isinstance(number, int) and number < 256]
+        if len(numbers) < len(data):
+            raise ProtocolError(502, "a header field with what is no byte")
+        fields.append((name, bytes(numbers).decode("latin-1")))
+    return fields
+
+
+def _unpack_choice(value: Value, choices: tuple[T, ...]) -> T:
+    """Return which of `choices` the original's {number: nil} means."""
+    if isinstance(value, dict) and len(value) == 1:
+        ((number, nothing),) = value.items()
+        if isinstance(number, int) and number < len(choices) and nothing is None:
+            return choices[number]
+    raise ProtocolError(502, "a method or status that the original does not have")
+
+
+def pack_original_request(head: bytes) -> Value:
+    """Return the original's form of a request that `pack_request` made; ProtocolError 405 for methods it lacks."""
+    ((identity, request),) = unpack_requests(head)
+    if isinstance(request, ProtocolError):
+        raise request
+    if request.method not in ORIGINAL_METHODS:
+        raise ProtocolError(405, "this server takes GET and HEAD only", headers=[("Allow", "GET, HEAD")])
+    method: dict[int | str, Value] = {ORIGINAL_METHODS.index(request.method): None}
+    return [identity, [method, request.target, _pack_fields(request.headers.pairs)]]
+
+
+def unpack_original_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]]:
+    """Yield the (id, request) of each request in the original's P3, as `unpack_requests` does."""
+    value = unpack_value(data)
+    for item in value if isinstance(value, list) else [None]:
+        if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str) or not _ID.fullmatch(item[0]):
+            raise ProtocolError(502, "the relay sent a request without an id", close=True)
+        identity, parts = item[0], item[1]
+        try:
+            if not isinstance(parts, list) or len(parts) != 3 or not isinstance(parts[1], str):
+                raise ProtocolError(400, "not the original's form of a request")
+            fields = _passing(Headers(_unpack_fields(parts[2])), _HOP_BY_HOP)
+            # Formatted and parsed: so it is checked as strictly as one that came as a head.
+            head = format_request_head(_unpack_choice(parts[0], ORIGINAL_METHODS), parts[1], fields)
+            yield identity, parse_request_head(head, MAX_INNER_FIELDS)
+        except (ProtocolError, UnicodeEncodeError) as error:
+            yield identity, error if isinstance(error, ProtocolError) else ProtocolError(400, "an odd character")
+
+
+_ID = re.compile(r"[0-9A-Za-z]{8,64}")
+
+
+def pack_original_response(response: Response) -> str:
+    """Return the value of the original's field of P5: status and fields.
+
+    The original has eleven statuses. A permanent redirect becomes a temporary one and 401 becomes 403, so that a
+    password of the server's own is of no use through an original relay; others become the 400 or 500 of their class.
+    """
+    status = response.status
+    if status not in ORIGINAL_STATUSES:
+        nearest = {301: 307, 302: 307, 303: 307, 308: 307, 401: 403}
+        status = nearest.get(status, 200 if status < 300 else 400 if status < 500 else 500)
+    fields = _pack_fields(response.headers)
+    if response.body.length is not None and status not in (204, 304):
+        fields["content-length"] = list(str(response.body.length).encode())
+    format_response_head(status, response.headers)  # refuses what may not be sent
+    return base64.b64encode(pack_value([{ORIGINAL_STATUSES.index(status): None}, fields])).decode("ascii")
+
+
+def unpack_original_response(text: str) -> tuple[int, Headers]:
+    """Parse the value of the original's field of P5; ProtocolError 502."""
+    try:
+        value = unpack_value(base64.b64decode(text, validate=True))
+        if not isinstance(value, list) or len(value) != 2:
+            raise ProtocolError(502, "not the original's form of a response")
+        head = format_response_head(_unpack_choice(value[0], ORIGINAL_STATUSES), _unpack_fields(value[1]))
+    except (ValueError, UnicodeEncodeError):
+        raise ProtocolError(502, "not the original's form of a response") from None
+    return parse_inner_response(head)
+
+
 # -- 11. Relay --
 # P2 to P1 and P5 to P6. Sees heads and passes bodies on; has never heard of files.
 
@@ -2937,10 +3115,23 @@ class Relay:
                 server.last_seen = self.loop.time()
                 if parked in server.parked:
                     server.parked.remove(parked)
-        fields = [("Content-Type", REQUESTS_TYPE), NO_STORE]
-        body = BytesBody(b"".join([exchange.head for exchange in batch]))
         sent = (lambda whole: self._handed_over(request.connection, batch, whole)) if batch else None
-        return Response(200, fields, body, sent, final=self.stopping)
+        if "application/http" not in request.headers.get("accept", ""):  # the original's server says */*
+            data = self._pack_for_original(batch)
+            return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, final=self.stopping)
+        body = BytesBody(b"".join([exchange.head for exchange in batch]))
+        return Response(200, [("Content-Type", REQUESTS_TYPE), NO_STORE], body, sent, final=self.stopping)
+
+    @staticmethod
+    def _pack_for_original(batch: list[Exchange]) -> bytes:
+        """Format P3 for a server of the original; what it cannot take is answered here."""
+        requests: list[Value] = []
+        for exchange in batch:
+            try:
+                requests.append(pack_original_request(exchange.head))
+            except ProtocolError as error:
+                exchange.answer.set_exception(error)
+        return pack_value(requests)
 
     @staticmethod
     def _renew(server: Registered, now: float) -> None:
@@ -2990,11 +3181,15 @@ class Relay:
         server.answering += 1
         exchange.answering += 1
         try:
-            if not isinstance(incoming, IncomingBody):
+            original = request.headers.get(ORIGINAL_FIELD.lower())
+            if original is not None:
+                response = await self._read_original_response(incoming, exchange, original)
+            elif not isinstance(incoming, IncomingBody):
                 raise ProtocolError(502, "a response without head")
-            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/http":
+            elif request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/http":
                 raise ProtocolError(502, "the response is not application/http")
-            response = await self._read_response(incoming, exchange)
+            else:
+                response = await self._read_response(incoming, exchange)
             if self.exchanges.pop(exchange.identity, None) is None or exchange.answer.done():
                 raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client's time is over
             server.offered.pop(exchange.identity, None)
@@ -3026,6 +3221,24 @@ class Relay:
         status, headers = parse_inner_response(data[:end])
         if end < len(data):
             incoming.unread(data[end:])
+        return await self._begin_response(incoming, exchange, status, headers)
+
+    async def _read_original_response(self, incoming: Body, exchange: Exchange, text: str) -> Response:
+        """Make the client's response of a P5 of the original's server: its head is in a field, all of it is the body.
+
+        What its file server gets wrong stays its own, an unquoted ETag for example, which its If-None-Match wants back,
+        or the body that it sends with 304, which nobody gets. Lengths that contradict each other are refused, since
+        they would break the client's framing.
+        """
+        status, headers = unpack_original_response(text)
+        if isinstance(incoming, IncomingBody) and has_body(exchange.method, status):
+            return await self._begin_response(incoming, exchange, status, headers)
+        return self._make_response(exchange, status, headers, b"", 0)
+
+    async def _begin_response(
+        self, incoming: IncomingBody, exchange: Exchange, status: int, headers: Headers
+    ) -> Response:
+        """Make the client's response, whose body is still to come."""
         length = incoming.length
         if length is None and not has_body(exchange.method, status):
             length = len(await incoming.read())
@@ -3045,7 +3258,7 @@ class Relay:
         if told is not None and length not in (None, told):
             raise ProtocolError(502, "its Content-Length is not the length of its body")
         if isinstance(content, bytes):
-            return Response(status, fields, BytesBody(content))
+            return Response(status, fields, BytesBody(content), exchange.finish)
         return Response(status, fields, TunnelBody(content, length if told is None else told), exchange.finish)
 
     async def _take_batch(self, request: Request, server: Registered) -> Response:
@@ -3184,6 +3397,7 @@ class Server:
         self._told = ""
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
         self._sending = 0  # batches under way
+        self._original = False  # the relay speaks the original's form
         self._most_batches = 1
 
     async def run(self) -> None:
@@ -3199,8 +3413,9 @@ class Server:
                     near = await self._unless_stopped(self._connect())
                     failure: asyncio.Future[Exception] = loop.create_future()
                     began = loop.time()
-                    self._most_batches = 1 if near else FAR_BATCHES
-                    for _ in range(1 if near else FAR_P1):
+                    one_by_one = near or self._original  # an original relay answers an older P1 with 500
+                    self._most_batches = 1 if one_by_one else FAR_BATCHES
+                    for _ in range(1 if one_by_one else FAR_P1):
                         self._spawn(self._listen(failure))
                     error = await self._unless_stopped(failure)
                     if loop.time() - began > BACKOFF_MAX:  # it was good for a while, not just for a hello
@@ -3331,8 +3546,9 @@ class Server:
         try:
             await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
             status, headers = await stream.read_response_head(P1_TIME)
-            check_listen_answer(status, headers)
-            body = await self.client.read_body(stream, headers, MAX_BATCH_BYTES + MAX_INNER_HEAD)
+            self._original = check_listen_answer(status, headers)
+            limit = MAX_ORIGINAL if self._original else MAX_BATCH_BYTES + MAX_INNER_HEAD
+            body = b"" if status == 204 else await self.client.read_body(stream, headers, limit)
             self._accept(body)
         except BaseException:
             self.client.drop(stream)
@@ -3349,7 +3565,8 @@ class Server:
     def _accept(self, data: bytes) -> None:
         """Take over the requests of a P3; one that is worked on already was offered again in vain."""
         try:
-            for identity, request in unpack_requests(data):
+            unpack = unpack_original_requests if self._original and data else unpack_requests
+            for identity, request in unpack(data):
                 if identity not in self._working:
                     self._working.add(identity)
                     self._pending.append((identity, request))
@@ -3376,11 +3593,8 @@ class Server:
                     response, method = error_response(_NO_REQUEST, request), "GET"
                 else:
                     response, method = await answer(self.handler, request), request.method
-                if (
-                    not self._pace.rate
-                    and isinstance(response.body, BytesBody)
-                    and len(response.body.data) <= MAX_IN_BATCH
-                ):
+                small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_IN_BATCH
+                if small and not (self._pace.rate or self._original):
                     self._batch_response(identity, response, method)
                     continue
                 await self._send_response(identity, response, method)
@@ -3432,21 +3646,27 @@ class Server:
         """P5 and P7: send a response to the relay; its body is closed in the end."""
         body = response.body
         try:
-            head = pack_response_head(response)
-            await self._post(f"http_response/{identity}", head, body if has_body(method, response.status) else EMPTY)
+            sent = body if has_body(method, response.status) else EMPTY
+            path = f"http_response/{identity}"
+            if self._original:
+                await self._post(path, b"", sent, (ORIGINAL_FIELD, pack_original_response(response)))
+            else:
+                await self._post(path, pack_response_head(response), sent)
         except (OSError, ProtocolError) as error:
             tell(f"ptth server: P5 broke off: {describe(error)}")
         finally:
             await body.aclose()
 
-    async def _post(self, path: str, head: bytes, body: Body) -> None:
+    async def _post(
+        self, path: str, head: bytes, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
+    ) -> None:
         """Post a response; once more on a fresh connection when a kept one turns out to be closed."""
         repeatable = isinstance(body, BytesBody | FileBody | MultipartBody)
         stream = self.client.reuse() if repeatable else None
         reused = stream is not None
         while True:
             stream = stream or await self.client.connect()
-            fields = [("X-ApiKey", self._key), ("Content-Type", RESPONSE_TYPE)]
+            fields = [("X-ApiKey", self._key), kind]
             try:
                 status = await self.client.post(BACKEND + path, fields, head, body, stream, self._pace)
             except BaseException as error:
@@ -3456,7 +3676,7 @@ class Server:
                 stream, reused = None, False
                 continue
             self.client.give(stream)
-            if status not in (200, 410):
+            if status not in (200, 410) and not (self._original and status == 400):  # 400 there: nobody waits for it
                 tell(f"ptth server: P5 was answered with {status}")
             return
 
@@ -3468,17 +3688,17 @@ class _Stopped(Exception):
     """The server has been asked to stop."""
 
 
-def check_listen_answer(status: int, headers: Headers) -> None:
-    """Return when this is a P3; otherwise raise Refused, or a ConnectionError that says what answered instead."""
+def check_listen_answer(status: int, headers: Headers) -> bool:
+    """Return whether this P3 is the original's; raise Refused, or a ConnectionError that says what is no P3 at all."""
     kind = headers.get("content-type", "")
     if status == 200 and kind.partition(";")[0].strip().lower() == "application/http":
-        return
+        return False
+    if status == 204 or status == 200 and not kind:
+        return True
     if status == 401:
         raise Refused
     if 300 <= status < 400:
         raise ConnectionError(f"relay_url leads to a redirect to {headers.get('location')!r}: use that instead")
-    if status == 204 or status == 200 and not kind:
-        raise ConnectionError("the relay speaks the older MessagePack form, which this version does not know")
     if status >= 500:
         raise ConnectionError(f"the relay, or a proxy in front of it, answers {status}")
     raise ConnectionError(f"what answers at relay_url is no relay ({status}, {kind or 'no type'}): a portal?")

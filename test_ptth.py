@@ -1273,6 +1273,32 @@ class TestTunnelMessages:
         passed = ptth.passing_response(ptth.Headers([("ETag", "x"), *((name, "y") for name in dangerous)]))
         assert [name for name, _ in passed] == ["ETag", "Via", "X-Content-Type-Options", "Content-Security-Policy"]
 
+    def batched(self, identity: str, body: bytes, *fields: tuple[str, str]) -> bytes:
+        return ptth.pack_batched(identity, ptth.Response(200, list(fields), ptth.BytesBody(body)), body)
+
+    def test_a_batch_both_ways(self) -> None:
+        bodies = [b"", b"a", b"HTTP/1.1 200 OK\r\n\r\n" * 9]
+        data = b"".join(self.batched(f"{i}" * 8, body, ("X", "y")) for i, body in enumerate(bodies))
+        elsewhere = b"HTTP/1.1 404 No\r\nX: y\r\nptth-body-length: 1\r\nA: b\r\nptth-request-id: 33333333\r\n\r\nz"
+        unpacked = list(ptth.unpack_responses(data + elsewhere))
+        assert [answer.body for answer in unpacked] == [*bodies, b"z"]
+        assert [answer.identity for answer in unpacked] == [f"{i}" * 8 for i in range(4)]
+        assert [answer.status for answer in unpacked] == [200, 200, 200, 404]
+        assert all(answer.headers["x"] == "y" for answer in unpacked)
+
+    def test_a_bad_response_in_a_batch_fails_its_own_id(self) -> None:
+        bad = self.batched("0" * 8, b"body").replace(b"200 OK", b"100 Continue")
+        unpacked = list(ptth.unpack_responses(bad + self.batched("1" * 8, b"good")))
+        assert [(answer.identity, answer.error is None) for answer in unpacked] == [("0" * 8, False), ("1" * 8, True)]
+
+    @pytest.mark.parametrize("cut", [b"PTTH-Request-Id", b"PTTH-Body-Length", b"\r\n\r\nbody", b"dy"])
+    def test_a_batch_that_lost_its_framing_is_given_up(self, cut: bytes) -> None:
+        good, bad = self.batched("0" * 8, b"good"), self.batched("1" * 8, b"body").replace(cut, b"", 1)
+        unpacked = ptth.unpack_responses(good + bad)
+        assert next(unpacked).body == b"good"
+        with pytest.raises(ptth.ProtocolError):
+            next(unpacked)
+
     SANDBOX = [
         ("text/html", True), ("image/png", False), ("IMAGE/SVG+xml", True), ("text/plain; charset=utf-8", False), ("font/woff2", False),
         ("application/json", False), ("application/pdf", False), ("text/plain, text/html", True), ("text/plain;x=,text/html", True),
@@ -1306,6 +1332,113 @@ class TestTunnelMessages:
         assert ptth.parse_wait(prefer) == seconds
 
 
+class TestOriginalMessages:
+    """The bytes that were recorded between the original's relay and server."""
+
+    P3 = bytes.fromhex(
+        "9192ba303146344236314351463147593339424d354832345352394833938100c0a72f66696c65732f81a4686f73749b6578616d706c652e636f6d"
+    )
+    P5 = [  # (value of the field, status, fields)
+        ("koEAwIA=", 200, []),
+        ("koEAwIGsY29udGVudC10eXBlmnRleHQvcGxhaW4=", 200, [("content-type", "text/plain")]),
+        ("koEHwIGuY29udGVudC1sZW5ndGiSNDg=", 404, [("content-length", "48")]),
+        ("koEEwIKobG9jYXRpb26Uc3ViL65jb250ZW50LWxlbmd0aJIxNQ==", 307, [("location", "sub/"), ("content-length", "15")]),
+    ]
+
+    def test_the_recorded_p3_both_ways(self) -> None:
+        assert ptth.pack_value(ptth.unpack_value(self.P3)) == self.P3
+        ((identity, request),) = ptth.unpack_original_requests(self.P3)
+        assert (identity, request.method, request.target) == ("01F4B61CQF1GY39BM5H24SR9H3", "GET", "/files/")
+        assert request.headers.pairs == [("host", "example.com")]
+        head = b"GET /files/ HTTP/1.1\r\nPTTH-Request-Id: 01F4B61CQF1GY39BM5H24SR9H3\r\nHost: example.com\r\n\r\n"
+        assert ptth.pack_value([ptth.pack_original_request(head)]) == self.P3
+
+    @pytest.mark.parametrize(("text", "status", "fields"), P5)
+    def test_the_recorded_p5_both_ways(self, text: str, status: int, fields: list[tuple[str, str]]) -> None:
+        assert ptth.unpack_original_response(text) == (status, dict(fields))
+        length = int(dict(fields).get("content-length", "-1"))
+        body = ptth.AbsentBody(length if length >= 0 else None)
+        others = [pair for pair in fields if pair[0] != "content-length"]
+        assert ptth.pack_original_response(ptth.Response(status, others, body)) == text
+
+    STATUSES = [
+        (301, 307),
+        (302, 307),
+        (308, 307),
+        (401, 403),
+        (412, 400),
+        (429, 400),
+        (501, 500),
+        (503, 500),
+        (206, 206),
+        (416, 416),
+        (202, 200),
+    ]
+
+    @pytest.mark.parametrize(("ours", "theirs"), STATUSES)
+    def test_statuses_that_the_original_lacks(self, ours: int, theirs: int) -> None:
+        packed = ptth.pack_original_response(ptth.Response(ours, [], ptth.AbsentBody(None)))
+        assert ptth.unpack_original_response(packed)[0] == theirs
+
+    VALUES = [
+        None,
+        0,
+        127,
+        128,
+        255,
+        256,
+        65535,
+        "",
+        "x" * 31,
+        "x" * 32,
+        "x" * 300,
+        "\u00fc",
+        [],
+        [None] * 16,
+        {},
+        {i: [i] for i in range(17)},
+    ]
+
+    @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
+    def test_values_both_ways(self, value: ptth.Value) -> None:
+        assert ptth.unpack_value(ptth.pack_value(value)) == value
+
+    REFUSED = ["", "c1", "c0c0", "92c0", "dcffff", "ddffffffff", "a3ffffff", "dbffffffff41", "82c0c0c0c0", "8200c000c0", "91" * 9 + "c0", "cb0000000000000000",
+               "c2", "e0", "cc", "cd01", "d9", "df00000001c0c0", "81c0c0", "8191c0c0"]  # fmt: skip
+
+    @pytest.mark.parametrize("data", REFUSED)
+    def test_what_is_not_this_form_is_refused(self, data: str) -> None:
+        with pytest.raises(ptth.ProtocolError):
+            ptth.unpack_value(bytes.fromhex(data))
+
+    BAD_REQUESTS = [
+        [{2: None}, "/", {}], [{0: 1}, "/", {}], [{}, "/", {}], ["Get", "/", {}], [{0: None}, "", {}], [{0: None}, "/ x", {}], [{0: None}, "/\r\nX: y", {}],
+        [{0: None}, "/", {"host": [256]}], [{0: None}, "/", {"host": "a"}], [{0: None}, "/", {"ho st": [97]}], [{0: None}, "/", {"x": [13, 10]}],
+        [{0: None}, "/", []], [{0: None}, "/"], [{0: None}, "/\u1234", {"host": [97]}], [{0: None}, 1, {}],
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("parts", BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
+    def test_a_bad_request_fails_its_own_id(self, parts: object) -> None:
+        good = [{1: None}, "/good", {"host": [97], "connection": [120]}]
+        unpacked = list(ptth.unpack_original_requests(ptth.pack_value([["a" * 26, parts], ["b" * 26, good]])))
+        assert isinstance(unpacked[0][1], ptth.ProtocolError) and unpacked[0][0] == "a" * 26
+        assert (unpacked[1][1].method, unpacked[1][1].target, unpacked[1][1].headers) == (
+            "HEAD",
+            "/good",
+            {"host": "a"},
+        )
+
+    @pytest.mark.parametrize("text", ["", "?", "koEAwA==", "koELwIA=", "kA==", "koEAwIGBwMA="])
+    def test_a_bad_response_is_refused(self, text: str) -> None:
+        with pytest.raises(ptth.ProtocolError):
+            ptth.unpack_original_response(text)
+
+    def test_values_of_one_name_are_joined_but_cookies(self) -> None:
+        fields = [("X", "1"), ("x", "2"), ("Set-Cookie", "a"), ("Set-Cookie", "b")]
+        packed = ptth.pack_original_response(ptth.Response(200, fields, ptth.AbsentBody(None)))
+        assert ptth.unpack_original_response(packed)[1] == {"x": "1, 2", "set-cookie": "a"}
+
+
 class Hand:
     """A server played by hand on one connection to the relay."""
 
@@ -1334,6 +1467,13 @@ class Hand:
             piece = self.sock.recv(1 << 16)
             assert piece, f"the connection ended: {self.data!r}"
             self.data += piece
+
+    def answer_without_length(self) -> tuple[int, dict[str, str], bytes]:
+        """The answer of a status that has no body."""
+        while b"\r\n\r\n" not in self.data:
+            self.data += self.sock.recv(1 << 16)
+        data, self.data = self.data, b""
+        return one(data)
 
     def listen(self, wait: int = 20, *fields: str) -> None:
         """P1"""
@@ -1560,6 +1700,110 @@ class TestRelay:
         assert client.answer()[0] == 200
         hand.close()
 
+    def test_a_batch_goes_to_its_clients(self, bare_relay: Tunnel, hand: Hand) -> None:
+        clients, ids = self.hand_over(bare_relay, hand, (), (), (), ())
+        head = [
+            f"HTTP/1.1 200 OK\r\nPTTH-Request-Id: {identity}\r\nPTTH-Body-Length: 2\r\n".encode() for identity in ids
+        ]
+        foreign = head[0].replace(ids[0].encode(), b"0" * 32) + b"\r\nno"
+        wrong_length = head[1] + b"Content-Length: 3\r\n\r\nhi"
+        broken = head[2].replace(b"200 OK", b"100 OK") + b"\r\nhi"
+        body = foreign + head[0] + b"X-Y: z\r\n\r\nhi" + wrong_length + broken + head[3] + b"\r\n!!"
+        for _ in range(2):  # a repeat does no harm
+            hand.send("POST", "http_responses/n", body, "Content-Type: application/http; msgtype=response")
+            assert hand.answer()[0] == 200
+        answers = [client.answer() for client in clients]
+        assert [(status, body) for status, _, body in answers if status == 200] == [(200, b"hi"), (200, b"!!")]
+        assert [status for status, _, _ in answers] == [200, 502, 502, 200]
+        assert not any(name.startswith("ptth-") for _, fields, _ in answers for name in fields)
+
+    def test_a_batch_needs_the_key_and_its_framing(self, bare_relay: Tunnel, hand: Hand) -> None:
+        other = Hand(bare_relay.port, key="another-key-than-the-right-one")
+        other.send("POST", "http_responses/n", b"")
+        assert other.answer()[0] == 401
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        good = f"HTTP/1.1 200 OK\r\nPTTH-Request-Id: {identity}\r\nPTTH-Body-Length: 2\r\n\r\nhi".encode()
+        hand.send("POST", "http_responses/n", good + b"HTTP/1.1 200 OK\r\n\r\n")
+        assert hand.answer()[0] == 400
+        assert client.answer()[2] == b"hi"
+
+    def test_a_client_that_does_not_read_holds_up_nobody_in_its_batch(self, bare_relay: Tunnel, hand: Hand) -> None:
+        lazy = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
+        clients = []
+        for _ in range(3):
+            hand.listen()
+            lazy.sendall(b"GET /frontend/servers/n/lazy HTTP/1.1\r\nHost: a\r\n\r\n") if not clients else None
+            clients.append(Client(bare_relay.port, "/other"))
+            batch = b""
+            requests = hand.requests()
+            if len(clients) == 1 and len(requests) == 1:
+                hand.listen()
+                requests += hand.requests()
+            for identity, target in requests:
+                body = b"x" * (60_000 if target == "/lazy" else 2)
+                head = f"HTTP/1.1 200 OK\r\nPTTH-Request-Id: {identity}\r\nPTTH-Body-Length: {len(body)}\r\n\r\n"
+                batch += head.encode() + body
+            hand.send("POST", "http_responses/n", batch)
+            assert hand.answer()[0] == 200
+            assert clients[-1].answer()[2] == b"xx"
+        lazy.close()
+
+    def original(self, port: int) -> Hand:
+        """The original's server, which says that it takes anything, and begins to wait."""
+        hand = Hand(port)
+        hand.send("GET", "http_listen/n", b"", "Accept: */*")
+        return hand
+
+    def test_a_server_of_the_original(self, bare_relay: Tunnel) -> None:
+        for method, target, field, body, expected in (
+            ("GET", "/a?b", "koEAwIGuY29udGVudC1sZW5ndGiRMg==", b"hi", (200, b"hi")),
+            ("GET", "/b", "koEAwIA=", b"hi", (200, b"hi")),
+            ("HEAD", "/c", "koEBwIA=", b"", (204, b"")),
+            ("GET", "/d", "koEDwIA=", b"its mistake", (304, b"")),
+            ("GET", "/e", "koEAwIGuY29udGVudC1sZW5ndGiRMg==", b"too long", (502, None)),
+        ):
+            hand = self.original(bare_relay.port)
+            eventually(lambda: bare_relay.relay.servers["n"].parked)
+            client = Client(bare_relay.port, target, method=method)
+            status, fields, packed = hand.answer()
+            assert status == 200 and "content-type" not in fields
+            ((identity, request),) = ptth.unpack_original_requests(packed)
+            assert (request.method, request.target) == (method, target)
+            hand.send("POST", f"http_response/{identity}", body, f"X-PTTH-2LJYXWC4: {field}")
+            assert hand.answer()[0] == (200 if expected[0] != 502 else 400)
+            answer = parse_answer(client.raw(), method)
+            assert answer[0] == expected[0] and expected[1] in (None, answer[2])
+            hand.close()
+
+    def test_a_server_of_the_original_beside_ours(self, bare_relay: Tunnel) -> None:
+        theirs, ours = self.original(bare_relay.port), Hand(bare_relay.port)
+        eventually(lambda: len(bare_relay.relay.servers["n"].parked) == 1)
+        ours.listen()
+        eventually(lambda: len(bare_relay.relay.servers["n"].parked) == 2)
+        clients = [Client(bare_relay.port, "/1")]
+        ((identity, request),) = ptth.unpack_original_requests(theirs.answer()[2]) or [("", None)]
+        hand = Hand(bare_relay.port)
+        hand.send("POST", f"http_response/{identity}", b"", "X-PTTH-2LJYXWC4: koEAwIA=")
+        assert hand.answer()[0] == 200
+        assert clients[0].answer()[0] == 200
+        client = Client(bare_relay.port, "/2", method="OPTIONS")
+        ((identity, _),) = ours.requests()
+        assert ours.reply(identity, OK) == 200
+        assert client.answer()[0] == 200
+
+    def test_an_original_server_gets_204_when_the_wait_is_over(self, bare_relay: Tunnel) -> None:
+        hand = Hand(bare_relay.port)
+        hand.send("GET", "http_listen/n", b"", "Accept: */*", "Prefer: wait=0")
+        status, _, body = hand.answer_without_length()
+        assert (status, body) == (204, b"")
+        hand.close()
+
+    def test_what_the_original_cannot_take_is_405(self, bare_relay: Tunnel) -> None:
+        hand = self.original(bare_relay.port)
+        eventually(lambda: bare_relay.relay.servers["n"].parked)
+        assert Client(bare_relay.port, method="DELETE").answer()[0] == 405
+        hand.close()
+
     def test_a_half_closed_p1_gets_no_request(self, bare_relay: Tunnel) -> None:
         leaving, staying = Hand(bare_relay.port), Hand(bare_relay.port)
         leaving.listen()
@@ -1709,7 +1953,7 @@ class Impostor:
                 return
             with connection:
                 data = b""
-                while b"\r\n\r\n" not in data and (piece := connection.recv(1 << 16)):
+                while not self.whole(data) and (piece := connection.recv(1 << 16)):
                     data += piece
                 if data.startswith(b"GET"):
                     self.asked += 1
@@ -1717,6 +1961,13 @@ class Impostor:
                 else:
                     self.posts.append(data)
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    @staticmethod
+    def whole(data: bytes) -> bool:
+        """Whether this is a request to its end, if that is told by a length."""
+        head, end, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        return bool(end) and len(body) >= (int(length[1]) if length else 0)
 
 
 def p3(*requests: bytes) -> bytes:
@@ -1754,12 +2005,34 @@ class TestServer:
         relay = Impostor(p3(bad, good, good))
         write_configs(tmp_path, relay.port)
         server = start("server", cwd=tmp_path)
-        eventually(lambda: len(relay.posts) >= 2)
+        eventually(lambda: relay.posts)
         relay.sock.close()
-        statuses = sorted(
-            XX
+        head, _, batch = relay.posts[0].partition(b"\r\n\r\n")
+        assert head.startswith(b"POST /7ZSFUKGV/http_responses/n HTTP/1.1\r\n")
+        answers = [(answer.identity, answer.status) for answer in ptth.unpack_responses(batch)]
+        assert answers == [("aaaaaaaa", 400), ("bbbbbbbb", 404)]
+        assert server.end() == 0
+
+    def test_a_relay_of_the_original(self, start: object, tmp_path: object) -> None:
+        (tmp_path / "hello.txt").write_bytes(HELLO)
+        requests = [["A" * 26, [{0: None}, "/files/hello.txt", {"host": [97]}]], ["B" * 26, [{1: None}, "/files/hello.txt", {"host": [97]}]],
+                    ["C" * 26, [{0: None}, "/files", {"host": [97]}]]]  # fmt: skip
+        packed = ptth.pack_value(requests)
+        relay = Impostor(
+            b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(packed), packed)
         )
-        assert statuses == [(b"aaaaaaaa", b"400"), (b"bbbbbbbb", b"404")]
+        write_configs(tmp_path, relay.port, str(tmp_path))
+        server = start("server", cwd=tmp_path)
+        eventually(lambda: len(relay.posts) >= 3)
+        relay.sock.close()
+        answers = {}
+        for post in relay.posts[:3]:
+            head, _, body = post.partition(b"\r\n\r\n")
+            field = re.search(rb"X-PTTH-2LJYXWC4: (\S+)", head)[1].decode()
+            status, headers = ptth.unpack_original_response(field)
+            answers[head[29:30]] = (status, headers.get("content-length"), body)
+        assert answers[b"A"] == (200, "13", HELLO) and answers[b"B"] == (200, "13", b"")
+        assert answers[b"C"][0] == 307
         assert server.end() == 0
 
     def test_the_requests_before_a_bad_one_are_answered(self, start: object, tmp_path: object) -> None:
