@@ -105,6 +105,9 @@ MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are ha
 MAX_BATCH = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
+SPARE_DESCRIPTORS = 64  # kept for files and for who is connected: new connections get 503 before the last are taken
+MAX_ACCEPTS = 32  # connections accepted in one turn; fewer than are spare
+HASHES_PER_SECOND = 100  # for keys that are not known yet, all together: behind a proxy all have one address
 MAX_PARKED = 64  # open P1 for one name
 MAX_HANDLERS = 256  # requests that one server works on at once; the rest waits at the relay
 MAX_ORIGINAL = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
@@ -161,10 +164,18 @@ def describe(error: BaseException) -> str:
 
 
 def tell(line: str) -> None:
-    """Write one line for the operator on stderr; a full disk or a closed stderr stops nobody's work."""
+    """Write one line for the operator on stderr."""
+    write_error(line.translate(CONTROL_ESCAPES) + "\n")
+
+
+def write_error(text: str) -> None:
+    """Write to stderr; a full disk or a closed stderr stops nobody's work.
+
+    Past sys.stderr, which keeps what it could not write and fails again when the program ends.
+    """
     try:
-        print(line.translate(CONTROL_ESCAPES), file=sys.stderr, flush=True)
-    except (OSError, ValueError):
+        os.write(2, text.encode("utf-8", "backslashreplace"))
+    except OSError:
         pass
 
 
@@ -1494,13 +1505,9 @@ class AccessLog:
         self._lines.append(line)
 
     def flush(self) -> None:
-        """Write what has gathered; a full disk or a closed stderr stops nobody's work."""
+        """Write what has gathered."""
         lines, self._lines = self._lines, []
-        try:
-            sys.stderr.write("".join(lines))
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            pass
+        write_error("".join(lines))
 
 
 _PLAIN = re.compile(r"[ !#-\[\]-~]*")
@@ -1511,6 +1518,20 @@ def _quoted(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return text
     return "".join(c if _PLAIN.fullmatch(c) else f"\\x{ord(c):02x}" for c in text)
+
+
+def file_limit() -> int:
+    """Return how many descriptors this process may have, after raising that as far as it is allowed."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1 << 30
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard if hard != resource.RLIM_INFINITY else 1 << 30
+    except (OSError, ValueError):
+        return soft
 
 
 class HTTPServer:
@@ -1533,17 +1554,31 @@ class HTTPServer:
         self.streams: set[Stream] = set()
         self.busy: set[Stream] = set()  # those with a request under way
         self.stopping = False
+        self._complained = -math.inf  # when the lack of descriptors was last told
+        self._most_descriptors = file_limit() - SPARE_DESCRIPTORS
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
 
     async def listen(self, sock: socket.socket) -> None:
         """Accept connections on a listening socket."""
         tune(sock)
+        asyncio.get_running_loop().set_exception_handler(self._complain)
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(sweep(self.streams))
         self._servers.append(
-            await asyncio.start_server(self._converse, sock=sock, limit=SLICE, ssl=self.tls, backlog=1024)
+            await asyncio.start_server(self._converse, sock=sock, limit=SLICE, ssl=self.tls, backlog=MAX_ACCEPTS)
         )
+        sock.listen(1024)  # asyncio takes the backlog for the number of accepts in one turn, too
+
+    def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Report an error of the event loop's, but not by the hundred that there are no descriptors left."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and "socket" in context:
+            if loop.time() > self._complained + 60:
+                self._complained = loop.time()
+                tell(f"cannot accept connections: {describe(error)}")
+            return
+        loop.default_exception_handler(context)
 
     async def stop(self, grace: float = GRACE_TIME) -> None:
         """Accept nothing more, let what is under way finish for `grace` seconds, and end the rest."""
@@ -1570,8 +1605,13 @@ class HTTPServer:
         stream = Stream(reader, writer)
         self.streams.add(stream)
         try:
+            if stream.sock and stream.sock.fileno() > self._most_descriptors:  # the system gives the lowest free one
+                busy = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
+                await self._refuse(stream, "-", busy)
+                return
             while await self._exchange(stream):
-                pass
+                if stream.held:
+                    await asyncio.sleep(0)  # who sends many requests at once must not keep the loop from the others
             await stream.close()
         except (OSError, TimeoutError):
             stream.transport.abort()  # reset, stalled or broken off: nothing more can be said
@@ -2847,6 +2887,7 @@ class Parked(NamedTuple):
 
     batch: asyncio.Future[list[Exchange]]
     connection: Connection | None
+    instance: str  # which of the servers of this name
     since: float
     until: float
 
@@ -2862,6 +2903,7 @@ class Registered:
         self.parked: deque[Parked] = deque()
         self.answering = 0  # P5 under way
         self.last_seen: float | None = None  # in the loop's time
+        self.instances: dict[str, float] = {}  # when each server of this name was last seen
         self.present = False  # as people are told: a moment between two P1 is no absence
         self.flushing = False
 
@@ -2956,6 +2998,9 @@ class Relay:
         self.answer_time = answer_time
         self.stopping = False
         self._verified: set[tuple[str, str]] = set()  # (key, tripcode) that belong together
+        self._hashes = float(HASHES_PER_SECOND)  # that may be made now
+        self._hashed = self.loop.time()
+        self._refusals: dict[str, float] = {}  # when the last one was told, by name
         self._delivered: dict[Connection, list[Exchange]] = {}  # by the connection that took the P3
         self._started = self.loop.time()
         self._watcher = self.loop.create_task(self._watch())
@@ -3077,13 +3122,22 @@ class Relay:
             return False
         if server and (key, server.entry.tripcode) in self._verified:
             return True
+        now = self.loop.time()
+        self._hashes = min(self._hashes + (now - self._hashed) * HASHES_PER_SECOND, HASHES_PER_SECOND)
+        self._hashed = now
+        if self._hashes < 1:
+            raise ProtocolError(503, "too many unknown keys", headers=[NO_STORE, ("Retry-After", "1")])
+        self._hashes -= 1
         code = tripcode(key)
         if server and hmac.compare_digest(code.encode("ascii"), server.entry.tripcode.encode("ascii")):
             self._verified.add((key, code))
             return True
-        tell(
-            f"ptth relay: P1 refused: {'wrong key' if server else 'unknown name'} for {name[:64]!r} from {request.peer}"
-        )
+        if now - self._refusals.get(name, -math.inf) > 60:
+            if len(self._refusals) >= MAX_UNREGISTERED:
+                self._refusals.clear()
+            self._refusals[name] = now
+            why = "wrong key" if server else "unknown name"
+            tell(f"ptth relay: P1 refused: {why} for {name!r} from {request.peer}; not told again for a minute")
         if not server and _NAME.fullmatch(name):
             self.unregistered[name, code] = time.time()
             self.unregistered.move_to_end((name, code))
@@ -3098,6 +3152,8 @@ class Relay:
             server.present = True
             tell(f"ptth relay: {server.name} is connected")
         server.last_seen = now
+        instance = request.headers.get("ptth-instance", "")[:32]
+        server.instances[instance] = now
         batch = server.take()
         wait = parse_wait(request.headers.get("prefer", ""))
         if not batch and self.stopping:
@@ -3105,14 +3161,14 @@ class Relay:
         if not wait:
             self._renew(server, now)
         if not batch and wait:
-            parked = Parked(self.loop.create_future(), request.connection, now, now + wait)
+            parked = Parked(self.loop.create_future(), request.connection, instance, now, now + wait)
             server.parked.append(parked)
             if len(server.parked) > MAX_PARKED:
                 server.parked.popleft().batch.set_result([])
             try:
                 batch = await parked.batch
             finally:
-                server.last_seen = self.loop.time()
+                server.last_seen = server.instances[instance] = self.loop.time()
                 if parked in server.parked:
                     server.parked.remove(parked)
         sent = (lambda whole: self._handed_over(request.connection, batch, whole)) if batch else None
@@ -3304,6 +3360,10 @@ class Relay:
             if (ended or now >= parked.until) and not parked.batch.done():
                 server.parked.remove(parked)
                 parked.batch.set_result([])
+        parked_now = {parked.instance for parked in server.parked}
+        for instance, seen in list(server.instances.items()):
+            if instance not in parked_now and now - seen > AWAY_TIME and not server.answering:
+                del server.instances[instance]
         if server.connected or server.last_seen is None and not server.waiting:
             return
         if was_connected:
@@ -3341,7 +3401,7 @@ class Relay:
         rows = []
         for server in sorted(self.servers.values(), key=lambda server: server.name):
             if server.present:
-                state = "connected"
+                state = "connected" + (f" ({len(server.instances)} servers)" if len(server.instances) > 1 else "")
             elif server.last_seen is None:
                 state = "never seen"
             else:
@@ -3386,6 +3446,7 @@ class Server:
         self.handler = handler
         self.connected = asyncio.Event()
         self._key = key
+        self._instance = os.urandom(8).hex()  # so that a relay can count the servers of one name
         self._pace = Pace(pace)
         self._stopping = asyncio.Event()
         self._room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are worked on
@@ -3542,6 +3603,7 @@ class Server:
             self.client.drop(stream)
             return False
         fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
+        fields.append(("PTTH-Instance", self._instance))
         self._parked.add(stream)
         try:
             await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))

@@ -812,29 +812,29 @@ class TestHTTPServer:
         assert old.endswith(b"\r\n\r\nonetwo") and b"close" in old and b"chunked" not in old
 
     def test_a_body_that_cannot_be_read_ends_the_connection_behind_the_answer(
-        self, capsys: pytest.CaptureFixture[str]
+        self, capfd: pytest.CaptureFixture[str]
     ) -> None:
         head = b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n"
         assert one(say(echo, head + get("/")))[0] == 200
-        assert "Traceback" not in capsys.readouterr().err
+        assert "Traceback" not in capfd.readouterr().err
 
     def test_an_error_that_answers_head_has_no_body(self) -> None:
         assert say(echo, b"HEAD / HTTP/1.1\r\n\r\n").endswith(b"\r\n\r\n")
 
-    def test_a_body_that_stalls_is_408(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_body_that_stalls_is_408(self, capfd: pytest.CaptureFixture[str]) -> None:
         async def stall(request: ptth.Request) -> ptth.Response:
             raise TimeoutError
 
         assert one(say(stall, get("/")))[0] == 408
-        assert "Traceback" not in capsys.readouterr().err
+        assert "Traceback" not in capfd.readouterr().err
 
-    def test_an_error_of_ours_is_500_and_tells_the_client_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_an_error_of_ours_is_500_and_tells_the_client_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
         async def broken(request: ptth.Request) -> ptth.Response:
             raise RuntimeError("secret")
 
         status, _, body = one(say(broken, get("/")))
         assert status == 500 and b"secret" not in body
-        assert "RuntimeError: secret" in capsys.readouterr().err
+        assert "RuntimeError: secret" in capfd.readouterr().err
 
     def test_a_head_that_comes_too_slowly_is_408_and_an_idle_connection_is_closed(self, background: Background) -> None:
         async def begin() -> tuple[ptth.HTTPServer, int]:
@@ -852,7 +852,7 @@ class TestHTTPServer:
         assert one(files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
         assert files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n") == b""
 
-    def test_the_access_log_has_one_clean_line_for_a_request(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_access_log_has_one_clean_line_for_a_request(self, capfd: pytest.CaptureFixture[str]) -> None:
         log = ptth.AccessLog()
 
         async def talk() -> None:
@@ -864,7 +864,7 @@ class TestHTTPServer:
             log.flush()
 
         asyncio.run(talk())
-        line = capsys.readouterr().err
+        line = capfd.readouterr().err
         assert re.fullmatch(
             r'192\.0\.2\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d \+0000\] "GET /7ZSFUKGV/http_listen/n HTTP/1\.1" 200 5 '
             r'"r" "\\x22\\x9b\\x5c"\n', line,
@@ -2376,6 +2376,262 @@ class TestRealProcesses:
         for process in (pair.relay, pair.server):
             with open(f"/proc/{process.process.pid}/cmdline") as file:
                 assert KEY not in file.read() + "".join(process.told)
+
+
+class TestFaults:
+    """Real processes that are killed, stopped, starved and attacked."""
+
+    @pytest.fixture
+    def files(self, tmp_path: object) -> str:
+        (tmp_path / "files").mkdir()
+        (tmp_path / "files" / "hello.txt").write_bytes(HELLO)
+        (tmp_path / "files" / "medium").write_bytes(os.urandom(20_000_000))
+        return str(tmp_path / "files")
+
+    @pytest.fixture
+    def pair(self, start: object, tmp_path: object, files: str) -> Pair:
+        return Pair(start, tmp_path, files)
+
+    @needs("curl")
+    def test_a_download_is_resumed_after_the_server_was_killed(
+        self, start: object, tmp_path: object, files: str
+    ) -> None:
+        pair = Pair(start, tmp_path, files, throttle_upload=20_000_000)
+        target = tmp_path / "copy"
+        command = [
+            "curl",
+            "-sf",
+            "-C",
+            "-",
+            "-o",
+            str(target),
+            f"http://127.0.0.1:{pair.port}/frontend/servers/n/files/medium",
+        ]
+        first = subprocess.Popen(command)
+        eventually(lambda: target.exists() and target.stat().st_size > 1_000_000)
+        pair.server.end(signal.SIGKILL)
+        assert first.wait(10) in (18, 56)  # curl: partial file, or the connection was reset
+        assert target.stat().st_size < 20_000_000
+        pair.start_server()
+        subprocess.run(command, check=True, timeout=60)
+        with open(os.path.join(files, "medium"), "rb") as file:
+            assert target.read_bytes() == file.read()
+
+    def test_a_stopped_server_loses_nothing_and_slows_nobody(self, pair: Pair) -> None:
+        pair.server.process.send_signal(signal.SIGSTOP)
+        waiting = [Client(pair.port, "/files/hello.txt") for _ in range(5)]
+        assert one(fetch(pair.port, get("/frontend/relay_up_check"), patience=1))[0] == 200
+        time.sleep(1)
+        pair.server.process.send_signal(signal.SIGCONT)
+        assert [client.answer()[2] for client in waiting] == [HELLO] * 5
+
+    def test_a_relay_restarts_under_load(self, pair: Pair) -> None:
+        answers: list[tuple[int, bytes] | None] = []
+        running = True
+
+        def ask() -> None:
+            while running:
+                try:
+                    data = pair.get("/hello.txt")
+                    answers.append(one(data)[::2] if data else None)
+                except OSError:
+                    answers.append(None)
+                    time.sleep(0.02)
+
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for number, status in ((signal.SIGTERM, 0), (signal.SIGKILL, -9)):
+            eventually(lambda before=len(answers): len(answers) > before + 100)
+            assert pair.relay.end(number) == status
+            pair.start_relay()
+            pair.server.wait_for("connected to the relay", patience=3)
+        good = len([answer for answer in answers if answer == (200, HELLO)])
+        eventually(lambda: len([answer for answer in answers if answer == (200, HELLO)]) > good + 50)
+        running = False
+        for thread in threads:
+            thread.join(20)
+        assert {answer for answer in answers if answer and answer[0] != 503} == {(200, HELLO)}
+
+    def test_two_servers_of_one_name(self, pair: Pair) -> None:
+        second = pair.start("server", cwd=pair.where)
+        second.wait_for("connected")
+        eventually(lambda: b"connected (2 servers)" in fetch(pair.port, get("/frontend/servers/")))
+        clients = [Client(pair.port, "/files/hello.txt") for _ in range(20)]
+        second.end(signal.SIGKILL)
+        assert {client.answer()[2] for client in clients} == {HELLO}
+        eventually(lambda: b"(2 servers)" not in fetch(pair.port, get("/frontend/servers/")), patience=5)
+        assert one(pair.get("/hello.txt"))[2] == HELLO
+
+    def test_a_full_disk_or_a_closed_stderr_stops_nobody(self, start: object, tmp_path: object, files: str) -> None:
+        for redirect in ("2>/dev/full", "2>&-"):
+            port = free_port()
+            command = f"exec {sys.executable} {PROGRAM} file-server {files} --port {port} >/dev/full {redirect}"
+            process = subprocess.Popen(["sh", "-c", command])
+            try:
+                eventually(lambda port=port: TestRealPrograms.listens(port))
+                for _ in range(20):
+                    assert one(fetch(port, get("/hello.txt")))[2] == HELLO
+            finally:
+                process.terminate()
+            assert process.wait(10) == 0
+
+    def test_without_descriptors_new_connections_get_503(self, tmp_path: object, files: str) -> None:
+        port = free_port()
+        command = f"ulimit -n 128; exec {sys.executable} {PROGRAM} file-server {files} --port {port} -q"
+        process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            eventually(lambda: TestRealPrograms.listens(port))
+            with contextlib.ExitStack() as stack:
+                idle = [
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(300)
+                ]
+                refused = idle[-1].recv(1000)
+                assert refused.startswith(b"HTTP/1.1 503") and b"Retry-After" in refused
+                idle[0].sendall(get("/hello.txt"))
+                assert idle[0].recv(1000).endswith(HELLO)
+                with open(f"/proc/{process.pid}/stat") as file:
+                    before = int(file.read().split()[13])
+                time.sleep(0.3)
+                with open(f"/proc/{process.pid}/stat") as file:
+                    assert int(file.read().split()[13]) - before < 15  # ticks of 10 ms: no busy loop
+            eventually(lambda: fetch(port, get("/hello.txt")).endswith(HELLO))
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0
+        assert process.stderr.read().count(b"\n") <= 2
+
+    def test_many_idle_clients_and_downloads_at_once(self, pair: Pair, files: str) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(500):
+                stack.enter_context(socket.create_connection(("127.0.0.1", pair.port), timeout=20))
+            with open(os.path.join(files, "medium"), "rb") as file:
+                digest = hashlib.sha256(file.read()).digest()
+            results: queue.Queue[bytes] = queue.Queue()
+
+            def download() -> None:
+                results.put(hashlib.sha256(one(pair.get("/medium"))[2]).digest())
+
+            threads = [threading.Thread(target=download, daemon=True) for _ in range(20)]
+            for thread in threads:
+                thread.start()
+            assert one(pair.get("/hello.txt"))[2] == HELLO
+            assert {results.get(timeout=60) for _ in threads} == {digest}
+        assert pair.relay.peak_mib() < 100 and pair.server.peak_mib() < 60
+
+    def test_one_servers_queue_does_not_delay_anothers(self, bare_relay: Tunnel) -> None:
+        relay = bare_relay.relay
+        relay.servers["other"] = ptth.Registered(ptth.ServerEntry("other", ptth.tripcode(KEY)))
+        busy = Hand(bare_relay.port)
+        busy.listen(0)
+        busy.requests()
+        clients = [Client(bare_relay.port) for _ in range(200)]
+        eventually(lambda: len(relay.servers["n"].waiting) == 200)
+        hand = Hand(bare_relay.port, "other")
+        hand.listen()
+        result: queue.Queue[bytes] = queue.Queue()
+        request = get("/frontend/servers/other/")
+        threading.Thread(target=lambda: result.put(bare_relay.fetch(request)), daemon=True).start()
+        ((identity, _),) = hand.requests()
+        assert hand.reply(identity, OK) == 200
+        assert one(result.get(timeout=2))[0] == 200
+        for exchange in list(relay.servers["n"].waiting.values()):
+            bare_relay.background.loop.call_soon_threadsafe(exchange.fail, 503, "over")
+        assert {client.answer()[0] for client in clients} == {503}
+
+    FLOODS = {
+        "idle": b"", "slow head": b"GET / HT", "slow body": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n",
+        "pipelined": get("/missing").replace(b"Connection: close\r\n", b"") * 3000, "extensions": chunked() + b"1;" + b"x" * 4000,
+        "ranges": get("/hello.txt", "Range: bytes=" + ",".join(["0-0"] * 5000)).replace(b"Connection: close\r\n", b""),
+        "fields": b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 90, "paths": b"GET " + b"/a/.." * 1300 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("flood", FLOODS)
+    def test_an_attacker_does_not_slow_the_others(self, flood: str, start: object, files: str) -> None:
+        server = start("file-server", files, "--port", "0").listening()
+        with contextlib.ExitStack() as stack:
+            attackers = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20)) for _ in range(50)
+            ]
+            for sock in attackers:
+                sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    sock.send(self.FLOODS[flood])
+            times = []
+            for _ in range(30):
+                begin = time.monotonic()
+                assert one(fetch(server.port, get("/hello.txt")))[2] == HELLO
+                times.append(time.monotonic() - begin)
+        assert statistics.median(times) < 0.1
+        assert server.peak_mib() < 80
+
+    def test_unknown_keys_share_a_budget_and_known_ones_never_wait(self, pair: Pair) -> None:
+        strangers = Hand(pair.port)
+        statuses = []
+        for i in range(300):
+            strangers.send("GET", "http_listen/n", b"", f"X-Ignored: {i}")
+            strangers.key = f"wrong-key-that-is-long-enough-{i}"
+            strangers.send("GET", "http_listen/n", b"", "Prefer: wait=0")
+            strangers.close()
+            break
+        for i in range(300):
+            hand = Hand(pair.port, key=f"wrong-key-that-is-long-enough-{i}")
+            hand.listen(0)
+            statuses.append(hand.answer()[0])
+            hand.close()
+        assert set(statuses) == {401, 503}
+        assert one(pair.get("/hello.txt"))[2] == HELLO
+        assert len([line for line in pair.relay.told if "refused" in line]) == 1
+
+    def test_a_random_life_keeps_its_promises(self, background: Background) -> None:
+        """Clients, servers and faults in random order: every request gets its own answer, or an honest error."""
+        rng = random.Random(7)
+        served: list[str] = []
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            served.append(request.target)
+            if request.target.startswith("/slow"):
+                await asyncio.sleep(0.05)
+            body = request.target.encode() * (1 + 20_000 * request.target.startswith("/large"))
+            return ptth.Response(200, [("Content-Type", "text/plain")], ptth.BytesBody(body))
+
+        tunnel = Tunnel(background, handler)
+        tasks = len(background.run(self.all_tasks()))
+        clients: list[tuple[str, Client]] = []
+        for i in range(150):
+            action = rng.random()
+            if action < 0.8:
+                path = f"/{rng.choice(['quick', 'slow', 'large'])}/{i}"
+                clients.append((path, Client(tunnel.port, path)))
+            elif action < 0.9:
+                with socket.create_connection(("127.0.0.1", tunnel.port)) as sock:
+                    sock.sendall(get(f"/frontend/servers/n/gone/{i}"))
+            else:
+                background.run(self.break_connections(tunnel, rng))
+        for path, client in clients:
+            raw = client.raw()
+            if raw and b"\r\n\r\n" in raw:
+                status, fields, body = one(raw)
+                unit = path.encode()
+                assert (
+                    status in (502, 503, 504)
+                    or body == unit * (1 + 20_000 * path.startswith("/large"))
+                    or len(body) < int(fields["content-length"])
+                )
+        assert len(served) - len(set(served)) <= len(served) * 0.2  # a GET may be offered again after a break, once
+        eventually(lambda: not tunnel.relay.exchanges)
+        eventually(lambda: len(background.run(self.all_tasks())) <= tasks + 20)
+        tunnel.close()
+
+    @staticmethod
+    async def all_tasks() -> set[object]:
+        return asyncio.all_tasks()
+
+    @staticmethod
+    async def break_connections(tunnel: Tunnel, rng: random.Random) -> None:
+        """Reset one of the server's connections to its relay."""
+        if tunnel.server.client.streams:
+            rng.choice(sorted(tunnel.server.client.streams, key=id)).transport.abort()
 
 
 @contextlib.contextmanager
