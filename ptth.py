@@ -62,7 +62,7 @@ import time
 import urllib.parse
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -91,6 +91,7 @@ STALL_TIME = 60.0  # seconds without a byte moving before a peer is dropped; as 
 RELAY_STALL_TIME = 240.0  # the same for a server that sends to its relay, which knows better how its clients do
 P7_TIME = 3600.0  # seconds; P7 comes when the client has read what lies in the kernels' buffers, slowly perhaps
 LINGER_TIME = 2.0  # seconds to go on reading after an error answer (RFC 9112, 9.6)
+SCRAPER_DAYS = 30  # that a scraper's key may be valid
 GRACE_TIME = 30.0  # seconds that work in flight has to finish at a stop
 SWEEP_TIME = 0.25  # seconds between two looks at what has run out of time
 
@@ -111,6 +112,7 @@ HASHES_PER_SECOND = 100  # for keys that are not known yet, all together: behind
 MAX_PARKED = 64  # open P1 for one name
 MAX_HANDLERS = 256  # requests that one server works on at once; the rest waits at the relay
 MAX_ORIGINAL = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
+MAX_EVENTS = 1000  # lines of the audit log
 MAX_UNREGISTERED = 100  # names remembered for /frontend/unregistered_servers
 WAIT_TIME = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
 P1_TIME = 35.0  # seconds after which the server takes an unanswered P1 for lost
@@ -387,13 +389,14 @@ class Request:
 class Response:
     """A response as a handler makes it: without the fields of framing and connection, which are the HTTP server's.
 
-    `sent` is called once in the end, with whether the whole of it was written. `final` asks to close the connection.
+    `sent` is called once in the end, with whether the whole of it was written, and the bytes of the body that were.
+    `final` asks to close the connection.
     """
 
     status: int
     headers: Fields = field(default_factory=list)
     body: Body = EMPTY
-    sent: Callable[[bool], None] | None = None
+    sent: Callable[[bool, int], None] | None = None
     final: bool = False
 
 
@@ -756,6 +759,7 @@ class Stream:
         self.stall_time = STALL_TIME
         self._unsent = 0  # bytes in the transport's buffer when the deadline was set
         self.closing = False
+        self.written = 0  # bytes that were sent on it
         self.ended: list[Callable[[], None]] = []
 
     def gone(self) -> bool:
@@ -840,6 +844,7 @@ class Stream:
     async def send(self, data: bytes) -> None:
         """Send `data`; returns when the connection can take more. ConnectionError when the peer is gone or stalls."""
         self.writer.write(data)
+        self.written += len(data)
         if self.transport.is_closing():
             raise ConnectionResetError("the connection was reset")
         if self.transport.get_write_buffer_size() > PIECE:
@@ -889,6 +894,7 @@ class Stream:
                     raise BrokenBody("the file became shorter")
                 offset += sent
                 count -= sent
+                self.written += sent
                 await asyncio.sleep(0)  # a fast reader must not keep the loop from the others
         finally:
             os.close(twin)  # at once: an open twin would keep an aborted connection alive
@@ -916,7 +922,9 @@ class Stream:
                     await source._ready(from_socket, self.loop.add_reader, self.loop.remove_reader)
                     continue
                 try:
-                    filled -= os.splice(outlet, to_socket, filled, flags=flags)
+                    moved = os.splice(outlet, to_socket, filled, flags=flags)
+                    filled -= moved
+                    self.written += moved
                 except BlockingIOError:
                     await self._ready(to_socket, self.loop.add_writer, self.loop.remove_writer)
         finally:
@@ -1314,7 +1322,7 @@ def table(headings: list[str], rows: Iterable[str]) -> str:
     return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table>"
 
 
-FOOTER = f'<footer>PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">source</a></footer>'
+VERSION_LINE = f'PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">source</a>'
 
 
 def error_page(status: int, reason: str) -> bytes:
@@ -1331,6 +1339,11 @@ def format_size(count: int) -> str:
             break
         size /= 1024
     return f"{count} B" if unit == "B" else f"{size:.{0 if size >= 99.95 else 1}f} {unit}"
+
+
+def format_time(seconds: float) -> str:
+    """Format a POSIX time as RFC 3339 has it, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def format_age(seconds: float) -> str:
@@ -1450,6 +1463,30 @@ def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = 
         ],
         BytesBody(html),
     )
+
+
+def json_response(value: object) -> Response:
+    """Make a response of JSON that is of this moment only."""
+    import json
+
+    return Response(
+        200, [("Content-Type", "application/json"), NOSNIFF, NO_STORE], BytesBody(json.dumps(value).encode())
+    )
+
+
+def weights(headers: Headers, name: str) -> dict[str, bool]:
+    """Return what the members of an Accept field say: wanted, or with a weight of zero not (RFC 9110, 12.4.2)."""
+    found = {}
+    for token in headers.tokens(name):
+        what, _, parameters = token.partition(";")
+        found[what.strip()] = not re.search(r"(?:\A|;)\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", parameters)
+    return found
+
+
+def wants_json(headers: Headers) -> bool:
+    """Return whether Accept names JSON, and not HTML: no browser's does."""
+    accepted = weights(headers, "accept")
+    return accepted.get("application/json", False) and not accepted.get("text/html", False)
 
 
 def error_response(request: Request, error: ProtocolError) -> Response:
@@ -1678,18 +1715,19 @@ class HTTPServer:
     async def _respond(self, stream: Stream, request: Request, response: Response) -> None:
         """Write the response, then tell those who want to know; raises ConnectionError when it broke off."""
         whole = False
-        size = 0
         body = response.body
+        begun = stream.written
         try:
-            size = await self._write(stream, request, response)
+            begun += await self._write(stream, request, response)
             whole = True
         except (ProtocolError, OSError) as error:
             stream.transport.abort()
             raise ConnectionError(str(error)) from error
         finally:
             await body.aclose()
+            size = max(stream.written - begun, 0)
             if response.sent:
-                response.sent(whole)
+                response.sent(whole, size)
             if self.log:
                 self.log.add(request, response.status, size)
         if isinstance(request.body, IncomingBody) and not stream.closing:
@@ -1699,7 +1737,7 @@ class HTTPServer:
                 stream.closing = True  # it has its answer; what follows cannot be read
 
     async def _write(self, stream: Stream, request: Request, response: Response) -> int:
-        """Write head and body; return the body's bytes."""
+        """Write head and body; return the bytes of the head."""
         body, status = response.body, response.status
         length = body.length
         fields = response.headers
@@ -1724,10 +1762,10 @@ class HTTPServer:
         head = format_response_head(status, fields)
         if bare:
             await stream.send(head)
-            return 0
+            return len(head)
         if isinstance(body, BytesBody) and len(body.data) <= SLICE:
             await stream.send(head + body.data)
-            return len(body.data)
+            return len(head)
         await stream.send(head)
         try:
             await write_body(stream, body, chunked=chunked)
@@ -1735,7 +1773,7 @@ class HTTPServer:
             if length is None and not chunked:
                 stream.reset()
             raise
-        return length or 0
+        return len(head)
 
 
 # -- 8. HTTP client --
@@ -1771,11 +1809,40 @@ def parse_origin(url: str) -> Origin:
     return Origin(tls, parts.hostname, parts.port or (443 if tls else 80), parts.path.rstrip("/"))
 
 
+class ForwardProxy(NamedTuple):
+    """A proxy that the network demands: where it is, and what it is told first."""
+
+    origin: Origin
+    fields: Fields
+
+
+def parse_proxy(url: str) -> ForwardProxy:
+    """Parse a proxy's URL, with or without USER:PASSWORD@; ValueError."""
+    parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+    if parts.scheme != "http":
+        raise ValueError("a proxy must begin with http://")
+    fields = []
+    if parts.username is not None:
+        secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+        fields.append(("Proxy-Authorization", f"Basic {base64.b64encode(secret.encode()).decode('ascii')}"))
+    return ForwardProxy(parse_origin(f"http://{parts.netloc.rpartition('@')[2]}"), fields)
+
+
+def proxy_from_environment(origin: Origin) -> str:
+    """Return the URL of the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY say, or ""."""
+    from urllib.request import getproxies, proxy_bypass
+
+    if proxy_bypass(origin.host):
+        return ""
+    return getproxies().get("https" if origin.tls else "http", "")
+
+
 class Client:
     """Connections to one origin, reused while they are fresh: behind a NAT an idle one may be dead without a sign."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin, proxy: ForwardProxy | None = None) -> None:
         self.origin = origin
+        self.proxy = proxy
         self.streams: set[Stream] = set()
         self._idle: deque[tuple[Stream, float]] = deque()  # the freshest last
         self._tls: ssl.SSLContext | None = None
@@ -1789,7 +1856,16 @@ class Client:
         origin = self.origin
         try:
             async with asyncio.timeout(CONNECT_TIME):
-                reader, writer = await asyncio.open_connection(origin.host, origin.port, ssl=self._tls, limit=SLICE)
+                if self.proxy and origin.tls:
+                    sock = await self._connect_through(self.proxy)
+                    reader, writer = await asyncio.open_connection(
+                        sock=sock, ssl=self._tls, server_hostname=origin.host, limit=SLICE
+                    )
+                else:
+                    tls, host, port, _ = self.proxy.origin if self.proxy else origin
+                    reader, writer = await asyncio.open_connection(
+                        host, port, ssl=self._tls if tls else None, limit=SLICE
+                    )
         except TimeoutError:
             raise ConnectionError(f"{origin.host}:{origin.port} does not answer") from None
         stream = Stream(reader, writer)
@@ -1797,6 +1873,32 @@ class Client:
         tune(stream.sock)
         self.streams.add(stream)
         return stream
+
+    async def _connect_through(self, proxy: ForwardProxy) -> socket.socket:
+        """Return a socket on which a proxy has opened a way to the origin (RFC 9110, 9.3.6)."""
+        loop = asyncio.get_running_loop()
+        host, port = proxy.origin.host, proxy.origin.port
+        family, kind, _, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+            authority = f"{self.origin.authority.removesuffix(f':{self.origin.port}')}:{self.origin.port}"
+            head = format_request_head("CONNECT", authority, [("Host", authority), *proxy.fields])
+            await loop.sock_sendall(sock, head)
+            answer = b""
+            while not answer.endswith(b"\r\n\r\n"):  # byte by byte: what follows is TLS's
+                piece = await loop.sock_recv(sock, 1)
+                answer += piece
+                if not piece or len(answer) > MAX_HEAD:
+                    raise ConnectionError(f"the proxy {proxy.origin.authority} did not answer CONNECT")
+            status, _ = parse_response_head(answer)
+            if status != 200:
+                raise ConnectionError(f"the proxy {proxy.origin.authority} answers {status} to CONNECT")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def reuse(self, *, oldest: bool = False) -> Stream | None:
         """Take an idle connection, the freshest or the oldest; None when there is no good one."""
@@ -1835,8 +1937,13 @@ class Client:
         self._idle.clear()
 
     def head(self, method: str, path: str, fields: Fields) -> bytes:
-        """Format a request head to this origin."""
-        return format_request_head(method, self.origin.path + path, [("Host", self.origin.authority), *fields])
+        """Format a request head to this origin; in the absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
+        target, host = self.origin.path + path, ("Host", self.origin.authority)
+        if self.proxy and not self.origin.tls:
+            return format_request_head(
+                method, f"http://{self.origin.authority}{target}", [host, *self.proxy.fields, *fields]
+            )
+        return format_request_head(method, target, [host, *fields])
 
     async def read_body(self, stream: Stream, headers: Headers, limit: int) -> bytes:
         """Read a response's body to its end, `limit` bytes at most."""
@@ -2062,8 +2169,7 @@ class Site:
         if not directory and segments:
             location = redirect_below(segments[-1], request.target)
             return text_response(301, "it is a directory\n", [("Location", location)])
-        accepted = weights(request.headers, "accept")
-        as_json = as_json or accepted.get("application/json", False) and not accepted.get("text/html")
+        as_json = as_json or wants_json(request.headers)
         if not as_json:
             index = self._open_if_there((*segments, b"index.html"))
             if index is not None:
@@ -2353,15 +2459,6 @@ class ZipBody:
 
     async def aclose(self) -> None:
         del self._pieces  # closes what is open in it, when no thread is at work on it any more
-
-
-def weights(headers: Headers, name: str) -> dict[str, bool]:
-    """Return what the members of an Accept field say: wanted, or with a weight of zero not (RFC 9110, 12.4.2)."""
-    found = {}
-    for token in headers.tokens(name):
-        what, _, parameters = token.partition(";")
-        found[what.strip()] = not re.search(r"(?:\A|;)\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", parameters)
-    return found
 
 
 def _file_body(method: str, fd: int, facts: os.stat_result, first: int, count: int) -> Body:
@@ -2853,6 +2950,41 @@ class ServerEntry(NamedTuple):
     sandbox: bool = True
 
 
+class ScraperKey(NamedTuple):
+    """One [[scraper_keys]] block: who may use the scraper API, and when (POSIX times)."""
+
+    name: str
+    hash: str
+    not_before: float
+    not_after: float
+
+
+@dataclass
+class RelayConfig:
+    """What ptth_relay.toml says."""
+
+    port: int = 4000
+    bind: str = "127.0.0.1"
+    servers: list[ServerEntry] = field(default_factory=list)
+    news_url: str = ""
+    enable_scraper_api: bool = False
+    scraper_keys: list[ScraperKey] = field(default_factory=list)
+    dev_mode: bool = False
+
+
+class Event(NamedTuple):
+    """One line of the audit log."""
+
+    time: float  # POSIX
+    event: str
+    server: str
+    client: str = ""
+    method: str = ""
+    path: str = ""
+    status: int = 0
+    size: int = 0  # bytes of the body
+
+
 class Exchange:
     """One client's request on its way: waiting, then offered in a P3, then claimed by the P5 that answers it."""
 
@@ -2869,8 +3001,8 @@ class Exchange:
         self.answer: asyncio.Future[Response] = loop.create_future()
         self.finished: asyncio.Future[bool] | None = None  # for a P5 that waits: whether the client has it all
 
-    def finish(self, whole: bool) -> None:
-        """Note the end, the first time that it is told."""
+    def finish(self, whole: bool, size: int = 0) -> None:
+        """Note the end, the first time that it is told, and the bytes that the client got."""
         if self.finished and not self.finished.done():
             self.finished.set_result(whole)
 
@@ -2902,6 +3034,9 @@ class Registered:
         self.offered: dict[str, Exchange] = {}  # handed over, not yet claimed
         self.parked: deque[Parked] = deque()
         self.answering = 0  # P5 under way
+        self.transfers = 0  # clients that are being served
+        self.statuses: dict[int, int] = {}  # how many requests were answered with each
+        self.body_bytes = 0
         self.last_seen: float | None = None  # in the loop's time
         self.instances: dict[str, float] = {}  # when each server of this name was last seen
         self.present = False  # as people are told: a moment between two P1 is no absence
@@ -2948,6 +3083,12 @@ class Registered:
             asyncio.get_running_loop().call_soon(self.flush)
 
 
+def known_client(request: Request) -> str:
+    """Return the client's address as it is known: what proxies in front say, then the peer."""
+    forwarded = request.headers.get("x-forwarded-for")
+    return f"{forwarded}, {request.peer}" if forwarded else request.peer
+
+
 class TunnelBody:
     """The body of P5 as it becomes the client's: nothing of it is kept here, so a slow client slows the server."""
 
@@ -2990,9 +3131,13 @@ _GONE = (410, "nobody waits for this response")
 class Relay:
     """Tells clients and servers apart, and brings them together.  `handle` is its handler."""
 
-    def __init__(self, servers: Iterable[ServerEntry], *, answer_time: float = ANSWER_TIME) -> None:
+    def __init__(self, config: RelayConfig, *, answer_time: float = ANSWER_TIME) -> None:
         self.loop = asyncio.get_running_loop()
-        self.servers = {entry.name: Registered(entry) for entry in servers}
+        self.config = RelayConfig()
+        self.servers: dict[str, Registered] = {}
+        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.refused = {"backend": 0, "scraper": 0}
+        self.connections: Callable[[], int] = int  # how many are open: the HTTP server knows
         self.exchanges: dict[str, Exchange] = {}  # all that is not claimed, the oldest first
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
         self.answer_time = answer_time
@@ -3006,11 +3151,14 @@ class Relay:
         self._watcher = self.loop.create_task(self._watch())
         with open(__file__, "rb") as file:
             self._source = file.read()  # now: the file may be replaced while the program runs
+        self.configure(config)
         self._pages: dict[str, Callable[[Request], Response]] = {
             "/": lambda request: text_response(302, "see frontend/servers/\n", [("Location", "./frontend/servers/")]),
             "/frontend/servers": lambda request: text_response(301, "see servers/\n", [("Location", "./servers/")]),
             "/frontend/servers/": self._server_list,
             "/frontend/unregistered_servers": self._unregistered_servers,
+            "/frontend/audit_log": self._audit_log,
+            "/frontend/debug/": self._debug,
             "/frontend/relay_up_check": lambda request: text_response(200, "Relay is up\n", [NO_STORE]),
             "/ptth.py": lambda request: Response(
                 200,
@@ -3018,6 +3166,33 @@ class Relay:
                 BytesBody(self._source),
             ),
         }
+
+    def configure(self, config: RelayConfig) -> None:
+        """Take over a configuration: servers come, go and change without touching the others.
+
+        One that went or changed its key loses its parked P1; what it is sending finishes.
+        """
+        self.config = config
+        entries = {entry.name: entry for entry in config.servers}
+        for name, server in list(self.servers.items()):
+            new = entries.pop(name, None)
+            if new is None or new.tripcode != server.entry.tripcode:
+                for parked in list(server.parked):
+                    if not parked.batch.done():
+                        parked.batch.set_result([])
+                server.parked.clear()
+            if new is None:
+                del self.servers[name]
+                for exchange in list(server.waiting.values()):
+                    exchange.fail(503, f"the server {name} is not registered any more")
+            else:
+                server.entry = new
+        self.servers |= {name: Registered(entry) for name, entry in entries.items()}
+        self._verified.clear()
+
+    def note(self, event: str, server: str, **facts: Any) -> None:
+        """Add a line to the audit log."""
+        self.events.append(Event(time.time(), event, server, **facts))
 
     async def handle(self, request: Request) -> Response:
         """Answer any request to the relay.
@@ -3036,6 +3211,8 @@ class Relay:
                 self._known(name)
                 return text_response(301, "see below\n", [("Location", redirect_below(name.encode("latin-1"), target))])
             return await self._forward(request, self._known(name), "/" + rest)
+        if path.startswith("/scraper/"):
+            return await self._scrape(request, target.removeprefix("/scraper/"))
         if path.startswith(BACKEND):
             return await self._backend(request, path.removeprefix(BACKEND))
         show = self._pages.get(path)
@@ -3055,7 +3232,33 @@ class Relay:
     # P2 and P6
 
     async def _forward(self, request: Request, server: Registered, target: str) -> Response:
-        """Have the server answer a client's request."""
+        """Have the server answer a client's request, and keep account of it."""
+        server.transfers += 1
+        try:
+            response = await self._ask(request, server, target)
+        except ProtocolError as error:
+            response = error_response(request, error)
+        except BaseException:
+            server.transfers -= 1
+            raise
+        finish = response.sent
+
+        def sent(whole: bool, size: int) -> None:
+            if finish:
+                finish(whole, size)
+            server.transfers -= 1
+            server.body_bytes += size
+            status = response.status
+            server.statuses[status] = server.statuses.get(status, 0) + 1
+            client = known_client(request)
+            path = target.partition("?")[0]
+            self.events.append(Event(time.time(), "request", server.name, client, request.method, path, status, size))
+
+        response.sent = sent
+        return response
+
+    async def _ask(self, request: Request, server: Registered, target: str) -> Response:
+        """Let a request wait for a P1, and for the P5 that answers it."""
         await self._refuse_body(request)
         now = self.loop.time()
         seen = server.last_seen
@@ -3122,22 +3325,11 @@ class Relay:
             return False
         if server and (key, server.entry.tripcode) in self._verified:
             return True
-        now = self.loop.time()
-        self._hashes = min(self._hashes + (now - self._hashed) * HASHES_PER_SECOND, HASHES_PER_SECOND)
-        self._hashed = now
-        if self._hashes < 1:
-            raise ProtocolError(503, "too many unknown keys", headers=[NO_STORE, ("Retry-After", "1")])
-        self._hashes -= 1
-        code = tripcode(key)
+        code = self._hash(key)
         if server and hmac.compare_digest(code.encode("ascii"), server.entry.tripcode.encode("ascii")):
             self._verified.add((key, code))
             return True
-        if now - self._refusals.get(name, -math.inf) > 60:
-            if len(self._refusals) >= MAX_UNREGISTERED:
-                self._refusals.clear()
-            self._refusals[name] = now
-            why = "wrong key" if server else "unknown name"
-            tell(f"ptth relay: P1 refused: {why} for {name!r} from {request.peer}; not told again for a minute")
+        self._refuse("backend", request, name, "wrong key" if server else "unknown name")
         if not server and _NAME.fullmatch(name):
             self.unregistered[name, code] = time.time()
             self.unregistered.move_to_end((name, code))
@@ -3145,12 +3337,125 @@ class Relay:
                 self.unregistered.popitem(last=False)
         return False
 
+    def _hash(self, key: str) -> str:
+        """Return the tripcode of a key that is not known yet, as long as the budget of hashes lasts."""
+        now = self.loop.time()
+        self._hashes = min(self._hashes + (now - self._hashed) * HASHES_PER_SECOND, HASHES_PER_SECOND)
+        self._hashed = now
+        if self._hashes < 1:
+            raise ProtocolError(503, "too many unknown keys", headers=[NO_STORE, ("Retry-After", "1")])
+        self._hashes -= 1
+        return tripcode(key)
+
+    def _refuse(self, api: str, request: Request, name: str, why: str) -> None:
+        """Keep account of a key that was refused; tell it once a minute for each name."""
+        self.refused[api] += 1
+        now = self.loop.time()
+        if now - self._refusals.get(name, -math.inf) < 60:
+            return
+        if len(self._refusals) >= MAX_UNREGISTERED:
+            self._refusals.clear()
+        self._refusals[name] = now
+        client = known_client(request)
+        tell(f"ptth relay: {api} key refused: {why} for {name!r} from {client}; not told again for a minute")
+        self.note(f"{api} key refused: {why}", name, client=client)
+
+    # scrapers
+
+    async def _scrape(self, request: Request, path: str) -> Response:
+        """Answer the scraper API: as the frontend, for programs with a key."""
+        if not self.config.enable_scraper_api:
+            raise ProtocolError(404, "there is nothing here")
+        version, _, rest = path.partition("/")
+        if version not in ("v1", "api"):
+            raise ProtocolError(404, "there is nothing here")
+        self._verify_scraper(request)
+        what = rest.partition("?")[0]
+        if what.startswith("server/"):
+            name, slash, below = rest.removeprefix("server/").partition("/")
+            if not slash or "?" in name:
+                raise ProtocolError(404, "there is nothing here")
+            return await self._forward(request, self._known(name), "/" + below)
+        if request.method not in ("GET", "HEAD"):
+            raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", "GET, HEAD")])
+        if what == "test":
+            return text_response(200, "You're valid!", [NO_STORE])
+        if what == "server_list":
+            return json_response({"servers": [self._facts(server) for server in self._sorted()]})
+        if what == "metrics":
+            response = text_response(200, self._metrics(), [NO_STORE])
+            response.headers[0] = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            return response
+        raise ProtocolError(404, "there is nothing here")
+
+    def _verify_scraper(self, request: Request) -> None:
+        """Return when the request shows a scraper's key that is valid now; only the log learns why another is not."""
+        key = request.headers.get("x-apikey")
+        why, name = "no key", "-"
+        if key and len(key) > MAX_KEY:
+            why = "a key that is too long"
+        elif key:
+            code = next((code for known, code in self._verified if known == key), None) or self._hash(key)
+            why = "unknown key"
+            for entry in self.config.scraper_keys:
+                if hmac.compare_digest(code.encode("ascii"), entry.hash.encode("ascii")):
+                    self._verified.add((key, code))
+                    name = entry.name
+                    if entry.not_before <= time.time() <= entry.not_after:
+                        return
+                    why = "a key that is not yet valid" if time.time() < entry.not_before else "a key that has expired"
+        self._refuse("scraper", request, name, why)
+        raise ProtocolError(403, "this needs a valid X-ApiKey", headers=[NO_STORE])
+
+    def _sorted(self) -> list[Registered]:
+        return sorted(self.servers.values(), key=lambda server: server.name)
+
+    def _facts(self, server: Registered) -> dict[str, object]:
+        """Return what the scraper API tells of a server."""
+        seen = None
+        if server.last_seen is not None:
+            seen = format_time(time.time() - (0 if server.present else self.loop.time() - server.last_seen))
+        return {
+            "name": server.name,
+            "display_name": server.entry.display_name or None,
+            "last_seen": seen,
+            "connected": server.present,
+        }
+
+    def _metrics(self) -> str:
+        """Return what is counted, in Prometheus' text format; labels are of registered servers only."""
+        families: list[tuple[str, str, str, list[tuple[str, float]]]] = [
+            ("connections", "gauge", "Open connections.", [("", self.connections())]),
+            ("keys_refused_total", "counter", "Keys that were refused.",
+             [(f'{{api="{api}"}}', count) for api, count in self.refused.items()]),
+        ]  # fmt: skip
+        by_server: list[tuple[str, str, str, Callable[[Registered], float]]] = [
+            ("server_connected", "gauge", "Whether the server is connected.", lambda server: server.present),
+            ("requests_waiting", "gauge", "Requests that wait for the server.", lambda server: len(server.waiting)),
+            ("body_bytes_total", "counter", "Bytes of bodies sent to clients.", lambda server: server.body_bytes),
+        ]
+        for name, kind, text, value in by_server:
+            samples = [(f'{{server="{server.name}"}}', float(value(server))) for server in self._sorted()]
+            families.append((name, kind, text, samples))
+        requests = [
+            (f'{{server="{server.name}",status="{status}"}}', float(count))
+            for server in self._sorted()
+            for status, count in sorted(server.statuses.items())
+        ]
+        families.append(("requests_total", "counter", "Requests answered.", requests))
+        lines = []
+        for name, kind, text, samples in families:
+            lines += [f"# HELP ptth_{name} {text}", f"# TYPE ptth_{name} {kind}"]
+            lines += [f"ptth_{name}{labels} {count:.0f}" for labels, count in samples]
+        return "\n".join(lines) + "\n"
+
     async def _listen(self, request: Request, server: Registered) -> Response:
         """P1: answer with what waits, or wait for it."""
         now = self.loop.time()
         if not server.present:
             server.present = True
             tell(f"ptth relay: {server.name} is connected")
+            self.note("connected", server.name, client=known_client(request))
         server.last_seen = now
         instance = request.headers.get("ptth-instance", "")[:32]
         server.instances[instance] = now
@@ -3171,7 +3476,7 @@ class Relay:
                 server.last_seen = server.instances[instance] = self.loop.time()
                 if parked in server.parked:
                     server.parked.remove(parked)
-        sent = (lambda whole: self._handed_over(request.connection, batch, whole)) if batch else None
+        sent = (lambda whole, size: self._handed_over(request.connection, batch, whole)) if batch else None
         if "application/http" not in request.headers.get("accept", ""):  # the original's server says */*
             data = self._pack_for_original(batch)
             return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, final=self.stopping)
@@ -3372,6 +3677,7 @@ class Relay:
         if server.present and now - absent_since >= AWAY_TIME:
             server.present = False
             tell(f"ptth relay: {server.name} went away")
+            self.note("went away", server.name)
         for exchange in list(server.waiting.values()):
             if now - max(exchange.arrived, absent_since) >= ABSENT_TIME:
                 exchange.fail(503, f"the server {server.name} is not connected")
@@ -3396,10 +3702,10 @@ class Relay:
     # pages
 
     def _server_list(self, request: Request) -> Response:
-        """Show the servers and whether they are connected."""
+        """Show the servers: whether they are connected, and what they have done."""
         now = self.loop.time()
         rows = []
-        for server in sorted(self.servers.values(), key=lambda server: server.name):
+        for server in self._sorted():
             if server.present:
                 state = "connected" + (f" ({len(server.instances)} servers)" if len(server.instances) > 1 else "")
             elif server.last_seen is None:
@@ -3407,13 +3713,58 @@ class Relay:
             else:
                 state = f"last seen {format_age(now - server.last_seen)}"
             shown = escape(server.entry.display_name or server.name)
-            rows.append(f'<tr><td><a href="./{server.name}/">{shown}</a></td><td class="n">{state}</td></tr>')
+            facts = (f"{sum(server.statuses.values()):,}", format_size(server.body_bytes), f"{server.transfers}")
+            cells = "".join(f'<td class="n w">{fact}</td>' for fact in facts)
+            rows.append(f'<tr><td><a class="d" href="./{server.name}/">{shown}</a></td><td>{state}</td>{cells}</tr>')
         content = "<h1>Servers</h1>\n"
+        if self.config.news_url:
+            content += f'<p><a href="{escape(self.config.news_url)}">News</a></p>\n'
+        headings = ["Name", "State", "Requests", "Sent", "In flight"]
+        content += table(headings, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
+        return self._show("Servers", content, "../../")
+
+    def _show(self, title: str, content: str, top: str) -> Response:
+        """Make a page of the relay's; `top` leads from it to the root."""
+        links = [("servers/", "Servers"), ("unregistered_servers", "Unregistered servers"), ("audit_log", "Audit log")]
+        links += [("debug/", "Debug")] if self.config.dev_mode else []
+        ways = " &middot; ".join(f'<a href="{top}frontend/{path}">{text}</a>' for path, text in links)
+        footer = f"<footer>{ways}<br>{VERSION_LINE.format(top)}</footer>"
+        return html_response(200, page(title, f"<main>\n{content}\n</main>\n{footer}"), [NO_STORE])
+
+    def _audit_log(self, request: Request) -> Response:
+        """Show who came, was refused and was served, the newest first; as JSON for whoever asks for that."""
+        events = list(reversed(self.events))
+        if wants_json(request.headers):
+            names = ("time", "event", "server", "client", "method", "path", "status", "bytes")
+            return json_response(
+                [dict(zip(names, (format_time(event[0]), *event[1:]), strict=True)) for event in events]
+            )
+        rows = []
+        for event in events:
+            what = f"{event.method} {event.path}" if event.method else event.event
+            end = f"{event.status}, {format_size(event.size)}" if event.status else ""
+            cells = (format_time(event.time), event.server, event.client, what, end)
+            rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+        content = "<h1>Audit log</h1>\n"
         content += (
-            table(["Name", "State"], rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
+            table(["Time", "Server", "Client", "What", "Answer"], rows) if rows else "<p>Nothing has happened.</p>"
         )
-        content += '\n<p><a href="../unregistered_servers">Unregistered servers</a></p>'
-        return html_response(200, page("Servers", content + FOOTER.format("../../")), [NO_STORE])
+        return self._show("Audit log", content, "../")
+
+    def _debug(self, request: Request) -> Response:
+        """Show build and state, in dev mode."""
+        if not self.config.dev_mode:
+            raise ProtocolError(404, "there is nothing here")
+        facts = {
+            "Version": __version__,
+            "Python": sys.version,
+            "System": sys.platform,
+            "Up": format_age(self.loop.time() - self._started).removesuffix(" ago"),
+            "Connections": str(self.connections()),
+            "Requests not answered": str(len(self.exchanges)),
+        }
+        rows = [f"<tr><td>{name}</td><td>{escape(value)}</td></tr>" for name, value in facts.items()]
+        return self._show("Debug", "<h1>Debug</h1>\n" + table(["Fact", "Value"], rows), "../../")
 
     def _unregistered_servers(self, request: Request) -> Response:
         """Show who tried to connect under a name that nobody has, with the block that would register them."""
@@ -3426,7 +3777,7 @@ class Relay:
         content = "<h1>Unregistered servers</h1>\n<p>These tried to connect. Anybody can: before pasting a block into "
         content += "ptth_relay.toml, compare its tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
         content += table(["To register", "Tried"], rows) if rows else "<p>Nobody has tried.</p>"
-        return html_response(200, page("Unregistered servers", content + FOOTER.format("../")), [NO_STORE])
+        return self._show("Unregistered servers", content, "../")
 
 
 # -- 12. Server --
@@ -3776,15 +4127,6 @@ def registration(name: str, key: str) -> str:
 
 
 @dataclass
-class RelayConfig:
-    """What ptth_relay.toml says."""
-
-    port: int = 4000
-    bind: str = "127.0.0.1"
-    servers: list[ServerEntry] = field(default_factory=list)
-
-
-@dataclass
 class ServerConfig:
     """What ptth_server.toml and the flags of `ptth server` say together."""
 
@@ -3794,6 +4136,7 @@ class ServerConfig:
     relay_url: str = ""
     file_server_root: str = ""
     throttle_upload: int = 0  # bytes per second; 0 is no limit
+    proxy_url: str = ""
     site: SiteOptions = SiteOptions()
 
 
@@ -3824,6 +4167,20 @@ class Table:
             return value
         self.problem(f"{key} must be a whole number from {low} to {high}")
         return default
+
+    def time(self, key: str) -> float:
+        """Return a date-time, as TOML has it or as a string of RFC 3339, in POSIX time; it must have an offset."""
+        import datetime
+
+        value = self.values.get(key)
+        try:
+            when = value if isinstance(value, datetime.datetime) else datetime.datetime.fromisoformat(str(value))
+            if when.tzinfo is not None:
+                return when.timestamp()
+        except ValueError:
+            pass
+        self.problem(f"{key} must be a date and time with an offset, for example 2026-01-31T12:00:00Z")
+        return 0.0
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false."""
@@ -3877,9 +4234,6 @@ def find_config(given: str | None, name: str) -> str:
     return original if not os.path.exists(name) and os.path.exists(original) else name
 
 
-_LATER_RELAY_KEYS = ("news_url", "enable_scraper_api", "scraper_keys", "dev_mode")
-
-
 def load_relay_config(path: str) -> RelayConfig:
     """Read ptth_relay.toml; UserError with a line for each thing that is wrong."""
     values = read_toml(path, "ptth_relay.toml.example")
@@ -3890,11 +4244,17 @@ def load_relay_config(path: str) -> RelayConfig:
             "the table [server_tripcodes] is an old form; write for each server a block of these lines: "
             '[[servers]]  name = "NAME"  tripcode = "TRIPCODE"'
         )
-    table.allow_only(["port", "bind", "servers", "server_tripcodes", *_LATER_RELAY_KEYS])
-    for key in _LATER_RELAY_KEYS:
-        if values.get(key):
-            tell(f"ptth relay: {path}: {key} is not used by this version")
+    table.allow_only([*(field.name for field in fields(RelayConfig)), "server_tripcodes"])
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
+    config.news_url = table.text("news_url")
+    config.enable_scraper_api = table.flag("enable_scraper_api", False)
+    config.dev_mode = "dev_mode" in values
+    if config.news_url and not re.match("https?://", config.news_url):
+        table.problem("news_url must begin with http:// or https://")
+    config.scraper_keys = [read_scraper_key(block) for block in table.tables("scraper_keys")]
+    for name in {key.name for key in config.scraper_keys}:
+        if sum(key.name == name for key in config.scraper_keys) > 1:
+            table.problem(f"there are two scraper keys named {name}")
     names = set()
     for block in table.tables("servers"):
         block.allow_only(["name", "tripcode", "display_name", "sandbox"])
@@ -3910,6 +4270,19 @@ def load_relay_config(path: str) -> RelayConfig:
     if problems:
         raise UserError(*problems)
     return config
+
+
+def read_scraper_key(block: Table) -> ScraperKey:
+    """Read one [[scraper_keys]] block; a key lives 30 days at most, so that a lost one is not lost for ever."""
+    block.allow_only(["name", "not_before", "not_after", "hash"])
+    key = ScraperKey(block.text("name"), block.text("hash"), block.time("not_before"), block.time("not_after"))
+    if not key.name:
+        block.problem("name is missing")
+    if not is_tripcode(key.hash):
+        block.problem("hash must be what `ptth.py relay --new-scraper-key NAME` prints, 44 characters that end in =")
+    if key.not_before and key.not_after and not 0 <= key.not_after - key.not_before <= SCRAPER_DAYS * 86400:
+        block.problem(f"from not_before to not_after must be 0 to {SCRAPER_DAYS} days")
+    return key
 
 
 def is_tripcode(text: str) -> bool:
@@ -3928,7 +4301,7 @@ def load_server_config(path: str, flags: dict[str, str]) -> ServerConfig:
     if os.name == "posix" and (mode := os.stat(path).st_mode) & 0o077:
         table.problem(f"holds a secret and has mode {mode & 0o777:04o}, others can read it; do: chmod 600 {path}")
     site_keys = ("auth", "hidden", "follow_symlinks", "listing", "cors", "headers")
-    table.allow_only(["name", "api_key", "relay_url", "file_server_root", "throttle_upload", *site_keys])
+    table.allow_only(["name", "api_key", "relay_url", "file_server_root", "throttle_upload", "proxy_url", *site_keys])
     if isinstance(values.get("throttle_upload"), bool) and values.pop("throttle_upload"):
         tell(f"ptth server: {path}: throttle_upload = true sets no limit here; give a number of bytes per second")
     values.update(flags)
@@ -3939,6 +4312,7 @@ def load_server_config(path: str, flags: dict[str, str]) -> ServerConfig:
         relay_url=table.text("relay_url"),
         file_server_root=table.text("file_server_root"),
         throttle_upload=table.number("throttle_upload", 0, 0, 10**12),
+        proxy_url=table.text("proxy_url"),
         site=read_site(table),
     )
     if not config.name:
@@ -4002,6 +4376,16 @@ def check_to_connect(config: ServerConfig) -> Origin:
     if problems:
         raise UserError(*(f"{config.path}: {problem}" for problem in problems))
     return origin
+
+
+def find_proxy(config: ServerConfig, origin: Origin) -> ForwardProxy | None:
+    """Return the proxy to the relay: proxy_url's, or else the environment's. UserError."""
+    url = config.proxy_url or proxy_from_environment(origin)
+    try:
+        return parse_proxy(url) if url else None
+    except ValueError as error:
+        where = f"{config.path}: proxy_url" if config.proxy_url else "HTTP_PROXY or HTTPS_PROXY"
+        raise UserError(f"{where} cannot be used: {error}") from None
 
 
 def check_root(root: str, how: str) -> str:
@@ -4132,7 +4516,10 @@ def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None
 
 
 async def run_relay(args: argparse.Namespace) -> None:
-    """Relay until a signal."""
+    """Relay until a signal; SIGHUP reads the configuration again."""
+    if args.new_scraper_key is not None:
+        print_scraper_key(args.new_scraper_key)
+        return
     path = find_config(args.config, "ptth_relay.toml")
     if args.config is None and not os.path.exists(path):
         config = RelayConfig()
@@ -4140,13 +4527,51 @@ async def run_relay(args: argparse.Namespace) -> None:
     else:
         config = load_relay_config(path)
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
-    relay = Relay(config.servers)
+    relay = Relay(config)
     server = HTTPServer(relay.handle, log=access_log(args))
+    relay.connections = lambda: len(server.streams)
     stop = stop_event()
+    on_hangup(lambda: reload(relay, path))
     await server.listen(sock)
     announce(f"PTTH relay for {len(config.servers)} servers at {' '.join(urls(sock))}")
     await stop.wait()
     await stop_relay(relay, server)
+
+
+def reload(relay: Relay, path: str) -> None:
+    """Read the configuration again; a broken one changes nothing."""
+    try:
+        config = load_relay_config(path)
+    except UserError as error:
+        tell(f"ptth relay: keeping the old configuration: {'; '.join(error.args)}")
+        return
+    if (config.port, config.bind) != (relay.config.port, relay.config.bind):
+        tell("ptth relay: port and bind change with a restart only")
+    relay.configure(config)
+    tell(f"ptth relay: read {path} again: {len(config.servers)} servers, {len(config.scraper_keys)} scraper keys")
+
+
+def on_hangup(action: Callable[[], None]) -> None:
+    """Call `action` on SIGHUP, where that exists."""
+    import signal
+
+    if hasattr(signal, "SIGHUP"):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, action)
+
+
+def print_scraper_key(name: str) -> None:
+    """Print a block for ptth_relay.toml with a fresh key's hash on stdout, and the key on stderr."""
+    import secrets
+
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..", status=2)
+    key = secrets.token_urlsafe(32)
+    now = time.time()
+    announce(
+        f'[[scraper_keys]]\nname = "{name}"\nhash = "{tripcode(key)}"\n'
+        f"not_before = {format_time(now)}\nnot_after = {format_time(now + SCRAPER_DAYS * 86400)}"
+    )
+    tell(f"X-ApiKey: {key}")
 
 
 async def stop_relay(relay: Relay, server: HTTPServer) -> None:
@@ -4158,6 +4583,9 @@ async def stop_relay(relay: Relay, server: HTTPServer) -> None:
 
 async def run_server(args: argparse.Namespace) -> None:
     """Serve a directory through a relay until a signal, or print the tripcode."""
+    if args.new_key:
+        print_server_key(args.name or "my-server", args.relay_url or "https://relay.example.com")
+        return
     flags = {key: getattr(args, key) for key in ("name", "relay_url", "file_server_root")}
     path = find_config(args.config, "ptth_server.toml")
     config = load_server_config(path, {key: value for key, value in flags.items() if value is not None})
@@ -4167,13 +4595,28 @@ async def run_server(args: argparse.Namespace) -> None:
     origin = check_to_connect(config)
     site = Site(config.file_server_root, config.site, private=[config.path])
     handler = server_handler(site, config.name)
-    server = Server(Client(origin), config.name, config.api_key, handler, pace=config.throttle_upload)
+    proxy = find_proxy(config, origin)
+    server = Server(Client(origin, proxy), config.name, config.api_key, handler, pace=config.throttle_upload)
     stop = stop_event()
     announce(f"PTTH server {config.name}: serving {os.path.realpath(config.file_server_root)}")
     running = asyncio.create_task(server.run())
     await asyncio.wait({running, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
     await server.stop()
     await running
+
+
+def print_server_key(name: str, relay_url: str) -> None:
+    """Print a ready ptth_server.toml with a fresh key on stdout, and the block for the relay on stderr."""
+    import json
+    import secrets
+
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..", status=2)
+    key = "REPLACE"
+    while key_weakness(key):  # a token may begin like the placeholder
+        key = secrets.token_urlsafe(32)
+    announce(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(relay_url)}')
+    write_error(registration(name, key) + "\n")
 
 
 async def run_demo(args: argparse.Namespace) -> None:
@@ -4183,7 +4626,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     root = check_root(args.dir, "DIR")
     key = secrets.token_urlsafe(32)
     sock = open_socket("127.0.0.1", args.port)
-    relay = Relay([ServerEntry("demo", tripcode(key))])
+    relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))]))
     http = HTTPServer(relay.handle, log=access_log(args))
     stop = stop_event()
     await http.listen(sock)
@@ -4229,6 +4672,7 @@ def build_parser() -> argparse.ArgumentParser:
     relay.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_relay.toml")
     relay.add_argument("--bind", metavar="ADDR", help="address to listen on (default: 127.0.0.1)")
     relay.add_argument("--port", type=port_number, metavar="N", help="default: 4000")
+    relay.add_argument("--new-scraper-key", metavar="NAME", help="print a key for the scraper API, and exit")
 
     server = command("server", run_server, "serve a directory through a relay; makes only outgoing connections")
     server.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_server.toml")
@@ -4236,6 +4680,7 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--relay-url", metavar="URL", help="for example https://relay.example.com")
     server.add_argument("--file-server-root", metavar="DIR", help="the directory to serve (default: this one)")
     server.add_argument("--print-tripcode", action="store_true", help="print the block for ptth_relay.toml, and exit")
+    server.add_argument("--new-key", action="store_true", help="print a ptth_server.toml with a fresh key, and exit")
 
     files = command("file-server", run_file_server, "serve a directory, without any relay")
     files.add_argument("dir", nargs="?", default="", metavar="DIR", help="the directory to serve (default: this one)")

@@ -261,7 +261,7 @@ class Tunnel:
         background.run(self._start(handler, options))
 
     async def _start(self, handler: ptth.Handler | None, options: dict[str, float]) -> None:
-        self.relay = ptth.Relay([ptth.ServerEntry("n", ptth.tripcode(KEY))], **options)
+        self.relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]), **options)
         self.http = ptth.HTTPServer(self.relay.handle)
         sock = ptth.open_socket("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
@@ -1934,6 +1934,148 @@ class TestRelay:
         stopping.result(5)
 
 
+class TestOperator:
+    """The scraper API, the audit log, metrics and a live configuration."""
+
+    SCRAPER = "scraper-key-that-is-long-enough"
+
+    @pytest.fixture
+    def tunnel(self, background: Background) -> object:
+        made = Tunnel(background, echo)
+        yield made
+        made.close()
+
+    def configure(self, tunnel: Tunnel, *keys: ptth.ScraperKey, **more: object) -> None:
+        server = ptth.ServerEntry("n", ptth.tripcode(KEY))
+        config = ptth.RelayConfig(
+            **{"servers": [server], "enable_scraper_api": True, "scraper_keys": list(keys), **more}
+        )
+
+        async def apply() -> None:
+            tunnel.relay.configure(config)
+
+        tunnel.background.run(apply())
+
+    def key(self, begin: float = -10, end: float = 10, name: str = "s", key: str = SCRAPER) -> ptth.ScraperKey:
+        now = time.time()
+        return ptth.ScraperKey(name, ptth.tripcode(key), now + begin, now + end)
+
+    def test_the_scraper_api_is_off_unless_asked_for(self, tunnel: Tunnel) -> None:
+        assert one(tunnel.fetch(get("/scraper/v1/test", f"X-ApiKey: {self.SCRAPER}")))[0] == 404
+
+    def test_what_a_scraper_may_see(self, tunnel: Tunnel) -> None:
+        self.configure(tunnel, self.key())
+        field = f"X-ApiKey: {self.SCRAPER}"
+        for base in ("/scraper/v1/", "/scraper/api/"):
+            assert one(tunnel.fetch(get(base + "test", field)))[2] == b"You're valid!"
+            (server,) = json.loads(one(tunnel.fetch(get(base + "server_list", field)))[2])["servers"]
+            assert (server["name"], server["display_name"], server["connected"]) == ("n", None, True)
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", server["last_seen"])
+            assert one(tunnel.fetch(get(base + "server/n/x?y", field)))[2] == b"GET /x?y\n"
+            assert [one(tunnel.fetch(get(base + path, field)))[0] for path in ("nothing", "server/m/", "server/n")] == [
+                404
+            ] * 3
+        assert one(tunnel.fetch(get("/scraper/v2/test", field)))[0] == 404
+
+    REFUSED = [
+        ([], []),
+        ([(-20, -10)], []),
+        ([(10, 20)], []),
+        ([(-10, 10)], ["X-ApiKey: another-key"]),
+        ([(-10, 10)], ["X-ApiKey: " + "k" * 200]),
+    ]
+
+    @pytest.mark.parametrize(("spans", "fields"), REFUSED)
+    def test_every_refusal_is_the_same_403(
+        self, spans: list[tuple[float, float]], fields: list[str], tunnel: Tunnel, capfd: object
+    ) -> None:
+        self.configure(tunnel, *(self.key(*span) for span in spans))
+        status, _, body = one(tunnel.fetch(get("/scraper/v1/test", *(fields or [f"X-ApiKey: {self.SCRAPER}"]))))
+        assert (status, body) == (403, b"this needs a valid X-ApiKey\n")
+        assert one(tunnel.fetch(get("/scraper/v1/test")))[::2] == (403, b"this needs a valid X-ApiKey\n")
+        told = capfd.readouterr().err
+        assert "scraper key refused" in told and self.SCRAPER not in told
+        assert b'keys_refused_total{api="scraper"} 2' in tunnel.relay._metrics().encode()
+
+    def test_metrics_are_counted(self, tunnel: Tunnel) -> None:
+        self.configure(tunnel, self.key())
+        for path in ("/a", "/b"):
+            assert one(tunnel.fetch(get("/frontend/servers/n" + path)))[0] == 200
+        assert (
+            one(tunnel.fetch(b"PUT /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"))[0] == 501
+        )
+        status, fields, body = one(tunnel.fetch(get("/scraper/v1/metrics", f"X-ApiKey: {self.SCRAPER}")))
+        assert fields["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        lines = body.decode().splitlines()
+        for line in ('ptth_server_connected{server="n"} 1', 'ptth_requests_total{server="n",status="200"} 2', 'ptth_requests_waiting{server="n"} 0',
+                     'ptth_requests_total{server="n",status="501"} 1', 'ptth_keys_refused_total{api="backend"} 0', "ptth_connections 0"):  # fmt: skip
+            assert line in lines, lines
+        sent = next(int(line.split()[1]) for line in lines if line.startswith("ptth_body_bytes_total"))
+        assert sent >= 2 * len("GET /a\n")
+        names = {line.split("{")[0].split()[0] for line in lines if line[0] != "#"}
+        assert all(f"# TYPE {name} " in body.decode() and f"# HELP {name} " in body.decode() for name in names)
+
+    def test_the_audit_log(self, tunnel: Tunnel) -> None:
+        assert one(tunnel.fetch(get("/frontend/servers/n/<b>?secret", "X-Forwarded-For: 192.0.2.1")))[0] == 200
+        hand = Hand(tunnel.port, key="wrong-key-that-is-long-enough")
+        hand.listen(0)
+        hand.answer()
+        events = json.loads(one(tunnel.fetch(get("/frontend/audit_log", "Accept: application/json")))[2])
+        assert [event["event"] for event in events] == ["backend key refused: wrong key", "request", "connected"]
+        del events[1]["time"]
+        assert events[1] == {"event": "request", "server": "n", "client": "192.0.2.1, 127.0.0.1", "method": "GET", "path": "/<b>",
+                             "status": 200, "bytes": len("GET /<b>?secret\n")}  # fmt: skip
+        page = one(tunnel.fetch(get("/frontend/audit_log")))[2].decode()
+        assert "/&lt;b&gt;" in page and "<b>" not in page and "secret" not in page
+
+    def test_the_pages_say_what_they_should(self, tunnel: Tunnel) -> None:
+        assert one(tunnel.fetch(get("/frontend/debug/")))[0] == 404
+        self.configure(tunnel, news_url="https://news.example/?a=1&b=2", dev_mode=True)
+        assert one(tunnel.fetch(get("/frontend/servers/n/x")))[0] == 200
+        page = one(tunnel.fetch(get("/frontend/servers/")))[2].decode()
+        assert 'href="https://news.example/?a=1&amp;b=2"' in page and "connected" in page
+        for path in ("servers/", "unregistered_servers", "audit_log", "debug/"):
+            page = one(tunnel.fetch(get("/frontend/" + path)))[2].decode()
+            assert ptth.__version__ in page and "AGPL" in page and "ptth.py" in page and "<form" not in page
+            for link in re.findall(r'href="(\.[^"]*)"', page):
+                import urllib.parse
+
+                target = urllib.parse.urljoin("/frontend/" + path, link)
+                assert one(tunnel.fetch(get(target)))[0] == 200, target
+
+    def test_servers_come_and_go_without_touching_the_others(self, tunnel: Tunnel) -> None:
+        self.configure(
+            tunnel, servers=[ptth.ServerEntry("n", ptth.tripcode(KEY), "En"), ptth.ServerEntry("m", ptth.tripcode(KEY))]
+        )
+        hand = Hand(tunnel.port, "m")
+        hand.listen()
+        eventually(lambda: tunnel.relay.servers["m"].parked)
+        assert one(tunnel.fetch(get("/frontend/servers/n/x")))[0] == 200
+        self.configure(tunnel)
+        assert hand.requests() == []
+        hand.listen()
+        assert hand.answer()[0] == 401
+        assert [one(tunnel.fetch(get(f"/frontend/servers/{name}/")))[0] for name in "nm"] == [200, 404]
+        self.configure(tunnel, servers=[ptth.ServerEntry("n", ptth.tripcode("another-key-than-before"))])
+        hand = Hand(tunnel.port)
+        hand.listen(0)
+        assert hand.answer()[0] == 401
+
+    @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+    def test_sighup_reads_the_file_again(self, start: object, tmp_path: object) -> None:
+        write_configs(tmp_path, free_port())
+        relay = start("relay", cwd=tmp_path).listening()
+        path = tmp_path / "ptth_relay.toml"
+        good = path.read_text()
+        path.write_text(good + good.partition("\n")[2].replace('"n"', '"m"'))
+        relay.process.send_signal(signal.SIGHUP)
+        relay.wait_for("2 servers")
+        path.write_text("nonsense")
+        relay.process.send_signal(signal.SIGHUP)
+        relay.wait_for("keeping the old configuration")
+        assert [one(fetch(relay.port, get(f"/frontend/servers/{name}")))[0] for name in "nm"] == [301, 301]
+
+
 class Impostor:
     """A relay that answers every P1 with the same bytes, and closes."""
 
@@ -2072,6 +2214,10 @@ class TestConfiguration:
         ("[[servers]]\nname = 'a b'\ntripcode = ''", ["a b", "tripcode"]), ("[[servers]]\nname = '..'", ["'..'"]), ("port =", ["TOML"]),
         (f"[[servers]]\nname='a'\ntripcode='{TRIP}'\n[[servers]]\nname='a'\ntripcode='{TRIP}'", ["two servers named a"]),
         ("[server_tripcodes]\na = 'x'", ["[[servers]]", "old form"]), ("servers = 1", ["[[servers]]"]), ("[[servers]]\nnmae = 'x'", ["nmae", "name"]),
+        ("news_url = 'ftp://x'", ["news_url"]), ("enable_scraper_api = 1", ["true or false"]), ("[[scraper_keys]]\nname = 'a'", ["hash", "not_before"]),
+        (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=2026-01-01T00:00:00Z\nnot_after=2026-02-01T00:00:00Z", ["30 days", "number 1"]),
+        (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before='2026-01-02T00:00:00Z'\nnot_after='2026-01-01T00:00:00Z'", ["30 days"]),
+        (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=2026-01-01T00:00:00\nnot_after=2026-01-02", ["not_before", "not_after", "offset"]),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("text", "words"), RELAY)
@@ -2083,6 +2229,43 @@ class TestConfiguration:
         for word in words:
             assert word in "\n".join(caught.value.args)
         assert str(path) in caught.value.args[0]
+
+    def test_scraper_keys_are_read_from_strings_and_date_times(self, tmp_path: object) -> None:
+        path = tmp_path / "r.toml"
+        block = f"[[scraper_keys]]\nname='a'\nhash='{self.TRIP}'\n"
+        path.write_text(block + "not_before='2026-01-01T00:00:00+01:00'\nnot_after=2026-01-30T00:00:00Z\n[dev_mode]\n")
+        config = ptth.load_relay_config(str(path))
+        assert config.scraper_keys == [ptth.ScraperKey("a", self.TRIP, 1767222000.0, 1769731200.0)]
+        assert config.dev_mode
+        path.write_text(2 * (block + "not_before=2026-01-01T00:00:00Z\nnot_after=2026-01-30T00:00:00Z\n"))
+        with pytest.raises(ptth.UserError, match="two scraper keys named a"):
+            ptth.load_relay_config(str(path))
+
+    PROXIES = [
+        ("http://p:3128", ("p", 3128), []), ("p:3128", ("p", 3128), []), ("http://u:p%40@[::1]:1/", ("::1", 1), [("Proxy-Authorization", "Basic dTpwQA==")]),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("url", "address", "fields"), PROXIES)
+    def test_a_proxys_url(self, url: str, address: tuple[str, int], fields: list[tuple[str, str]]) -> None:
+        proxy = ptth.parse_proxy(url)
+        assert ((proxy.origin.host, proxy.origin.port), proxy.fields) == (address, fields)
+
+    def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        config = ptth.ServerConfig("s.toml")
+        relay = ptth.Origin(True, "r.example", 443, "")
+        assert ptth.find_proxy(config, relay) is None
+        monkeypatch.setenv("HTTPS_PROXY", "http://p:1")
+        assert ptth.find_proxy(config, relay).origin.port == 1
+        assert ptth.find_proxy(config, relay._replace(tls=False)) is None
+        monkeypatch.setenv("NO_PROXY", ".example")
+        assert ptth.find_proxy(config, relay) is None
+        config.proxy_url = "http://q:2"
+        assert ptth.find_proxy(config, relay).origin.port == 2
+        config.proxy_url = "socks5://q:2"
+        with pytest.raises(ptth.UserError, match="proxy_url"):
+            ptth.find_proxy(config, relay)
 
     def test_the_examples_are_the_defaults(self, tmp_path: object) -> None:
         assert ptth.load_relay_config(os.path.join(HERE, "ptth_relay.toml.example")) == ptth.RelayConfig()
@@ -2231,6 +2414,27 @@ class TestCommandLine:
         server = start("file-server", root, "--port", "0", env={"PTTH_AUTH": "u:p"}).listening()
         assert one(fetch(server.port, get("/hello.txt")))[0] == 401
         assert one(fetch(server.port, get("/hello.txt", "Authorization: Basic dTpw")))[2] == HELLO
+
+    def test_a_new_key_is_a_ready_configuration(self, tmp_path: object) -> None:
+        import tomllib
+
+        status, out, err = run("server", "--new-key", "--name", "box", "--relay-url", "https://r.example")
+        path = tmp_path / "s.toml"
+        path.write_text(out)
+        path.chmod(0o600)
+        config = ptth.load_server_config(str(path), {})
+        assert (status, config.name, config.relay_url) == (0, "box", "https://r.example")
+        assert tomllib.loads(err) == {"servers": [{"name": "box", "tripcode": ptth.tripcode(config.api_key)}]}
+        assert config.api_key not in err and run("server", "--new-key")[1] != out
+
+    def test_a_new_scraper_key_is_a_ready_block(self, tmp_path: object) -> None:
+        status, out, err = run("relay", "--new-scraper-key", "box")
+        path = tmp_path / "r.toml"
+        path.write_text(out)
+        (key,) = ptth.load_relay_config(str(path)).scraper_keys
+        assert (status, key.name) == (0, "box") and 0 < key.not_after - time.time() <= 30 * 86400
+        assert key.hash == ptth.tripcode(err.split()[-1]) and err.split()[-1] not in out
+        assert run("relay", "--new-scraper-key", "a b")[0] == 2
 
     def test_version(self) -> None:
         assert run("--version")[:2] == (0, f"ptth {ptth.__version__}\n")
@@ -2442,7 +2646,8 @@ class TestFaults:
         for thread in threads:
             thread.start()
         for number, status in ((signal.SIGTERM, 0), (signal.SIGKILL, -9)):
-            eventually(lambda before=len(answers): len(answers) > before + 100)
+            before = len(answers) + 100
+            eventually(lambda before=before: len(answers) > before)
             assert pair.relay.end(number) == status
             pair.start_relay()
             pair.server.wait_for("connected to the relay", patience=3)
@@ -2566,14 +2771,7 @@ class TestFaults:
         assert server.peak_mib() < 80
 
     def test_unknown_keys_share_a_budget_and_known_ones_never_wait(self, pair: Pair) -> None:
-        strangers = Hand(pair.port)
         statuses = []
-        for i in range(300):
-            strangers.send("GET", "http_listen/n", b"", f"X-Ignored: {i}")
-            strangers.key = f"wrong-key-that-is-long-enough-{i}"
-            strangers.send("GET", "http_listen/n", b"", "Prefer: wait=0")
-            strangers.close()
-            break
         for i in range(300):
             hand = Hand(pair.port, key=f"wrong-key-that-is-long-enough-{i}")
             hand.listen(0)
@@ -2748,7 +2946,7 @@ class TestRealPrograms:
         context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
 
         async def begin() -> tuple[ptth.Relay, ptth.HTTPServer, int]:
-            relay = ptth.Relay([ptth.ServerEntry("n", ptth.tripcode(KEY))])
+            relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
             server = ptth.HTTPServer(relay.handle, tls=context)
             sock = ptth.open_socket("127.0.0.1", 0)
             await server.listen(sock)
@@ -2769,6 +2967,55 @@ class TestRealPrograms:
         assert trusting.end() == 0
         background.run(relay.stop(0.1))
         background.run(server.stop(0.1))
+
+    @needs("tinyproxy")
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_a_forward_proxy_on_the_way(
+        self, scheme: str, start: object, tmp_path: object, background: Background
+    ) -> None:
+        import ssl
+
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
+             "-addext", "subjectAltName=DNS:localhost"], cwd=tmp_path, check=True, capture_output=True,
+        )  # fmt: skip
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+        proxy_port = free_port()
+        config = f'Port {proxy_port}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout 60\nLogFile "{tmp_path}/proxy.log"\nBasicAuth u p\nMaxClients 50\n'
+        (tmp_path / "proxy.conf").write_text(config)
+
+        async def begin() -> tuple[ptth.Relay, ptth.HTTPServer, int]:
+            relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
+            server = ptth.HTTPServer(relay.handle, tls=context if scheme == "https" else None)
+            sock = ptth.open_socket("127.0.0.1", 0)
+            await server.listen(sock)
+            return relay, server, sock.getsockname()[1]
+
+        relay, server, port = background.run(begin())
+        proxy = subprocess.Popen(["tinyproxy", "-d", "-c", str(tmp_path / "proxy.conf")], stdout=subprocess.DEVNULL)
+        try:
+            eventually(lambda: self.listens(proxy_port))
+            (tmp_path / "big").write_bytes(b"x" * 1_000_000)
+            write_configs(
+                tmp_path,
+                port,
+                relay_url=f"{scheme}://localhost:{port}/",
+                proxy_url=f"http://u:p@127.0.0.1:{proxy_port}",
+            )
+            start("server", cwd=tmp_path, env={"SSL_CERT_FILE": str(tmp_path / "cert")}).wait_for("connected")
+            kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+            more = {"context": ssl.create_default_context(cafile=tmp_path / "cert")} if scheme == "https" else {}
+            client = kind("localhost", port, timeout=20, **more)
+            client.request("GET", "/frontend/servers/n/files/big")
+            assert client.getresponse().read() == b"x" * 1_000_000
+            client.close()
+            assert ("CONNECT localhost" in (tmp_path / "proxy.log").read_text()) is (scheme == "https")
+        finally:
+            proxy.terminate()
+            proxy.wait(10)
+            background.run(relay.stop(0.1))
+            background.run(server.stop(0.1))
 
     @needs("openssl")
     def test_https_by_the_file_server(self, start: object, tmp_path: object, root: str) -> None:
