@@ -242,7 +242,7 @@ def builtin_blake3(data: bytes) -> bytes:
 def blake3_hash(data: bytes) -> bytes:
     """Return the 32-byte BLAKE3 hash, by the blake3 package when it is installed."""
     try:
-        from blake3 import blake3
+        from blake3 import blake3  # type: ignore[import-not-found, unused-ignore]  # it may be missing
     except ImportError:
         return builtin_blake3(data)
     return bytes(blake3(data).digest())
