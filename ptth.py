@@ -304,6 +304,7 @@ class Connection(Protocol):
     """What a handler or a body may know of the connection to its peer."""
 
     peer: str  # the peer's address, for logs and X-Forwarded-For
+    can_send_file: bool  # otherwise a file's bytes go by `send`
     closing: bool  # one of the two sides has said "Connection: close"
     ended: list[Callable[[], None]]  # called once when the connection ends
 
@@ -320,40 +321,33 @@ class Connection(Protocol):
         """Send `count` bytes of an open file; raises BrokenBody when the file is shorter."""
 
 
-class Body(Protocol):
+class Body:
     """The content of a message. Whoever is handed one calls `aclose` in the end, whether it was sent or not."""
 
-    @property
-    def length(self) -> int | None:
-        """The number of bytes, or None when it shows only at the end."""
+    length: int | None  # bytes; None when it shows only at the end
 
-    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        raise NotImplementedError
 
     async def write_to(self, connection: Connection) -> None:
         """Put all of it on a connection, or raise ConnectionError: then what was sent must not look complete."""
-
-    async def aclose(self) -> None: ...
-
-
-class BytesBody:
-    """A body that is in memory."""
-
-    __slots__ = ("data", "length")
-
-    def __init__(self, data: bytes = b"") -> None:
-        self.data = data
-        self.length: int | None = len(data)
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for start in range(0, len(self.data), SLICE):
-            yield self.data[start : start + SLICE]
-
-    async def write_to(self, connection: Connection) -> None:
         async for piece in self:
             await connection.send(piece)
 
     async def aclose(self) -> None:
-        pass
+        """Give back what it holds: nothing, for most."""
+
+
+class BytesBody(Body):
+    """A body that is in memory."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = data
+        self.length = len(data)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self.data), SLICE):
+            yield self.data[start : start + SLICE]
 
 
 class AbsentBody(BytesBody):
@@ -746,12 +740,16 @@ class Stream:
     a tenth of a small request.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pace: Pace | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.reader = reader
         self.writer = writer
+        self.pace = pace
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]  # typeshed promises less
         self.sock: socket.socket = writer.get_extra_info("socket")
+        tls = writer.get_extra_info("sslcontext") is not None
+        self.can_send_file = hasattr(os, "sendfile") and not tls and not pace
+        self.can_splice = hasattr(os, "splice") and not tls  # bytes may go from socket to socket
         name = writer.get_extra_info("peername")
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
         self.held = b""
@@ -843,6 +841,12 @@ class Stream:
 
     async def send(self, data: bytes) -> None:
         """Send `data`; returns when the connection can take more. ConnectionError when the peer is gone or stalls."""
+        if self.pace and len(data) > self.pace.slice:
+            for start in range(0, len(data), self.pace.slice):
+                await self.send(data[start : start + self.pace.slice])
+            return
+        if self.pace:
+            await self.pace.wait(len(data))
         self.writer.write(data)
         self.written += len(data)
         if self.transport.is_closing():
@@ -872,15 +876,6 @@ class Stream:
         By os.sendfile and not loop.sendfile, because there a slow peer and a stalled one look the same, and because
         the connection must be read meanwhile: a relay may say that the client is gone.
         """
-        if self.transport.get_extra_info("sslcontext") or not hasattr(os, "sendfile"):
-            while count:
-                data = read_at(fd, offset, min(count, PIECE))
-                if not data:
-                    raise BrokenBody("the file became shorter")
-                await self.send(data)
-                offset += len(data)
-                count -= len(data)
-            return
         await self.flush()
         twin = os.dup(self.sock.fileno())  # the loop does not let anyone wait for a descriptor of its transports
         try:
@@ -1025,12 +1020,22 @@ def read_at(fd: int, offset: int, count: int) -> bytes:
     return os.read(fd, count)
 
 
-def can_splice(*streams: Stream) -> bool:
-    """Return whether bytes may go from socket to socket: on Linux, without TLS."""
-    return hasattr(os, "splice") and not any(stream.writer.get_extra_info("sslcontext") for stream in streams)
+class Pace:
+    """A limit in bytes per second for all that is sent on the connections that share it."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self.slice = max(min(rate // 4, PIECE), 1)  # bytes; a quarter of a second's worth
+        self._free = 0.0  # when the next byte may leave, in the loop's time
+
+    async def wait(self, count: int) -> None:
+        """Wait until `count` more bytes may leave."""
+        now = asyncio.get_running_loop().time()
+        self._free = max(self._free, now) + count / self.rate
+        await asyncio.sleep(self._free - now)
 
 
-class IncomingBody:
+class IncomingBody(Body):
     """The body of a message that is being received, by its framing (RFC 9112, 6).
 
     `framing` is a number of bytes, CHUNKED, or None for all until the connection ends. With `expects` the peer waits
@@ -1050,7 +1055,7 @@ class IncomingBody:
         self._trailers = 0
 
     @property
-    def length(self) -> int | None:
+    def length(self) -> int | None:  # type: ignore[override]  # nobody sets it
         """The bytes still to come, or None when only the end will tell."""
         return None if self.chunked or self.until_close else self.left + len(self.held)
 
@@ -1161,7 +1166,7 @@ class IncomingBody:
 
     async def write_to(self, connection: Connection) -> None:
         stream = self.stream
-        if self.left >= SPLICE_MIN and isinstance(connection, Stream) and can_splice(stream, connection):
+        if self.left >= SPLICE_MIN and isinstance(connection, Stream) and stream.can_splice and connection.can_splice:
             try:
                 await stream.take_buffered()
                 while self.held or stream.held and self.left:
@@ -1175,20 +1180,15 @@ class IncomingBody:
         while piece := await self.read():
             await connection.send(piece)
 
-    async def aclose(self) -> None:
-        pass  # the connection's owner decides what becomes of the rest
 
-
-class FileBody:
+class FileBody(Body):
     """A part of an open regular file; closes the file in the end. May be written again, from its beginning."""
-
-    __slots__ = ("_fd", "_offset", "_opened", "length")
 
     def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int) -> None:
         self._fd = fd
         self._opened = opened
         self._offset = offset
-        self.length: int | None = length
+        self.length = length
 
     def slices(self, size: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, count) of each part to send, after a look whether the file is still what was announced.
@@ -1212,6 +1212,9 @@ class FileBody:
             yield data
 
     async def write_to(self, connection: Connection) -> None:
+        if not connection.can_send_file:
+            await super().write_to(connection)
+            return
         for offset, count in self.slices(4 * SENDFILE_SLICE):
             await connection.send_file(self._fd, offset, count)
 
@@ -1221,14 +1224,14 @@ class FileBody:
             self._fd = -1
 
 
-class MultipartBody:
+class MultipartBody(Body):
     """Several parts of one file, each behind a head of its own (RFC 9110, 14.6)."""
 
     def __init__(self, fd: int, opened: os.stat_result, parts: list[tuple[bytes, int, int]], last: bytes) -> None:
         self._whole = FileBody(fd, opened, 0, 0)
         self._parts = [(head, FileBody(fd, opened, offset, count)) for head, offset, count in parts]
         self._last = last
-        self.length: int | None = sum(len(head) + count for head, _, count in parts) + len(last)
+        self.length = sum(len(head) + count for head, _, count in parts) + len(last)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for head, part in self._parts:
@@ -1840,9 +1843,10 @@ def proxy_from_environment(origin: Origin) -> str:
 class Client:
     """Connections to one origin, reused while they are fresh: behind a NAT an idle one may be dead without a sign."""
 
-    def __init__(self, origin: Origin, proxy: ForwardProxy | None = None) -> None:
+    def __init__(self, origin: Origin, proxy: ForwardProxy | None = None, pace: Pace | None = None) -> None:
         self.origin = origin
         self.proxy = proxy
+        self.pace = pace
         self.streams: set[Stream] = set()
         self._idle: deque[tuple[Stream, float]] = deque()  # the freshest last
         self._tls: ssl.SSLContext | None = None
@@ -1868,7 +1872,7 @@ class Client:
                     )
         except TimeoutError:
             raise ConnectionError(f"{origin.host}:{origin.port} does not answer") from None
-        stream = Stream(reader, writer)
+        stream = Stream(reader, writer, self.pace)
         stream.stall_time = RELAY_STALL_TIME
         tune(stream.sock)
         self.streams.add(stream)
@@ -1958,7 +1962,7 @@ class Client:
             await self.read_body(stream, headers, SMALL)
         return status
 
-    async def post(self, path: str, fields: Fields, begin: bytes, body: Body, stream: Stream, pace: Pace) -> int:
+    async def post(self, path: str, fields: Fields, begin: bytes, body: Body, stream: Stream) -> int:
         """Send `begin` and `body` as one POST; return the answer's status, also when it comes before the body has left.
 
         The body is chunked when its length is not known. An early answer means that the rest is not wanted.
@@ -1969,14 +1973,14 @@ class Client:
         head = self.head("POST", path, [*fields, (name, value)])
         if chunked:
             begin = b"%x\r\n%b\r\n" % (len(begin), begin)
-        if isinstance(body, BytesBody) and not pace.rate:
+        if isinstance(body, BytesBody) and not self.pace:
             await stream.send(head + begin + body.data)
             return await self._read_status(stream)
         await stream.send(head + begin)
-        if not pace.rate and (body.length or SLICE) < SLICE:  # soon gone: an early answer can wait for that
+        if not self.pace and (body.length or SLICE) < SLICE:  # soon gone: an early answer can wait for that
             await body.write_to(stream)
             return await self._read_status(stream)
-        sending = asyncio.create_task(write_body(pace.on(stream), body, chunked=chunked))
+        sending = asyncio.create_task(write_body(stream, body, chunked=chunked))
         reading = asyncio.create_task(self._read_status(stream))
         try:
             await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
@@ -1989,57 +1993,6 @@ class Client:
             for task in (sending, reading):
                 task.cancel()
             await asyncio.gather(sending, reading, return_exceptions=True)
-
-
-class Pace:
-    """A limit in bytes per second for all that is sent on it together; 0 is no limit."""
-
-    def __init__(self, rate: int = 0) -> None:
-        self.rate = rate
-        self._free = 0.0  # when the next byte may leave, in the loop's time
-
-    def on(self, stream: Stream) -> Connection:
-        """Return the connection itself, or one that keeps this pace."""
-        return PacedConnection(stream, self) if self.rate else stream
-
-    async def wait(self, count: int) -> None:
-        """Wait until `count` more bytes may leave."""
-        now = asyncio.get_running_loop().time()
-        self._free = max(self._free, now) + count / self.rate
-        await asyncio.sleep(self._free - now)
-
-
-class PacedConnection:
-    """A connection on which sending keeps a pace."""
-
-    peer: str
-    closing: bool
-
-    def __init__(self, stream: Stream, pace: Pace) -> None:
-        self.peer, self.closing, self.ended = stream.peer, stream.closing, stream.ended
-        self._stream = stream
-        self._pace = pace
-        self._slice = max(min(pace.rate // 4, PIECE), 1)  # a quarter of a second's worth
-
-    def gone(self) -> bool:
-        return self._stream.gone()
-
-    def lost(self) -> bool:
-        return self._stream.lost()
-
-    async def send(self, data: bytes) -> None:
-        """Send `data` at the pace."""
-        for start in range(0, len(data), self._slice):
-            piece = data[start : start + self._slice]
-            await self._pace.wait(len(piece))
-            await self._stream.send(piece)
-
-    async def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Send a part of a file at the pace."""
-        for start in range(offset, offset + count, self._slice):
-            size = min(self._slice, offset + count - start)
-            await self._pace.wait(size)
-            await self._stream.send_file(fd, start, size)
 
 
 # -- 9. File server --
@@ -2441,7 +2394,7 @@ class _Sink(io.RawIOBase):
         return data
 
 
-class ZipBody:
+class ZipBody(Body):
     """A zip that is made in a thread while it is sent."""
 
     length: int | None = None
@@ -2452,10 +2405,6 @@ class ZipBody:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while (piece := await asyncio.to_thread(next, self._pieces, None)) is not None:
             yield piece
-
-    async def write_to(self, connection: Connection) -> None:
-        async for piece in self:
-            await connection.send(piece)
 
     async def aclose(self) -> None:
         del self._pieces  # closes what is open in it, when no thread is at work on it any more
@@ -3089,10 +3038,11 @@ def known_client(request: Request) -> str:
     return f"{forwarded}, {request.peer}" if forwarded else request.peer
 
 
-class TunnelBody:
-    """The body of P5 as it becomes the client's: nothing of it is kept here, so a slow client slows the server."""
+class TunnelBody(Body):
+    """The body of P5 as it becomes the client's: nothing of it is kept here, so a slow client slows the server.
 
-    __slots__ = ("_body", "length")
+    The connection of P5 belongs to its own exchange, so there is nothing to close.
+    """
 
     def __init__(self, body: IncomingBody, length: int | None) -> None:
         self._body = body
@@ -3112,12 +3062,8 @@ class TunnelBody:
     async def write_to(self, connection: Connection) -> None:
         if self._body.length == self.length:
             await self._body.write_to(connection)
-            return
-        async for piece in self:
-            await connection.send(piece)
-
-    async def aclose(self) -> None:
-        pass  # the connection of P5 belongs to its own exchange
+        else:
+            await super().write_to(connection)
 
 
 _BACKEND_ACTIONS = {
@@ -3791,14 +3737,13 @@ class Refused(Exception):
 class Server:
     """Attends to a relay: asks it for requests, has them handled, sends back the responses."""
 
-    def __init__(self, client: Client, name: str, key: str, handler: Handler, *, pace: int = 0) -> None:
+    def __init__(self, client: Client, name: str, key: str, handler: Handler) -> None:
         self.client = client
         self.name = name
         self.handler = handler
         self.connected = asyncio.Event()
         self._key = key
         self._instance = os.urandom(8).hex()  # so that a relay can count the servers of one name
-        self._pace = Pace(pace)
         self._stopping = asyncio.Event()
         self._room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are worked on
         self._room.set()
@@ -4007,7 +3952,7 @@ class Server:
                 else:
                     response, method = await answer(self.handler, request), request.method
                 small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_IN_BATCH
-                if small and not (self._pace.rate or self._original):
+                if small and not (self.client.pace or self._original):
                     self._batch_response(identity, response, method)
                     continue
                 await self._send_response(identity, response, method)
@@ -4073,20 +4018,23 @@ class Server:
     async def _post(
         self, path: str, head: bytes, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
     ) -> None:
-        """Post a response; once more on a fresh connection when a kept one turns out to be closed."""
+        """Post a response; once more on a fresh connection when a kept one turns out to be closed.
+
+        What is whole in memory is repeated in any case: a relay that had it passes it over.
+        """
         repeatable = isinstance(body, BytesBody | FileBody | MultipartBody)
         stream = self.client.reuse() if repeatable else None
-        reused = stream is not None
+        again = stream is not None or isinstance(body, BytesBody)
         while True:
             stream = stream or await self.client.connect()
             fields = [("X-ApiKey", self._key), kind]
             try:
-                status = await self.client.post(BACKEND + path, fields, head, body, stream, self._pace)
+                status = await self.client.post(BACKEND + path, fields, head, body, stream)
             except BaseException as error:
                 self.client.drop(stream)
-                if not reused or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
+                if not again or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
                     raise
-                stream, reused = None, False
+                stream, again = None, False
                 continue
             self.client.give(stream)
             if status not in (200, 410) and not (self._original and status == 400):  # 400 there: nobody waits for it
@@ -4595,8 +4543,8 @@ async def run_server(args: argparse.Namespace) -> None:
     origin = check_to_connect(config)
     site = Site(config.file_server_root, config.site, private=[config.path])
     handler = server_handler(site, config.name)
-    proxy = find_proxy(config, origin)
-    server = Server(Client(origin, proxy), config.name, config.api_key, handler, pace=config.throttle_upload)
+    pace = Pace(config.throttle_upload) if config.throttle_upload else None
+    server = Server(Client(origin, find_proxy(config, origin), pace), config.name, config.api_key, handler)
     stop = stop_event()
     announce(f"PTTH server {config.name}: serving {os.path.realpath(config.file_server_root)}")
     running = asyncio.create_task(server.run())
