@@ -2155,6 +2155,23 @@ class TestServer:
         assert answers == [("aaaaaaaa", 400), ("bbbbbbbb", 404)]
         assert server.end() == 0
 
+    def test_a_batch_that_broke_off_is_sent_again(self) -> None:
+        posts = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            posts.append(await reader.readuntil(b"end"))
+            if len(posts) == 2:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+
+        async def post() -> None:
+            async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
+                origin = ptth.Origin(False, *relay.sockets[0].getsockname(), "")
+                await ptth.Server(ptth.Client(origin), "n", KEY, echo)._post("x", b"", ptth.BytesBody(b"the end"))
+
+        asyncio.run(post())
+        assert len(posts) == 2 and posts[0] == posts[1]
+
     def test_a_relay_of_the_original(self, start: object, tmp_path: object) -> None:
         (tmp_path / "hello.txt").write_bytes(HELLO)
         requests = [["A" * 26, [{0: None}, "/files/hello.txt", {"host": [97]}]], ["B" * 26, [{1: None}, "/files/hello.txt", {"host": [97]}]],
@@ -2793,7 +2810,7 @@ class TestFaults:
             body = request.target.encode() * (1 + 20_000 * request.target.startswith("/large"))
             return ptth.Response(200, [("Content-Type", "text/plain")], ptth.BytesBody(body))
 
-        tunnel = Tunnel(background, handler)
+        tunnel = Tunnel(background, handler, answer_time=5)  # what a fault has lost is an honest 504 then
         tasks = len(background.run(self.all_tasks()))
         clients: list[tuple[str, Client]] = []
         for i in range(150):
