@@ -61,7 +61,7 @@ import stat
 import time
 import urllib.parse
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
@@ -2972,6 +2972,10 @@ class Parked(NamedTuple):
     since: float
     until: float
 
+    def gone(self) -> bool:
+        """Return whether nobody would get the work any more."""
+        return self.batch.done() or self.connection is not None and self.connection.gone()
+
 
 class Registered:
     """A server from the configuration, and what is known of it now."""
@@ -3017,12 +3021,17 @@ class Registered:
         """Hand what waits to parked P1: at the end of the loop's turn, so that what came in one turn goes in one P3."""
         self.flushing = False
         while self.waiting and self.parked:
-            parked = self.parked.popleft()
-            if parked.batch.done() or parked.connection is not None and parked.connection.gone():
-                if not parked.batch.done():
-                    parked.batch.set_result([])
-                continue
-            parked.batch.set_result(self.take())
+            if self.parked[0].gone():
+                self.dismiss(Parked.gone)
+            else:
+                self.parked.popleft().batch.set_result(self.take())
+
+    def dismiss(self, which: Callable[[Parked], bool] = lambda parked: True) -> None:
+        """Answer parked P1 with nothing: all, or those that `which` picks."""
+        for parked in list(filter(which, self.parked)):
+            self.parked.remove(parked)
+            if not parked.batch.done():
+                parked.batch.set_result([])
 
     def offer(self, exchange: Exchange) -> None:
         """Let a request wait for the next P1."""
@@ -3123,10 +3132,7 @@ class Relay:
         for name, server in list(self.servers.items()):
             new = entries.pop(name, None)
             if new is None or new.tripcode != server.entry.tripcode:
-                for parked in list(server.parked):
-                    if not parked.batch.done():
-                        parked.batch.set_result([])
-                server.parked.clear()
+                server.dismiss()
             if new is None:
                 del self.servers[name]
                 for exchange in list(server.waiting.values()):
@@ -3370,25 +3376,30 @@ class Relay:
 
     def _metrics(self) -> str:
         """Return what is counted, in Prometheus' text format; labels are of registered servers only."""
-        families: list[tuple[str, str, str, list[tuple[str, float]]]] = [
-            ("connections", "gauge", "Open connections.", [("", self.connections())]),
-            ("keys_refused_total", "counter", "Keys that were refused.",
-             [(f'{{api="{api}"}}', count) for api, count in self.refused.items()]),
-        ]  # fmt: skip
-        by_server: list[tuple[str, str, str, Callable[[Registered], float]]] = [
-            ("server_connected", "gauge", "Whether the server is connected.", lambda server: server.present),
-            ("requests_waiting", "gauge", "Requests that wait for the server.", lambda server: len(server.waiting)),
-            ("body_bytes_total", "counter", "Bytes of bodies sent to clients.", lambda server: server.body_bytes),
-        ]
-        for name, kind, text, value in by_server:
-            samples = [(f'{{server="{server.name}"}}', float(value(server))) for server in self._sorted()]
-            families.append((name, kind, text, samples))
-        requests = [
-            (f'{{server="{server.name}",status="{status}"}}', float(count))
-            for server in self._sorted()
+        servers = self._sorted()
+
+        def each(value: Callable[[Registered], float]) -> list[tuple[str, float]]:
+            return [(f'{{server="{server.name}"}}', value(server)) for server in servers]
+
+        refused = [(f'{{api="{api}"}}', count) for api, count in self.refused.items()]
+        answered = [
+            (f'{{server="{server.name}",status="{status}"}}', count)
+            for server in servers
             for status, count in sorted(server.statuses.items())
         ]
-        families.append(("requests_total", "counter", "Requests answered.", requests))
+        families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
+            ("connections", "gauge", "Open connections.", [("", self.connections())]),
+            ("keys_refused_total", "counter", "Keys that were refused.", refused),
+            ("server_connected", "gauge", "Whether the server is connected.", each(lambda server: server.present)),
+            (
+                "requests_waiting",
+                "gauge",
+                "Requests that wait for the server.",
+                each(lambda server: len(server.waiting)),
+            ),
+            ("body_bytes_total", "counter", "Bytes of bodies sent to clients.", each(lambda server: server.body_bytes)),
+            ("requests_total", "counter", "Requests answered.", answered),
+        ]
         lines = []
         for name, kind, text, samples in families:
             lines += [f"# HELP ptth_{name} {text}", f"# TYPE ptth_{name} {kind}"]
@@ -3410,12 +3421,14 @@ class Relay:
         if not batch and self.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
-            self._renew(server, now)
+            # A proxy may hold a dead server's P1 open, and a request handed to that would be lost: those that live ask
+            # again at once. Not those of the last moments: their server would take so quick an answer for a failure.
+            server.dismiss(lambda parked: now - parked.since > 2)
         if not batch and wait:
             parked = Parked(self.loop.create_future(), request.connection, instance, now, now + wait)
             server.parked.append(parked)
             if len(server.parked) > MAX_PARKED:
-                server.parked.popleft().batch.set_result([])
+                server.dismiss(lambda parked: parked is server.parked[0])
             try:
                 batch = await parked.batch
             finally:
@@ -3439,18 +3452,6 @@ class Relay:
             except ProtocolError as error:
                 exchange.answer.set_exception(error)
         return pack_value(requests)
-
-    @staticmethod
-    def _renew(server: Registered, now: float) -> None:
-        """Answer the P1 that were here before this hello: those who live ask again at once.
-
-        A proxy may hold a dead server's P1 open, and a request handed to that would be lost. Those of the last moments
-        are left alone: their server would take so quick an answer for a failure.
-        """
-        for parked in list(server.parked):
-            if now - parked.since > 2 and not parked.batch.done():
-                server.parked.remove(parked)
-                parked.batch.set_result([])
 
     def _handed_over(self, connection: Connection | None, batch: list[Exchange], whole: bool) -> None:
         """Note the end of a P3: requests that it may not have brought are offered once more."""
@@ -3490,7 +3491,11 @@ class Relay:
         try:
             original = request.headers.get(ORIGINAL_FIELD.lower())
             if original is not None:
-                response = await self._read_original_response(incoming, exchange, original)
+                # What its file server gets wrong stays its own: an unquoted ETag, which its If-None-Match wants back,
+                # or the body that it sends with 304, which nobody gets.
+                status, headers = unpack_original_response(original)
+                content = incoming if has_body(exchange.method, status) else EMPTY
+                response = self._make_response(exchange, status, headers, content)
             elif not isinstance(incoming, IncomingBody):
                 raise ProtocolError(502, "a response without head")
             elif request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/http":
@@ -3528,45 +3533,22 @@ class Relay:
         status, headers = parse_inner_response(data[:end])
         if end < len(data):
             incoming.unread(data[end:])
-        return await self._begin_response(incoming, exchange, status, headers)
-
-    async def _read_original_response(self, incoming: Body, exchange: Exchange, text: str) -> Response:
-        """Make the client's response of a P5 of the original's server: its head is in a field, all of it is the body.
-
-        What its file server gets wrong stays its own, an unquoted ETag for example, which its If-None-Match wants back,
-        or the body that it sends with 304, which nobody gets. Lengths that contradict each other are refused, since
-        they would break the client's framing.
-        """
-        status, headers = unpack_original_response(text)
-        if isinstance(incoming, IncomingBody) and has_body(exchange.method, status):
-            return await self._begin_response(incoming, exchange, status, headers)
-        return self._make_response(exchange, status, headers, b"", 0)
-
-    async def _begin_response(
-        self, incoming: IncomingBody, exchange: Exchange, status: int, headers: Headers
-    ) -> Response:
-        """Make the client's response, whose body is still to come."""
-        length = incoming.length
-        if length is None and not has_body(exchange.method, status):
-            length = len(await incoming.read())
-        return self._make_response(exchange, status, headers, incoming, length)
+        return self._make_response(exchange, status, headers, incoming)
 
     @staticmethod
-    def _make_response(
-        exchange: Exchange, status: int, headers: Headers, content: IncomingBody | bytes, length: int | None
-    ) -> Response:
+    def _make_response(exchange: Exchange, status: int, headers: Headers, content: Body) -> Response:
         """Make the client's response of the server's; ProtocolError 502 when its lengths contradict each other."""
         fields = passing_response(headers, sandbox=exchange.server.entry.sandbox)
-        told = parse_framing(headers)
+        told, length = parse_framing(headers), content.length
         if not has_body(exchange.method, status):
             if length:
                 raise ProtocolError(502, "a body where none may be")
             return Response(status, fields, AbsentBody(told), exchange.finish)
         if told is not None and length not in (None, told):
             raise ProtocolError(502, "its Content-Length is not the length of its body")
-        if isinstance(content, bytes):
-            return Response(status, fields, BytesBody(content), exchange.finish)
-        return Response(status, fields, TunnelBody(content, length if told is None else told), exchange.finish)
+        if isinstance(content, IncomingBody):
+            content = TunnelBody(content, length if told is None else told)
+        return Response(status, fields, content, exchange.finish)
 
     async def _take_batch(self, request: Request, server: Registered) -> Response:
         """P5 of several small responses: each goes to its client by itself, so that a slow one holds up nobody.
@@ -3583,7 +3565,7 @@ class Relay:
             try:
                 if error:
                     raise error
-                exchange.answer.set_result(self._make_response(exchange, status, headers, content, len(content)))
+                exchange.answer.set_result(self._make_response(exchange, status, headers, BytesBody(content)))
             except ProtocolError as problem:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
             self._forget(exchange)
@@ -3606,11 +3588,7 @@ class Relay:
     def _watch_server(self, server: Registered, now: float) -> None:
         """Answer parked P1 whose time is over or whose server has gone; give up on a server that does not return."""
         was_connected = server.connected
-        for parked in list(server.parked):
-            ended = parked.connection is not None and parked.connection.gone()
-            if (ended or now >= parked.until) and not parked.batch.done():
-                server.parked.remove(parked)
-                parked.batch.set_result([])
+        server.dismiss(lambda parked: parked.gone() or now >= parked.until)
         parked_now = {parked.instance for parked in server.parked}
         for instance, seen in list(server.instances.items()):
             if instance not in parked_now and now - seen > AWAY_TIME and not server.answering:
@@ -3632,10 +3610,7 @@ class Relay:
         """Take no new work; what was accepted is finished, since the servers' P5 are still taken."""
         self.stopping = True
         for server in self.servers.values():
-            while server.parked:
-                parked = server.parked.popleft()
-                if not parked.batch.done():
-                    parked.batch.set_result([])
+            server.dismiss()
         try:
             async with asyncio.timeout(grace):
                 while self.exchanges or any(server.answering for server in self.servers.values()):
