@@ -1265,36 +1265,39 @@ async def write_body(connection: Connection, body: Body, *, chunked: bool) -> No
 # The HTML that people see: one look, small, complete without JavaScript. Pure.
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1b1d20;--quiet:#62676e;--line:#e6e8eb;--link:#0a58ca;--page:#fff;--over:#f3f5f8}
+:root{color-scheme:light dark;
+--ink:#1b1d20;--quiet:#62676e;--line:#e6e8eb;--edge:#8a9098;--link:#0a58ca;--page:#fff;--over:#f3f5f8;--on:#1a7f37}
 @media(prefers-color-scheme:dark){:root{
---ink:#e4e6e9;--quiet:#9aa0a8;--line:#2c3036;--link:#86b7fe;--page:#15171a;--over:#1e2226}}
-*{box-sizing:border-box}
+--ink:#e4e6e9;--quiet:#9aa0a8;--line:#2c3036;--edge:#6b727b;--link:#86b7fe;--page:#15171a;--over:#1e2226;--on:#3fb950}}
+*{box-sizing:border-box}:focus-visible{outline:2px solid var(--link);outline-offset:1px}
 body{margin:0 auto;padding:2.5rem 1.25rem;max-width:60rem;background:var(--page);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 h1{margin:0 0 .25rem;font-size:1.6rem;font-weight:600;line-height:1.3;overflow-wrap:anywhere}
-h1 a{color:inherit}h1 i{font-style:normal;font-weight:400;color:var(--quiet);margin:0 .15em}
-a{color:var(--link);text-decoration:none}a:hover,a:focus-visible{text-decoration:underline}
-p,footer{color:var(--quiet)}footer{margin-top:2.5rem;font-size:.85rem}
-.bar{
-display:flex;flex-wrap:wrap;gap:.5rem .9rem;align-items:center;margin:0 0 1.25rem;color:var(--quiet);font-size:.9rem}
-.bar form{display:contents}.bar span{flex:1;min-width:10rem}
-input,.bar button{
-font:inherit;color:inherit;background:var(--page);border:1px solid var(--line);border-radius:6px}
-input{padding:.25rem .6rem;width:12rem}.bar button{padding:.25rem .7rem;cursor:pointer}
-.bar button:hover{background:var(--over)}
-table{width:100%;border-collapse:collapse}
-th{padding:0;text-align:left;font-weight:400;color:var(--quiet);font-size:.85rem;border-bottom:1px solid var(--line)}
-th button{all:unset;cursor:pointer;padding:.4rem .5rem}th button:hover{color:var(--ink)}
-th button:focus-visible{outline:2px solid var(--link)}th.t{padding:.4rem .5rem}
-td{padding:.42rem .5rem;border-bottom:1px solid var(--line);vertical-align:baseline;overflow-wrap:anywhere}
-tbody tr:hover{background:var(--over)}
-.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td.n{color:var(--quiet);font-size:.9rem}
-td a{display:block;padding-left:1.7rem;position:relative}
-td a::before{content:"";position:absolute;left:.2rem;top:.28rem;width:.8rem;height:1rem;
+h1 a{color:inherit;display:inline-block;max-width:100%}
+h1 i{font-style:normal;font-weight:400;color:var(--quiet);margin:0 .15em}
+a{color:var(--link);text-decoration:none}a:hover{text-decoration:underline}
+p,footer,.q{color:var(--quiet)}footer{margin-top:2.5rem;font-size:.85rem}
+.bar{display:flex;flex-wrap:wrap;gap:.5rem .9rem;align-items:center;margin:0 0 1.25rem}
+.bar{color:var(--quiet);font-size:.9rem}.bar form{display:contents}.bar span{flex:1;min-width:10rem}
+input,.bar button{font:inherit;color:inherit;background:var(--page);border:1px solid var(--edge);border-radius:6px}
+input{padding:.25rem .6rem;width:12rem}::placeholder{color:var(--quiet);opacity:1}
+.bar button{padding:.25rem .7rem;cursor:pointer}.bar button:hover{background:var(--over)}
+table{width:calc(100% + 1rem);margin:0 -.5rem;border-collapse:collapse}
+th{padding:.4rem .5rem;text-align:left;font-weight:400;color:var(--quiet);font-size:.85rem}
+tr>*{border-bottom:1px solid var(--line)}th button{all:unset;cursor:pointer;padding:.4rem .5rem;margin:-.4rem -.5rem}
+th button:hover{color:var(--ink)}
+th button:focus-visible{outline:2px solid var(--link);outline-offset:2px}
+td{padding:.42rem .5rem;vertical-align:baseline;overflow-wrap:break-word}
+td:first-child,.b{overflow-wrap:anywhere}tbody tr:hover{background:var(--over)}
+.n,.t{white-space:nowrap;font-variant-numeric:tabular-nums}.n{text-align:right}td.n,td.t{color:var(--quiet);font-size:.9rem}
+td>a{display:block;white-space:pre-wrap;unicode-bidi:isolate;padding-left:1.7rem;position:relative}
+td>a::before{content:"";position:absolute;left:.2rem;top:.2rem;width:.8rem;height:1rem;
 border:1.5px solid var(--quiet);border-radius:2px;opacity:.6}
-td a.d::before,td a.d::after{content:"";position:absolute;left:.05rem;top:.4rem;width:1.1rem;height:.82rem;
-border:0;border-radius:2px;background:var(--link);opacity:.85}td a.d::after{top:.22rem;width:.5rem;height:.4rem}
-pre{overflow-x:auto;margin:0;padding:.75rem;background:var(--over)}
+td>a.d::before,td>a.d::after{content:"";position:absolute;left:.05rem;top:.4rem;width:1.1rem;height:.82rem;
+border:0;border-radius:2px;background:var(--link);opacity:1}td>a.d::after{top:.22rem;width:.5rem;height:.4rem}
+.on::before{content:"";display:inline-block;width:.5rem;height:.5rem;margin-right:.45rem;border-radius:50%;background:var(--on)}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:.75rem;background:var(--over)}
+@media(min-width:36.01rem){.l th.n{width:7rem}.l th.w{width:11rem}}
 @media(max-width:36rem){body{padding:1.25rem .75rem}.w{display:none}input{flex:1}}
 """
 
@@ -1319,10 +1322,14 @@ def page(title: str, content: str) -> bytes:
     ).encode()
 
 
-def table(headings: list[str], rows: Iterable[str]) -> str:
-    """Make a table; headings and rows are HTML."""
-    top = "".join(f'<th scope="col" class="t">{heading}</th>' for heading in headings)
-    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table>"
+def table(columns: dict[str, str], rows: Iterable[Iterable[str]]) -> str:
+    """Make a table: `columns` are headings and their cells' classes; headings and cells are HTML."""
+    top = "".join(f'<th scope="col" class="{kind}">{heading}</th>' for heading, kind in columns.items())
+    lines = []
+    for row in rows:
+        cells = (f'<td class="{kind}">{cell}</td>' for kind, cell in zip(columns.values(), row, strict=True))
+        lines.append(f"<tr>{''.join(cells)}</tr>\n")
+    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>\n</table>"
 
 
 VERSION_LINE = f'PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">source</a>'
@@ -1331,7 +1338,7 @@ VERSION_LINE = f'PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">so
 def error_page(status: int, reason: str) -> bytes:
     """Say what went wrong."""
     title = f"{status} {PHRASES.get(status, '')}".strip()
-    return page(title, f"<h1>{escape(title)}</h1>\n<p>{escape(reason)}</p>")
+    return page(title, f"<main>\n<h1>{escape(title)}</h1>\n<p>{escape(reason[:1].upper() + reason[1:])}.</p>\n</main>")
 
 
 def format_size(count: int) -> str:
@@ -1376,11 +1383,21 @@ class Entry(NamedTuple):
     mtime: int  # POSIX time in nanoseconds
 
 
+# What would hide in a name, or turn it round: controls, marks of direction, and what has no width.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+def show_name(name: bytes) -> str:
+    """Return a file's name as HTML that shows every character of it."""
+    return escape(_UNSEEN.sub("\ufffd", name.decode("utf-8", "replace")))
+
+
 LISTING_SCRIPT = """
-const box=document.getElementById("filter");box.hidden=false;
-box.oninput=()=>{const word=box.value.toLowerCase();
-for(const row of document.querySelectorAll("tbody tr"))
-row.hidden=!row.cells[0].textContent.toLowerCase().includes(word)};
+const box=document.getElementById("filter"),count=document.getElementById("count"),all=count.textContent;
+const rows=[...document.querySelectorAll("tbody tr:not(.up)")].map(row=>[row,row.cells[0].textContent.toLowerCase()]);
+box.hidden=false;box.oninput=()=>{const word=box.value.toLowerCase();let shown=0;
+for(const [row,name] of rows)shown+=!(row.hidden=!name.includes(word));
+count.textContent=word?shown+" of "+rows.length+" match":all};
 """
 
 
@@ -1389,28 +1406,33 @@ def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> b
 
     All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
     """
-    shown = [segment.decode("utf-8", "replace") for segment in path]
+    steps = ["Files", *map(show_name, path)]
     crumbs = "<i>/</i>".join(
-        f'<a href="{"../" * (len(shown) - i) or "./"}">{escape(name)}</a>' for i, name in enumerate(["Files", *shown])
+        f'<a href="{"../" * (len(path) - depth) or "./"}">{name}</a>' for depth, name in enumerate(steps)
     )
     folders = sum(entry.is_dir for entry in entries)
-    facts = [count_of(folders, "folder"), count_of(len(entries) - folders, "file")]
-    facts.append(format_size(sum(entry.size for entry in entries)))
-    headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
-    rows = [_PARENT_ROW] if shown else []
-    rows += [_entry_row(entry) for entry in entries]
-    return page(
-        "/" + "/".join(shown),
-        f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span>{", ".join(facts)}</span>\n'
+    facts = [count_of(n, noun) for n, noun in ((folders, "folder"), (len(entries) - folders, "file")) if n]
+    facts.append(format_size(sum(entry.size for entry in entries)) if entries else "Empty folder")
+    controls = (
         '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
-        '<form><button name="zip" value="">Download as .zip</button></form></div>\n'
-        f"<form>\n<table>\n<thead><tr>{headings}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table>\n</form>\n"
-        f"</main>\n<script>{LISTING_SCRIPT}</script>",
+        '<form><button name="zip" value="">Download as .zip</button></form>'
+    )
+    headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
+    rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
+    return page(
+        "/" + b"/".join(path).decode("utf-8", "replace"),
+        f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span id="count" aria-live="polite">{", ".join(facts)}</span>\n'
+        f'{controls if entries else ""}</div>\n<form>\n<table class="l">\n<thead><tr>{headings}</tr></thead>\n'
+        f"<tbody>\n{rows}</tbody>\n</table>\n</form>\n</main>\n"
+        f"{f'<script>{LISTING_SCRIPT}</script>' if entries else ''}",
     )
 
 
 _SORT_KEYS = (("name", "Name"), ("size", "Size"), ("time", "Modified (UTC)"))
-_PARENT_ROW = '<tr><td><a class="d" href="../">..</a></td><td class="n"></td><td class="n w"></td></tr>'
+_PARENT_ROW = (
+    '<tr class="up"><td><a class="d" href="../" aria-label="Folder above">..</a></td>'
+    '<td class="n"></td><td class="n w"></td></tr>\n'
+)
 
 
 def _sort_heading(key: str, label: str, order: str) -> str:
@@ -1419,21 +1441,21 @@ def _sort_heading(key: str, label: str, order: str) -> str:
     backwards = order.startswith("-")
     value = f"-{key}" if active != backwards else key
     aria = f' aria-sort="{"descending" if backwards else "ascending"}"' if active else ""
-    arrow = (" &darr;" if backwards else " &uarr;") if active else ""
+    arrow = f' <span aria-hidden="true">{"&darr;" if backwards else "&uarr;"}</span>' if active else ""
     column = {"name": "", "size": ' class="n"', "time": ' class="n w"'}[key]
     return f'<th scope="col"{column}{aria}><button name="sort" value="{value}">{label}{arrow}</button></th>'
 
 
 def _entry_row(entry: Entry) -> str:
     """Make one row of a listing."""
-    name = escape(entry.name.decode("utf-8", "replace"))
+    name = show_name(entry.name)
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
     if entry.is_dir:
         link, size = f'<a class="d" href="./{quote(entry.name)}/">{name}/</a>', ""
     else:
         link = f'<a href="./{quote(entry.name)}">{name}</a>'
-        size = f'<span title="{entry.size:,} bytes">{format_size(entry.size)}</span>'
-    return f'<tr><td>{link}</td><td class="n">{size}</td><td class="n w">{when}</td></tr>'
+        size = f'<span title="{count_of(entry.size, "byte")}">{format_size(entry.size)}</span>'
+    return f'<tr><td>{link}</td><td class="n">{size}</td><td class="n w">{when}</td></tr>\n'
 
 
 # -- 7. HTTP server --
@@ -3634,14 +3656,15 @@ class Relay:
             else:
                 state = f"last seen {format_age(now - server.last_seen)}"
             shown = escape(server.entry.display_name or server.name)
-            facts = (f"{sum(server.statuses.values()):,}", format_size(server.body_bytes), f"{server.transfers}")
-            cells = "".join(f'<td class="n w">{fact}</td>' for fact in facts)
-            rows.append(f'<tr><td><a class="d" href="./{server.name}/">{shown}</a></td><td>{state}</td>{cells}</tr>')
+            link = f'<a class="d" href="./{server.name}/">{shown}</a>'
+            state = f'<span class="{"on" if server.present else "q"}">{state}</span>'
+            requests = f"{sum(server.statuses.values()):,}"
+            rows.append((link, state, requests, format_size(server.body_bytes), str(server.transfers)))
         content = "<h1>Servers</h1>\n"
         if self.config.news_url:
             content += f'<p><a href="{escape(self.config.news_url)}">News</a></p>\n'
-        headings = ["Name", "State", "Requests", "Sent", "In flight"]
-        content += table(headings, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
+        columns = {"Name": "", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
+        content += table(columns, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
         return self._show("Servers", content, "../../")
 
     def _show(self, title: str, content: str, top: str) -> Response:
@@ -3664,12 +3687,11 @@ class Relay:
         for event in events:
             what = f"{event.method} {event.path}" if event.method else event.event
             end = f"{event.status}, {format_size(event.size)}" if event.status else ""
-            cells = (format_time(event.time), event.server, event.client, what, end)
-            rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-        content = "<h1>Audit log</h1>\n"
-        content += (
-            table(["Time", "Server", "Client", "What", "Answer"], rows) if rows else "<p>Nothing has happened.</p>"
-        )
+            day, _, second = format_time(event.time).removesuffix("Z").partition("T")
+            when = f'<span class="w">{day} </span>{second}'
+            rows.append((when, *map(escape, (event.server, event.client, what, end))))
+        columns = {"Time (UTC)": "t", "Server": "", "Client": "w", "What": "b", "Answer": "n"}
+        content = "<h1>Audit log</h1>\n" + (table(columns, rows) if rows else "<p>Nothing has happened.</p>")
         return self._show("Audit log", content, "../")
 
     def _debug(self, request: Request) -> Response:
@@ -3684,20 +3706,19 @@ class Relay:
             "Connections": str(self.connections()),
             "Requests not answered": str(len(self.exchanges)),
         }
-        rows = [f"<tr><td>{name}</td><td>{escape(value)}</td></tr>" for name, value in facts.items()]
-        return self._show("Debug", "<h1>Debug</h1>\n" + table(["Fact", "Value"], rows), "../../")
+        rows = [(name, escape(value)) for name, value in facts.items()]
+        return self._show("Debug", "<h1>Debug</h1>\n" + table({"Fact": "", "Value": "b"}, rows), "../../")
 
     def _unregistered_servers(self, request: Request) -> Response:
         """Show who tried to connect under a name that nobody has, with the block that would register them."""
         now = time.time()
         rows = [
-            f'<tr><td><pre>[[servers]]\nname = "{escape(name)}"\ntripcode = "{code}"</pre></td>'
-            f'<td class="n">{format_age(now - seen)}</td></tr>'
+            (f'<pre>[[servers]]\nname = "{escape(name)}"\ntripcode = "{code}"</pre>', format_age(now - seen))
             for (name, code), seen in reversed(self.unregistered.items())
         ]
         content = "<h1>Unregistered servers</h1>\n<p>These tried to connect. Anybody can: before pasting a block into "
         content += "ptth_relay.toml, compare its tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
-        content += table(["To register", "Tried"], rows) if rows else "<p>Nobody has tried.</p>"
+        content += table({"To register": "", "Tried": "n"}, rows) if rows else "<p>Nobody has tried.</p>"
         return self._show("Unregistered servers", content, "../")
 
 
