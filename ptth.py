@@ -414,7 +414,7 @@ _REG_NAME = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*"  # RFC 3986, 3.2
 _HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|{_REG_NAME})(?::[0-9]*)?")
 _ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]+")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_CHUNK_LINE = re.compile(rb"0*([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILERS = re.compile(_FIELD_LINES.encode("ascii"))
 
 
@@ -678,7 +678,7 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
     return ranges
 
 
-_ENTITY_TAG = re.compile(r'(W/)?("[!#-~\x80-\xff]*")')
+_ENTITY_TAG = re.compile(r'(?:\A|,)[ \t]*(W/)?("[!#-~\x80-\xff]*")(?=[ \t]*(?:,|\Z))')
 
 
 def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
@@ -963,9 +963,10 @@ class Stream:
 
     async def linger(self) -> None:
         """Half-close and read for a moment: closing with unread bytes would destroy the answer (RFC 9112, 9.6)."""
-        if not self.writer.can_write_eof() or self.gone():
+        if self.gone():
             return
-        self.writer.write_eof()
+        if self.writer.can_write_eof():  # not under TLS, where it must be reading on alone
+            self.writer.write_eof()
         try:
             async with asyncio.timeout(LINGER_TIME):
                 for _ in range(64):
@@ -976,12 +977,13 @@ class Stream:
 
     async def close(self) -> None:
         """Close, giving what has been sent the time to leave."""
-        try:
-            await self.flush()
-        except (ConnectionError, TimeoutError):
-            pass
+        if not self.transport.is_closing():  # a transport of TLS that is closed twice cannot be asked any more
+            try:
+                await self.flush()
+            except (ConnectionError, TimeoutError):
+                pass
+            self.writer.close()
         self.deadline = math.inf
-        self.writer.close()
         for callback in self.ended:
             callback()
         self.ended.clear()
@@ -1150,6 +1152,13 @@ class IncomingBody(Body):
             if limit < 0:
                 raise ProtocolError(502, "the body is too large", close=True)
         return b"".join(pieces)
+
+    async def check(self, *, whole: bool) -> None:
+        """Read the first piece, which `read` then returns again, or `whole` for a body that nobody wants."""
+        if whole:
+            await self.drain()
+        else:
+            self.unread(await self.read())
 
     async def drain(self) -> bool:
         """Read the rest, MAX_DRAIN bytes at most; return whether that was all, so that the next message follows."""
@@ -1669,7 +1678,7 @@ class HTTPServer:
         try:
             if stream.sock and stream.sock.fileno() > self._most_descriptors:  # the system gives the lowest free one
                 busy = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
-                await self._refuse(stream, "-", busy)
+                await self._refuse(stream, b"", busy)
                 return
             while await self._exchange(stream):
                 if stream.held:
@@ -1689,23 +1698,25 @@ class HTTPServer:
         self.busy.discard(stream)
         if self.stopping and not stream.held:
             return False
-        method = "-"
+        data = b""
         try:
             data = await stream.read_request_head(self.idle_time, self.head_time)
             if not data:
                 return False
             self.busy.add(stream)
-            method = "HEAD" if data.startswith(b"HEAD ") else "-"
             request = parse_request_head(data)
             request.connection = stream
             request.secure = self.tls is not None
             self._find_body(stream, request)
+            if isinstance(request.body, IncomingBody) and request.body.chunked and not request.body.expects:
+                # Before it is answered, since afterwards what is wrong with it cannot be said any more.
+                await request.body.check(whole=request.method != "POST")
         except TimeoutError:
             if stream.held:
-                await self._refuse(stream, method, ProtocolError(408, "the request's head came too slowly", close=True))
+                await self._refuse(stream, data, ProtocolError(408, "the request's head came too slowly", close=True))
             return False
         except ProtocolError as error:
-            await self._refuse(stream, method, error)
+            await self._refuse(stream, data, error)
             return False
         if "connection" in request.headers:
             options = request.headers.tokens("connection")
@@ -1730,10 +1741,11 @@ class HTTPServer:
         if framing:
             request.body = IncomingBody(stream, framing, expects=bool(expects))
 
-    async def _refuse(self, stream: Stream, method: str, error: ProtocolError) -> None:
+    async def _refuse(self, stream: Stream, data: bytes, error: ProtocolError) -> None:
         """Answer what is not a request, and close; also here an answer to HEAD has no body."""
         stream.closing = True
-        unread = Request(method, "-", Headers(), connection=stream)
+        is_head = (data or stream.held.lstrip(b"\r\n")).startswith(b"HEAD ")
+        unread = Request("HEAD" if is_head else "-", "-", Headers(), connection=stream)
         await self._respond(stream, unread, error_response(unread, error))
         await stream.linger()
 
@@ -2144,9 +2156,9 @@ class Site:
         if not directory and segments:
             location = redirect_below(segments[-1], request.target)
             return text_response(301, "it is a directory\n", [("Location", location)])
-        as_json = as_json or wants_json(request.headers)
+        as_json = as_json or self.options.listing and wants_json(request.headers)
         if not as_json:
-            index = self._open_if_there((*segments, b"index.html"))
+            index = self._open_if_there((*segments, b"index.html"), 403)
             if index is not None:
                 return self._respond_file(request, index, (*segments, b"index.html"), "Accept")
         if not self.options.listing:
@@ -2170,11 +2182,13 @@ class Site:
                 raise ProtocolError(503, "too many open files", headers=[("Retry-After", "1")]) from None
             raise ProtocolError(404, "there is nothing here") from None
 
-    def _open_if_there(self, segments: tuple[bytes, ...]) -> Found | None:
-        """Open a regular file that need not be there."""
+    def _open_if_there(self, segments: tuple[bytes, ...], *fatal: int) -> Found | None:
+        """Open a regular file that need not be there; ProtocolError for the statuses that are `fatal`."""
         try:
             found = self.open(segments)
-        except ProtocolError:
+        except ProtocolError as error:
+            if error.status in fatal:
+                raise
             return None
         return found if found.fd is not None else None
 
@@ -2230,8 +2244,8 @@ class Site:
         headers = request.headers
         kind = media_type(segments[-1])
         encoding = ""
-        if "accept-encoding" in headers and (request.method == "HEAD" or "range" not in headers):
-            found, encoding, varies = self._precompressed(headers, found, segments)
+        if "accept-encoding" in headers:
+            found, encoding, varies = self._precompressed(request, found, segments)
             vary = ", ".join(filter(None, (vary, varies)))
         assert found.fd is not None
         fd, facts = found.fd, found.facts
@@ -2255,7 +2269,7 @@ class Site:
         if encoding:
             fields.append(("Content-Encoding", encoding))
         if len(plan.ranges) > 1:
-            boundary = f"ptth-{facts.st_mtime_ns:x}-{size:x}-{facts.st_ino:x}"
+            boundary = f"ptth-{facts.st_mtime_ns:x}-{size:x}"
             fields.append(("Content-Type", f"multipart/byteranges; boundary={boundary}"))
             return Response(206, fields, _multipart(fd, facts, kind, boundary, plan.ranges))
         fields.append(("Content-Type", kind))
@@ -2264,10 +2278,14 @@ class Site:
             fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
         return Response(plan.status, fields, _file_body(request.method, fd, facts, first, last - first + 1))
 
-    def _precompressed(self, headers: Headers, plain: Found, segments: tuple[bytes, ...]) -> tuple[Found, str, str]:
-        """Return the file beside `plain` that the client takes instead, its coding, and what Vary must name."""
+    def _precompressed(self, request: Request, plain: Found, segments: tuple[bytes, ...]) -> tuple[Found, str, str]:
+        """Return the file beside `plain` that the client takes instead, its coding, and what Vary must name.
+
+        A range is always one of the plain file.
+        """
         varies = ""
-        accepted = weights(headers, "accept-encoding")
+        ranged = request.method == "GET" and "range" in request.headers
+        accepted = {} if ranged else weights(request.headers, "accept-encoding")
         for encoding, suffix in ENCODINGS.items():
             other = self._open_if_there((*segments[:-1], segments[-1] + suffix))
             if other is None or other.fd is None or plain.fd is None:
@@ -2483,7 +2501,7 @@ def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
             response = error_response(request, challenge)
         else:
             response = await answer(handler, request)
-        given = {name.lower() for name, _ in fields}
+        given = {name.lower() for name, _ in fields} - {"vary"}  # two of that add up
         response.headers = [pair for pair in response.headers if pair[0].lower() not in given] + fields
         return response
 
@@ -3103,6 +3121,8 @@ _BACKEND_ACTIONS = {
     "http_responses": ("POST", _NAME),
 }
 _GONE = (410, "nobody waits for this response")
+_BAD_KEY = (401, "Bad X-ApiKey")
+_CHALLENGE = [NO_STORE, ("WWW-Authenticate", 'X-ApiKey realm="ptth"')]
 
 
 class Relay:
@@ -3207,6 +3227,8 @@ class Relay:
 
     async def _forward(self, request: Request, server: Registered, target: str) -> Response:
         """Have the server answer a client's request, and keep account of it."""
+        if request.method in ("OPTIONS", "TRACE") and request.headers.get("max-forwards") == "0":
+            raise ProtocolError(405, "the way ends here", headers=[("Allow", "GET, HEAD, OPTIONS")])  # RFC 9110, 7.6.2
         server.transfers += 1
         try:
             response = await self._ask(request, server, target)
@@ -3283,13 +3305,13 @@ class Relay:
         if action != "http_response":
             server = self.servers.get(rest)
             if not self._verify(request, server, rest) or server is None:
-                raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE])
+                raise ProtocolError(*_BAD_KEY, headers=_CHALLENGE)
             return await (self._listen if method == "GET" else self._take_batch)(request, server)
         exchange = self.exchanges.get(rest)
         if exchange is None:
             raise ProtocolError(*_GONE, headers=[NO_STORE])
         if not self._verify(request, exchange.server, exchange.server.name):
-            raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE])
+            raise ProtocolError(*_BAD_KEY, headers=_CHALLENGE)
         return await self._take_response(request, exchange)
 
     def _verify(self, request: Request, server: Registered | None, name: str) -> bool:
@@ -4288,6 +4310,12 @@ def read_site(table: Table) -> SiteOptions:
     return SiteOptions(**flags, follow_symlinks=table.flag("follow_symlinks", False), headers=tuple(headers), auth=auth)
 
 
+_OWN_FIELDS = {
+    "connection", "content-encoding", "content-length", "content-range", "date", "etag", "last-modified", "location",
+    "transfer-encoding",
+}  # fmt: skip
+
+
 def parse_header_option(line: str) -> tuple[str, str]:
     """Parse "Name: value"; ValueError when it is none, or one that the server sets itself."""
     name, colon, value = (part.strip() for part in line.partition(":"))
@@ -4297,7 +4325,7 @@ def parse_header_option(line: str) -> tuple[str, str]:
         colon = ""
     if not colon:
         raise ValueError(f"{line!r} is not 'Name: value'")
-    if name.lower() in ("connection", "content-length", "transfer-encoding", "date"):
+    if name.lower() in _OWN_FIELDS:
         raise ValueError(f"{name} is the server's own")
     return name, value
 
