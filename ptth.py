@@ -161,8 +161,9 @@ def describe(error: BaseException) -> str:
     """Say in one line what went wrong."""
     if isinstance(error, ProtocolError):
         return error.reason
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text)
+    if isinstance(error, OSError) and error.errno and type(error).__module__ == "builtins":
+        return os.strerror(error.errno).lower()  # what asyncio and socket add repeats the address
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
 def tell(line: str) -> None:
@@ -3800,7 +3801,7 @@ class Server:
                     self._tell_refused()
                     pause = REFUSED_TIME
                 except (OSError, ProtocolError) as error:
-                    self._tell(f"no connection to the relay: {describe(error)}; trying again")
+                    self._tell(f"no connection to {self.client.origin.authority}: {describe(error)}; trying again")
                     pause = backoff * random.uniform(0.5, 1)
                     backoff = min(backoff * 2, BACKOFF_MAX)
                 self.connected.clear()
@@ -3848,8 +3849,8 @@ class Server:
 
     def _tell_refused(self) -> None:
         self._tell(
-            f"the relay refuses the name {self.name} with this key (401). If the key is right, the relay's "
-            f"ptth_relay.toml needs this, and a restart; trying again:\n{registration(self.name, self._key)}"
+            f"the relay refuses the name {self.name} with this key (401). If the key is right, add this to the relay's "
+            f"ptth_relay.toml and restart it, or send it SIGHUP; trying again:\n{registration(self.name, self._key)}"
         )
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T:
