@@ -113,6 +113,8 @@ MAX_PARKED = 64  # open P1 for one name
 MAX_HANDLERS = 256  # requests that one server works on at once; the rest waits at the relay
 MAX_ORIGINAL = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
 MAX_EVENTS = 1000  # lines of the audit log
+MAX_SHOWN = 200  # of them on its page
+MAX_NOTED = 200  # characters of a path or of an address in it
 MAX_UNREGISTERED = 100  # names remembered for /frontend/unregistered_servers
 WAIT_TIME = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
 P1_TIME = 35.0  # seconds after which the server takes an unanswered P1 for lost
@@ -878,7 +880,15 @@ class Stream:
         the connection must be read meanwhile: a relay may say that the client is gone.
         """
         await self.flush()
-        twin = os.dup(self.sock.fileno())  # the loop does not let anyone wait for a descriptor of its transports
+        try:
+            twin = os.dup(self.sock.fileno())  # the loop does not let anyone wait for a descriptor of its transports
+        except OSError:  # none left: what is under way goes on without
+            for start in range(offset, offset + count, PIECE):
+                data = read_at(fd, start, min(PIECE, offset + count - start))
+                await self.send(data)
+                if len(data) < min(PIECE, offset + count - start):
+                    raise BrokenBody("the file became shorter") from None
+            return
         try:
             while count:
                 try:
@@ -895,18 +905,24 @@ class Stream:
         finally:
             os.close(twin)  # at once: an open twin would keep an aborted connection alive
 
-    async def splice(self, source: Stream, count: int) -> None:
+    async def splice(self, source: Stream, count: int) -> bool:
         """Send the next `count` bytes that `source` receives, from socket to socket without a copy of ours (Linux).
 
-        Nothing may be held of `source`. BrokenBody when it ends before; ConnectionError when either peer stalls.
+        Nothing may be held of `source`. False when there are no descriptors left for it, and nothing was sent;
+        BrokenBody when `source` ends before; ConnectionError when either peer stalls.
         """
         await self.flush()
-        inlet, outlet, *twins = -1, -1, os.dup(source.sock.fileno()), os.dup(self.sock.fileno())
-        from_socket, to_socket = twins
+        opened: list[int] = []
         flags = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
         filled = 0
         try:
-            outlet, inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                for sock in (source.sock, self.sock):
+                    opened.append(os.dup(sock.fileno()))
+                opened += os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                return False
+            from_socket, to_socket, outlet, inlet = opened
             while count or filled:
                 try:
                     if not filled:
@@ -923,10 +939,10 @@ class Stream:
                     self.written += moved
                 except BlockingIOError:
                     await self._ready(to_socket, self.loop.add_writer, self.loop.remove_writer)
+            return True
         finally:
-            for fd in (inlet, outlet, *twins):
-                if fd >= 0:
-                    os.close(fd)
+            for fd in opened:
+                os.close(fd)
 
     async def take_buffered(self) -> None:
         """Pause reading, and take into `held` what has been read already: the rest stays in the socket."""
@@ -1181,9 +1197,9 @@ class IncomingBody(Body):
                 await stream.take_buffered()
                 while self.held or stream.held and self.left:
                     await connection.send(await self.read())
-                await connection.splice(stream, self.left)
-                self.left = 0
-                self.finished = True
+                if await connection.splice(stream, self.left):
+                    self.left = 0
+                    self.finished = True
             finally:
                 if not stream.transport.is_closing():
                     stream.transport.resume_reading()
@@ -1509,19 +1525,20 @@ def json_response(value: object) -> Response:
     )
 
 
-def weights(headers: Headers, name: str) -> dict[str, bool]:
-    """Return what the members of an Accept field say: wanted, or with a weight of zero not (RFC 9110, 12.4.2)."""
+def weights(headers: Headers, name: str) -> dict[str, float]:
+    """Return the members of an Accept field with their weights, 0 for what is not wanted (RFC 9110, 12.4.2)."""
     found = {}
     for token in headers.tokens(name):
         what, _, parameters = token.partition(";")
-        found[what.strip()] = not re.search(r"(?:\A|;)\s*q\s*=\s*0(?:\.0*)?\s*(?:;|\Z)", parameters)
+        weight = re.search(r"(?:\A|;)\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*(?:;|\Z)", parameters)
+        found[what.strip()] = float(weight[1]) if weight else 1.0
     return found
 
 
 def wants_json(headers: Headers) -> bool:
     """Return whether Accept names JSON, and not HTML: no browser's does."""
     accepted = weights(headers, "accept")
-    return accepted.get("application/json", False) and not accepted.get("text/html", False)
+    return accepted.get("application/json", 0) > 0 and not accepted.get("text/html", 0)
 
 
 def error_response(request: Request, error: ProtocolError) -> Response:
@@ -1840,6 +1857,8 @@ def parse_origin(url: str) -> Origin:
         raise ValueError("it must begin with http:// or https://")
     if not parts.hostname or not is_host(parts.netloc):
         raise ValueError("it has no valid host")
+    if not re.fullmatch("[!-~]*", url) or parts.port == 0:
+        raise ValueError("it has a character or a port that no URL has")
     if parts.query or parts.fragment:
         raise ValueError("it must not have a query or a fragment")
     parts.hostname.encode("idna")  # a label that is empty or too long: UnicodeError, which is a ValueError
@@ -2128,6 +2147,13 @@ class SiteOptions:
     auth: str = ""  # "USER:PASSWORD"
 
 
+ORDERS: dict[str, Callable[[Entry], Any]] = {
+    "name": lambda entry: (entry.name.lower(), entry.name),
+    "size": lambda entry: entry.size,
+    "time": lambda entry: entry.mtime,
+}
+
+
 class Site:
     """A directory that is served.  `private` are files never served, wherever the root points: a key's file."""
 
@@ -2287,12 +2313,13 @@ class Site:
         varies = ""
         ranged = request.method == "GET" and "range" in request.headers
         accepted = {} if ranged else weights(request.headers, "accept-encoding")
-        for encoding, suffix in ENCODINGS.items():
-            other = self._open_if_there((*segments[:-1], segments[-1] + suffix))
+        weight = {encoding: accepted.get(encoding, accepted.get("*", 0)) for encoding in ENCODINGS}
+        for encoding in sorted(ENCODINGS, key=lambda encoding: -weight[encoding]):
+            other = self._open_if_there((*segments[:-1], segments[-1] + ENCODINGS[encoding]))
             if other is None or other.fd is None or plain.fd is None:
                 continue
             varies = "Accept-Encoding"
-            if accepted.get(encoding, accepted.get("*", False)):
+            if weight[encoding] > 0 and weight[encoding] >= accepted.get("identity", 0):
                 os.close(plain.fd)
                 return other, encoding, varies
             os.close(other.fd)
@@ -2317,12 +2344,9 @@ class Site:
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool) -> Response:
         """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""
-        entries = sorted(self.entries(found.place), key=lambda entry: (entry.name.lower(), entry.name))
-        by_time = order.removeprefix("-") == "time"
-        if by_time or order.removeprefix("-") == "size":
-            entries.sort(key=lambda entry: entry.mtime if by_time else entry.size)
-        if order.startswith("-"):
-            entries.reverse()
+        entries = sorted(self.entries(found.place), key=ORDERS["name"])
+        key = ORDERS.get(order.removeprefix("-"), ORDERS["name"])
+        entries.sort(key=key, reverse=order.startswith("-"))  # keeps folders, which have no size, in the names' order
         entries.sort(key=lambda entry: not entry.is_dir)
         if not as_json:
             return html_response(200, listing_page(segments, entries, order), [("Vary", "Accept")], LISTING_SCRIPT)
@@ -2576,6 +2600,7 @@ _NOT_TO_CLIENT = _HOP_BY_HOP | {
     "date", "via", "set-cookie", "set-cookie2", "service-worker-allowed", "clear-site-data", "nel", "report-to",
     "strict-transport-security", "alt-svc", "reporting-endpoints", "x-sendfile", "x-content-type-options",
 }  # fmt: skip
+_NOT_IN_304 = {"content-type", "content-security-policy"}
 _RUNS_NOTHING = re.compile(
     r"(?![^;]*\+xml)(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
     r"|application/(?:json|pdf|zip|octet-stream))(?:;[^,]*)?",
@@ -2727,15 +2752,16 @@ def has_body(method: str, status: int) -> bool:
     return not (method == "HEAD" or status in (204, 304))
 
 
-def passing_response(headers: Headers, *, sandbox: bool = True) -> Fields:
+def passing_response(status: int, headers: Headers, *, sandbox: bool = True) -> Fields:
     """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin."""
-    fields = _passing(headers, _NOT_TO_CLIENT)
+    # What 304 says becomes true of what the browser has stored: it must not take that out of the sandbox.
+    fields = _passing(headers, _NOT_TO_CLIENT | _NOT_IN_304 if status == 304 else _NOT_TO_CLIENT)
     via = headers.get("via", "")
     fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
     fields.append(NOSNIFF)
     # Connection may name Content-Type, and then that does not pass. Two types are joined by a comma.
     kind = "" if "content-type" in headers.tokens("connection") else headers.get("content-type", "")
-    if sandbox and not runs_nothing(kind):
+    if sandbox and status != 304 and not runs_nothing(kind):
         fields.append(("Content-Security-Policy", SANDBOX))
     return fields
 
@@ -3017,6 +3043,11 @@ class Parked(NamedTuple):
         """Return whether nobody would get the work any more."""
         return self.batch.done() or self.connection is not None and self.connection.gone()
 
+    def dismiss(self) -> None:
+        """Answer it with nothing."""
+        if not self.batch.done():
+            self.batch.set_result([])
+
 
 class Registered:
     """A server from the configuration, and what is known of it now."""
@@ -3071,8 +3102,7 @@ class Registered:
         """Answer parked P1 with nothing: all, or those that `which` picks."""
         for parked in list(filter(which, self.parked)):
             self.parked.remove(parked)
-            if not parked.batch.done():
-                parked.batch.set_result([])
+            parked.dismiss()
 
     def offer(self, exchange: Exchange) -> None:
         """Let a request wait for the next P1."""
@@ -3083,9 +3113,9 @@ class Registered:
 
 
 def known_client(request: Request) -> str:
-    """Return the client's address as it is known: what proxies in front say, then the peer."""
+    """Return the client's address as it is known: what proxies in front say (its end, which the nearest said)."""
     forwarded = request.headers.get("x-forwarded-for")
-    return f"{forwarded}, {request.peer}" if forwarded else request.peer
+    return f"{forwarded}, {request.peer}"[-MAX_NOTED:] if forwarded else request.peer
 
 
 class TunnelBody(Body):
@@ -3248,7 +3278,7 @@ class Relay:
             status = response.status
             server.statuses[status] = server.statuses.get(status, 0) + 1
             client = known_client(request)
-            path = target.partition("?")[0]
+            path = target.partition("?")[0][:MAX_NOTED]
             self.events.append(Event(time.time(), "request", server.name, client, request.method, path, status, size))
 
         response.sent = sent
@@ -3345,14 +3375,13 @@ class Relay:
         return tripcode(key)
 
     def _refuse(self, api: str, request: Request, name: str, why: str) -> None:
-        """Keep account of a key that was refused; tell it once a minute for each name."""
+        """Keep account of a key that was refused; tell it once a minute for each name, and for all that nobody has."""
         self.refused[api] += 1
         now = self.loop.time()
-        if now - self._refusals.get(name, -math.inf) < 60:
+        known = name if name in self.servers or api == "scraper" else ""
+        if now - self._refusals.get(known, -math.inf) < 60:
             return
-        if len(self._refusals) >= MAX_UNREGISTERED:
-            self._refusals.clear()
-        self._refusals[name] = now
+        self._refusals[known] = now
         client = known_client(request)
         tell(f"ptth relay: {api} key refused: {why} for {name!r} from {client}; not told again for a minute")
         self.note(f"{api} key refused: {why}", name, client=client)
@@ -3467,8 +3496,10 @@ class Relay:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
             # A proxy may hold a dead server's P1 open, and a request handed to that would be lost: those that live ask
-            # again at once. Not those of the last moments: their server would take so quick an answer for a failure.
-            server.dismiss(lambda parked: now - parked.since > 2)
+            # again. Not within a second: their server would take so quick an answer for a failure.
+            for parked in server.parked:
+                self.loop.call_later(max(parked.since + 2 - now, 0), parked.dismiss)
+            server.parked.clear()
         if not batch and wait:
             parked = Parked(self.loop.create_future(), request.connection, instance, now, now + wait)
             server.parked.append(parked)
@@ -3583,7 +3614,7 @@ class Relay:
     @staticmethod
     def _make_response(exchange: Exchange, status: int, headers: Headers, content: Body) -> Response:
         """Make the client's response of the server's; ProtocolError 502 when its lengths contradict each other."""
-        fields = passing_response(headers, sandbox=exchange.server.entry.sandbox)
+        fields = passing_response(status, headers, sandbox=exchange.server.entry.sandbox)
         told, length = parse_framing(headers), content.length
         if not has_body(exchange.method, status):
             if length:
@@ -3700,14 +3731,13 @@ class Relay:
 
     def _audit_log(self, request: Request) -> Response:
         """Show who came, was refused and was served, the newest first; as JSON for whoever asks for that."""
-        events = list(reversed(self.events))
         if wants_json(request.headers):
             names = ("time", "event", "server", "client", "method", "path", "status", "bytes")
             return json_response(
-                [dict(zip(names, (format_time(event[0]), *event[1:]), strict=True)) for event in events]
+                [dict(zip(names, (format_time(event[0]), *event[1:]), strict=True)) for event in reversed(self.events)]
             )
         rows = []
-        for event in events:
+        for event in itertools.islice(reversed(self.events), MAX_SHOWN):
             what = f"{event.method} {event.path}" if event.method else event.event
             end = f"{event.status}, {format_size(event.size)}" if event.status else ""
             day, _, second = format_time(event.time).removesuffix("Z").partition("T")
@@ -3767,6 +3797,7 @@ class Server:
         self._room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are worked on
         self._room.set()
         self._pending: deque[tuple[str, Request | ProtocolError]] = deque()
+        self._workers = 0  # tasks that handle them
         self._working: set[str] = set()  # the ids of all requests that came and are not answered
         self._parked: set[Stream] = set()  # P1 that wait for their answer
         self._tasks: set[asyncio.Task[None]] = set()
@@ -3957,28 +3988,36 @@ class Server:
 
         So a page of small files costs one task, and a slow handler holds up nobody.
         """
-        if self._pending:
+        if self._pending and self._workers < MAX_HANDLERS:
+            self._workers += 1
             self._spawn(self._work())
             asyncio.get_running_loop().call_soon(self._pump)
 
     async def _work(self) -> None:
         """Handle what is pending, one after the other."""
-        while self._pending:
-            identity, request = self._pending.popleft()
-            try:
-                if isinstance(request, ProtocolError):
-                    response, method = error_response(_NO_REQUEST, request), "GET"
-                else:
-                    response, method = await answer(self.handler, request), request.method
-                small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_IN_BATCH
-                if small and not (self.client.pace or self._original):
-                    self._batch_response(identity, response, method)
-                    continue
+        try:
+            while self._pending:
+                await self._handle(*self._pending.popleft())
+        finally:
+            self._workers -= 1
+
+    async def _handle(self, identity: str, request: Request | ProtocolError) -> None:
+        """Have one request handled, and send its response."""
+        batched = False
+        try:
+            if isinstance(request, ProtocolError):
+                response, method = error_response(_NO_REQUEST, request), "GET"
+            else:
+                response, method = await answer(self.handler, request), request.method
+            small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_IN_BATCH
+            batched = small and not (self.client.pace or self._original)
+            if batched:
+                self._batch_response(identity, response, method)
+            else:
                 await self._send_response(identity, response, method)
+        finally:
+            if not batched:
                 self._done(identity)
-            except BaseException:
-                self._done(identity)
-                raise
 
     def _done(self, *identities: str) -> None:
         """Note that requests have been answered."""
@@ -4013,7 +4052,7 @@ class Server:
                 try:
                     await self._post(f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
                 except (OSError, ProtocolError) as error:
-                    tell(f"ptth server: P5 broke off: {describe(error)}")
+                    self._tell(f"P5 broke off: {describe(error)}")
                 finally:
                     self._done(*identities)
         finally:
@@ -4030,7 +4069,7 @@ class Server:
             else:
                 await self._post(path, pack_response_head(response), sent)
         except (OSError, ProtocolError) as error:
-            tell(f"ptth server: P5 broke off: {describe(error)}")
+            self._tell(f"P5 broke off: {describe(error)}")
         finally:
             await body.aclose()
 
@@ -4093,6 +4132,9 @@ def registration(name: str, key: str) -> str:
 # TOML to dataclasses. All that is wrong with a file is said at once.
 
 
+NOWHERE = Origin(False, "", 0, "")
+
+
 @dataclass
 class ServerConfig:
     """What ptth_server.toml and the flags of `ptth server` say together."""
@@ -4105,6 +4147,7 @@ class ServerConfig:
     throttle_upload: int = 0  # bytes per second; 0 is no limit
     proxy_url: str = ""
     site: SiteOptions = SiteOptions()
+    origin: Origin = NOWHERE  # the relay's
 
 
 class Table:
@@ -4147,7 +4190,7 @@ class Table:
         except ValueError:
             pass
         self.problem(f"{key} must be a date and time with an offset, for example 2026-01-31T12:00:00Z")
-        return 0.0
+        return math.nan
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false."""
@@ -4178,7 +4221,7 @@ class Table:
                 )
 
 
-def read_toml(path: str, example: str) -> dict[str, object]:
+def read_toml(path: str, how: str) -> dict[str, object]:
     """Read a TOML file; UserError when that is not possible."""
     import tomllib
 
@@ -4186,10 +4229,10 @@ def read_toml(path: str, example: str) -> dict[str, object]:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
-        raise UserError(f"there is no {path}; begin with a copy of {example}") from None
+        raise UserError(f"there is no {path}; {how}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {describe(error)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -4203,7 +4246,7 @@ def find_config(given: str | None, name: str) -> str:
 
 def load_relay_config(path: str) -> RelayConfig:
     """Read ptth_relay.toml; UserError with a line for each thing that is wrong."""
-    values = read_toml(path, "ptth_relay.toml.example")
+    values = read_toml(path, "it needs a [[servers]] block from each `ptth.py server --print-tripcode`")
     problems: list[str] = []
     table = Table(values, path, problems)
     if "server_tripcodes" in values:
@@ -4215,7 +4258,9 @@ def load_relay_config(path: str) -> RelayConfig:
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
     config.news_url = table.text("news_url")
     config.enable_scraper_api = table.flag("enable_scraper_api", False)
-    config.dev_mode = "dev_mode" in values
+    config.dev_mode = values.get("dev_mode", False) is not False
+    if not isinstance(values.get("dev_mode", {}), dict | bool):
+        table.problem("dev_mode must be written as [dev_mode]")
     if config.news_url and not re.match("https?://", config.news_url):
         table.problem("news_url must begin with http:// or https://")
     config.scraper_keys = [read_scraper_key(block) for block in table.tables("scraper_keys")]
@@ -4247,7 +4292,8 @@ def read_scraper_key(block: Table) -> ScraperKey:
         block.problem("name is missing")
     if not is_tripcode(key.hash):
         block.problem("hash must be what `ptth.py relay --new-scraper-key NAME` prints, 44 characters that end in =")
-    if key.not_before and key.not_after and not 0 <= key.not_after - key.not_before <= SCRAPER_DAYS * 86400:
+    span = key.not_after - key.not_before
+    if span < 0 or span > SCRAPER_DAYS * 86400:
         block.problem(f"from not_before to not_after must be 0 to {SCRAPER_DAYS} days")
     return key
 
@@ -4260,9 +4306,12 @@ def is_tripcode(text: str) -> bool:
         return False
 
 
-def load_server_config(path: str, flags: dict[str, str]) -> ServerConfig:
-    """Read ptth_server.toml, overridden by `flags`; UserError with a line for each thing that is wrong."""
-    values = read_toml(path, "ptth_server.toml.example")
+def load_server_config(path: str, flags: dict[str, str], *, to_connect: bool = True) -> ServerConfig:
+    """Read ptth_server.toml, overridden by `flags`; UserError with a line for each thing that is wrong.
+
+    Without `to_connect` what only a connection needs may be missing.
+    """
+    values = read_toml(path, f"make one with: (umask 077; python3 ptth.py server --new-key > {path})")
     problems: list[str] = []
     table = Table(values, path, problems)
     if os.name == "posix" and (mode := os.stat(path).st_mode) & 0o077:
@@ -4290,9 +4339,28 @@ def load_server_config(path: str, flags: dict[str, str]) -> ServerConfig:
         table.problem('api_key is missing: set api_key = "..."')
     elif weakness := key_weakness(config.api_key):
         table.problem(weakness)
+    if to_connect:
+        try:
+            config.origin = parse_relay_url(config.relay_url)
+        except ValueError as error:
+            table.problem(f"relay_url {error}")
+        try:
+            config.file_server_root = check_root(config.file_server_root, f"file_server_root in {path}")
+        except UserError as error:
+            table.problem(error.args[0])
     if problems:
         raise UserError(*problems)
     return config
+
+
+def parse_relay_url(url: str) -> Origin:
+    """Parse relay_url, with or without the path of the backend API; ValueError."""
+    if not url:
+        raise ValueError('is missing: set relay_url = "https://..." or give --relay-url')
+    try:
+        return parse_origin(url.rstrip("/").removesuffix(BACKEND.rstrip("/")))
+    except ValueError as error:
+        raise ValueError(f"= {url!r} cannot be used: {error}") from None
 
 
 def read_site(table: Table) -> SiteOptions:
@@ -4302,13 +4370,19 @@ def read_site(table: Table) -> SiteOptions:
     headers = []
     for line in lines if isinstance(lines, list) else [lines]:
         try:
-            headers.append(parse_header_option(str(line)))
+            headers.append(parse_header_option(line if isinstance(line, str) else ""))
         except ValueError as error:
             table.problem(f"headers: {error}")
-    auth = table.text("auth")
-    if auth and ":" not in auth:
-        table.problem('auth must be "USER:PASSWORD"')
+    auth = table.text("auth") or os.environ.get("PTTH_AUTH", "")
+    if auth and not is_auth(auth):
+        table.problem('auth, or PTTH_AUTH in the environment, must be "USER:PASSWORD"')
     return SiteOptions(**flags, follow_symlinks=table.flag("follow_symlinks", False), headers=tuple(headers), auth=auth)
+
+
+def is_auth(text: str) -> bool:
+    """Return whether `text` is USER:PASSWORD; an empty password protects nothing."""
+    user, _, password = text.partition(":")
+    return bool(user and password)
 
 
 _OWN_FIELDS = {
@@ -4331,29 +4405,9 @@ def parse_header_option(line: str) -> tuple[str, str]:
     return name, value
 
 
-def check_to_connect(config: ServerConfig) -> Origin:
-    """Return the relay's origin, and complete the root: what `--print-tripcode` can do without. UserError."""
-    problems = []
-    origin = Origin(False, "", 0, "")
-    if not config.relay_url:
-        problems.append('relay_url is missing: set relay_url = "https://..." or give --relay-url')
-    else:
-        try:
-            origin = parse_origin(config.relay_url.rstrip("/").removesuffix(BACKEND.rstrip("/")))
-        except ValueError as error:
-            problems.append(f"relay_url = {config.relay_url!r} cannot be used: {error}")
-    try:
-        config.file_server_root = check_root(config.file_server_root, "file_server_root or --file-server-root")
-    except UserError as error:
-        problems += error.args
-    if problems:
-        raise UserError(*(f"{config.path}: {problem}" for problem in problems))
-    return origin
-
-
-def find_proxy(config: ServerConfig, origin: Origin) -> ForwardProxy | None:
+def find_proxy(config: ServerConfig) -> ForwardProxy | None:
     """Return the proxy to the relay: proxy_url's, or else the environment's. UserError."""
-    url = config.proxy_url or proxy_from_environment(origin)
+    url = config.proxy_url or proxy_from_environment(config.origin)
     try:
         return parse_proxy(url) if url else None
     except ValueError as error:
@@ -4366,7 +4420,7 @@ def check_root(root: str, how: str) -> str:
     if not root:
         root = os.getcwd()
         if os.path.realpath(root) in (os.path.realpath(os.sep), os.path.realpath(os.path.expanduser("~"))):
-            raise UserError(f"will not serve {root} unless asked to: name the directory by {how}")
+            raise UserError(f"will not serve {root} by accident; if you mean it, name it: {how}")
     if not os.path.isdir(root):
         hint = f"; for a port give --port {root}" if root.isdigit() else ""
         raise UserError(f"{root} is no directory{hint}")
@@ -4377,11 +4431,19 @@ def check_root(root: str, how: str) -> str:
 # What people type, and what they are told.
 
 
-def announce(line: str) -> None:
-    """Write a line on stdout, where what a user waits for is written; a closed stdout stops nothing."""
+def hand_out(text: str) -> None:
+    """Write on stdout what was asked for; UserError when that is not possible."""
     try:
-        print(line, flush=True)
-    except OSError:
+        os.write(1, f"{text}\n".encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(f"cannot write to stdout: {describe(error)}") from None
+
+
+def announce(line: str) -> None:
+    """Write a line on stdout for who waits for it; a closed stdout stops nothing."""
+    try:
+        hand_out(line)
+    except UserError:
         pass
 
 
@@ -4402,7 +4464,8 @@ def open_socket(bind: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family)
     except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(
-            f"cannot listen on {bind or 'port'}{':' if bind else ' '}{port}: {describe(error).lower()}"
+            f"cannot listen on {bind or 'port'}{':' if bind else ' '}{port}: {describe(error).lower()}; "
+            "--port and --bind choose another place"
         ) from None
 
 
@@ -4457,9 +4520,9 @@ def access_log(args: argparse.Namespace) -> AccessLog | None:
 
 async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until a signal."""
-    root = check_root(args.dir, "DIR")
+    root = check_root(args.dir, f"python3 ptth.py {args.command} .")
     auth = args.auth or os.environ.get("PTTH_AUTH", "")
-    if auth and ":" not in auth:
+    if auth and not is_auth(auth):
         raise UserError("the password in PTTH_AUTH or --auth must be USER:PASSWORD", status=2)
     options = SiteOptions(args.hidden, args.follow_symlinks, not args.no_listing, args.cors, tuple(args.header), auth)
     tls = load_certificate(args.tls_cert, args.tls_key)
@@ -4483,8 +4546,9 @@ def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as error:
-        raise UserError(f"cannot use {cert}{' with ' + key if key else ''}: {describe(error)}", status=2) from None
+    except OSError as error:
+        why = "no certificate with its key in PEM form" if isinstance(error, ssl.SSLError) else describe(error)
+        raise UserError(f"cannot use {cert}{' with ' + key if key else ''}: {why}", status=2) from None
     return context
 
 
@@ -4506,7 +4570,7 @@ async def run_relay(args: argparse.Namespace) -> None:
     stop = stop_event()
     on_hangup(lambda: reload(relay, path))
     await server.listen(sock)
-    announce(f"PTTH relay for {len(config.servers)} servers at {' '.join(urls(sock))}")
+    announce(f"PTTH relay for {count_of(len(config.servers), 'server')} at {' '.join(urls(sock))}")
     await stop.wait()
     await stop_relay(relay, server)
 
@@ -4521,7 +4585,8 @@ def reload(relay: Relay, path: str) -> None:
     if (config.port, config.bind) != (relay.config.port, relay.config.bind):
         tell("ptth relay: port and bind change with a restart only")
     relay.configure(config)
-    tell(f"ptth relay: read {path} again: {len(config.servers)} servers, {len(config.scraper_keys)} scraper keys")
+    counts = count_of(len(config.servers), "server"), count_of(len(config.scraper_keys), "scraper key")
+    tell(f"ptth relay: read {path} again: {', '.join(counts)}")
 
 
 def on_hangup(action: Callable[[], None]) -> None:
@@ -4540,7 +4605,7 @@ def print_scraper_key(name: str) -> None:
         raise UserError(f"{name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..", status=2)
     key = secrets.token_urlsafe(32)
     now = time.time()
-    announce(
+    hand_out(
         f'[[scraper_keys]]\nname = "{name}"\nhash = "{tripcode(key)}"\n'
         f"not_before = {format_time(now)}\nnot_after = {format_time(now + SCRAPER_DAYS * 86400)}"
     )
@@ -4561,15 +4626,15 @@ async def run_server(args: argparse.Namespace) -> None:
         return
     flags = {key: getattr(args, key) for key in ("name", "relay_url", "file_server_root")}
     path = find_config(args.config, "ptth_server.toml")
-    config = load_server_config(path, {key: value for key, value in flags.items() if value is not None})
+    given = {key: value for key, value in flags.items() if value is not None}
+    config = load_server_config(path, given, to_connect=not args.print_tripcode)
     if args.print_tripcode:
-        announce(registration(config.name, config.api_key))
+        hand_out(registration(config.name, config.api_key))
         return
-    origin = check_to_connect(config)
     site = Site(config.file_server_root, config.site, private=[config.path])
     handler = server_handler(site, config.name)
     pace = Pace(config.throttle_upload) if config.throttle_upload else None
-    server = Server(Client(origin, find_proxy(config, origin), pace), config.name, config.api_key, handler)
+    server = Server(Client(config.origin, find_proxy(config), pace), config.name, config.api_key, handler)
     stop = stop_event()
     announce(f"PTTH server {config.name}: serving {os.path.realpath(config.file_server_root)}")
     running = asyncio.create_task(server.run())
@@ -4585,10 +4650,14 @@ def print_server_key(name: str, relay_url: str) -> None:
 
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..", status=2)
+    try:
+        parse_relay_url(relay_url)
+    except ValueError as error:
+        raise UserError(f"--relay-url {error}", status=2) from None
     key = "REPLACE"
     while key_weakness(key):  # a token may begin like the placeholder
         key = secrets.token_urlsafe(32)
-    announce(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(relay_url)}')
+    hand_out(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(relay_url)}')
     write_error(registration(name, key) + "\n")
 
 
@@ -4596,7 +4665,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     """Run a relay and a server that share nothing but a connection, until a signal."""
     import secrets
 
-    root = check_root(args.dir, "DIR")
+    root = check_root(args.dir, f"python3 ptth.py {args.command} .")
     key = secrets.token_urlsafe(32)
     sock = open_socket("127.0.0.1", args.port)
     relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))]))
@@ -4604,7 +4673,8 @@ async def run_demo(args: argparse.Namespace) -> None:
     stop = stop_event()
     await http.listen(sock)
     port = sock.getsockname()[1]
-    handler = server_handler(Site(root), "demo")
+    auth = os.environ.get("PTTH_AUTH", "")
+    handler = server_handler(Site(root, SiteOptions(auth=auth)), "demo")
     server = Server(Client(Origin(False, "127.0.0.1", port, "")), "demo", key, handler)
     running = asyncio.create_task(server.run())
     await server.connected.wait()
@@ -4633,7 +4703,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[..., object], text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, parser=made)
         made.add_argument("-q", "--quiet", action="store_true", help="no access log")
         return made
 
@@ -4692,7 +4762,9 @@ def header_option(text: str) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0 fine, 1 could not do it. Wrong usage exits with 2."""
-    args = build_parser().parse_args(argv)
+    args, rest = build_parser().parse_known_args(argv)
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")  # the main parser's --help does not know them
     try:
         asyncio.run(args.run(args))
     except UserError as error:

@@ -41,6 +41,7 @@ except ImportError:
 import ast
 import asyncio
 import contextlib
+import errno
 import hashlib
 import http.client
 import json
@@ -1041,7 +1042,7 @@ class TestFileServer:
 
     @pytest.mark.parametrize(
         ("query", "names"),
-        [("", "b d a C"), ("?sort=name", "b d a C"), ("?sort=-name", "d b C a"), ("?sort=size", "d b C a"), ("?sort=-size", "b d a C"),
+        [("", "b d a C"), ("?sort=name", "b d a C"), ("?sort=-name", "d b C a"), ("?sort=size", "b d C a"), ("?sort=-size", "b d a C"),
          ("?sort=time", "b d C a"), ("?sort=-time", "d b a C"), ("?sort=nonsense", "b d a C"), ("?sort=", "b d a C")],
     )  # fmt: skip
     def test_a_listing_is_sorted_folders_first(self, query: str, names: str, tmp_path: object) -> None:
@@ -1053,10 +1054,7 @@ class TestFileServer:
             os.utime(tmp_path / name, (when, when))
         page = one(say(ptth.site_handler(ptth.Site(str(tmp_path))), get("/" + query)))[2].decode()
         shown = re.findall(r'<td><a[^>]*href="\./([^/"]+)/?"', page)
-        if "size" in query:  # folders have none, so their order among themselves is that of the names, or backwards
-            assert shown[2:] == names.split()[2:] and set(shown[:2]) == {"b", "d"}
-        else:
-            assert shown == names.split()
+        assert shown == names.split()
 
     def test_a_listing_is_small_and_needs_no_script(self, root: str) -> None:
         page = one(say(ptth.site_handler(ptth.Site(root)), get("/sub/")))[2]
@@ -1165,7 +1163,8 @@ class TestFileServer:
         ([], None, b"plain"), (["Accept-Encoding: gzip"], "gzip", b"zipped"), (["Accept-Encoding: deflate, gzip;q=0.5"], "gzip", b"zipped"),
         (["Accept-Encoding: br, gzip"], "br", b"brotli"), (["Accept-Encoding: *"], "br", b"brotli"), (["Accept-Encoding: gzip;q=0"], None, b"plain"),
         (["Accept-Encoding: br;q=0, *"], "gzip", b"zipped"), (["Accept-Encoding: gzip", "Range: bytes=0-1"], None, b"pl"),
-        (["Accept-Encoding: identity"], None, b"plain"),
+        (["Accept-Encoding: identity"], None, b"plain"), (["Accept-Encoding: br;q=0.1, gzip"], "gzip", b"zipped"),
+        (["Accept-Encoding: gzip;q=0.5, identity"], None, b"plain"),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("fields", "coding", "body"), ENCODED)
@@ -1284,8 +1283,13 @@ class TestTunnelMessages:
             "Report-To", "Reporting-Endpoints", "X-Accel-Redirect", "x-accel-expires", "X-Sendfile", "Connection", "PTTH-Request-Id",
             "Transfer-Encoding", "Keep-Alive",
         )  # fmt: skip
-        passed = ptth.passing_response(ptth.Headers([("ETag", "x"), *((name, "y") for name in dangerous)]))
+        passed = ptth.passing_response(200, ptth.Headers([("ETag", "x"), *((name, "y") for name in dangerous)]))
         assert [name for name, _ in passed] == ["ETag", "Via", "X-Content-Type-Options", "Content-Security-Policy"]
+
+    def test_a_304_changes_nothing_of_the_fence_round_what_is_stored(self) -> None:
+        told = [("ETag", "x"), ("Content-Type", "text/plain"), ("Content-Security-Policy", "default-src *")]
+        passed = ptth.passing_response(304, ptth.Headers(told))
+        assert [name for name, _ in passed] == ["ETag", "Via", "X-Content-Type-Options"]
 
     def batched(self, identity: str, body: bytes, *fields: tuple[str, str]) -> bytes:
         return ptth.pack_batched(identity, ptth.Response(200, list(fields), ptth.BytesBody(body)), body)
@@ -1322,13 +1326,17 @@ class TestTunnelMessages:
 
     @pytest.mark.parametrize(("kind", "sandbox"), SANDBOX)
     def test_only_what_runs_nothing_is_spared_the_sandbox(self, kind: str, sandbox: bool) -> None:
-        fields = ptth.passing_response(ptth.Headers([("Content-Type", kind)] if kind else []))
+        fields = ptth.passing_response(200, ptth.Headers([("Content-Type", kind)] if kind else []))
         assert (("Content-Security-Policy", ptth.SANDBOX) in fields) is sandbox
-        double = ptth.passing_response(ptth.Headers([("Content-Type", "image/png"), ("content-type", kind)]))
+        double = ptth.passing_response(200, ptth.Headers([("Content-Type", "image/png"), ("content-type", kind)]))
         assert ("Content-Security-Policy", ptth.SANDBOX) in double
-        named = ptth.passing_response(ptth.Headers([("Content-Type", "image/png"), ("Connection", "Content-Type")]))
+        named = ptth.passing_response(
+            200, ptth.Headers([("Content-Type", "image/png"), ("Connection", "Content-Type")])
+        )
         assert ("Content-Security-Policy", ptth.SANDBOX) in named
-        assert ("Content-Security-Policy", ptth.SANDBOX) not in ptth.passing_response(ptth.Headers(), sandbox=False)
+        assert ("Content-Security-Policy", ptth.SANDBOX) not in ptth.passing_response(
+            200, ptth.Headers(), sandbox=False
+        )
 
     @pytest.mark.parametrize(
         ("prefer", "seconds"),
@@ -1605,13 +1613,16 @@ class TestRelay:
         assert client.answer()[0] in (200, 502)
 
     def test_a_hello_renews_what_is_parked(self, bare_relay: Tunnel, hand: Hand) -> None:
-        hand.listen()
+        hand.listen()  # nobody is there any more, but a proxy holds it open
         eventually(lambda: bare_relay.relay.servers["n"].parked)
-        parked = bare_relay.relay.servers["n"].parked
-        parked[0] = parked[0]._replace(since=parked[0].since - 10)
         new = Hand(bare_relay.port)
         new.listen(0)
-        assert (new.requests(), hand.requests()) == ([], [])
+        assert new.requests() == []
+        client = Client(bare_relay.port)
+        new.listen()
+        ((identity, _),) = new.requests()
+        assert (new.reply(identity, OK), client.answer()[2]) == (200, b"hi")
+        assert hand.requests() == []
 
     def test_an_answer_to_head_has_a_length_and_no_body(self, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand, method="HEAD")
@@ -2041,6 +2052,10 @@ class TestOperator:
                              "status": 200, "bytes": len("GET /<b>?secret\n")}  # fmt: skip
         page = one(tunnel.fetch(get("/frontend/audit_log")))[2].decode()
         assert "/&lt;b&gt;" in page and "<b>" not in page and "secret" not in page
+        for _ in range(300):
+            long = get("/frontend/servers/n/" + "x" * 5000, "X-Forwarded-For: " + "y" * 5000)
+            assert one(tunnel.fetch(long))[0] == 200
+        assert len(one(tunnel.fetch(get("/frontend/audit_log")))[2]) < 150_000
 
     def test_the_pages_say_what_they_should(self, tunnel: Tunnel) -> None:
         assert one(tunnel.fetch(get("/frontend/debug/")))[0] == 404
@@ -2222,6 +2237,31 @@ class TestServer:
             silent.accept()[0].recv(1000)
             assert server.end(patience=5) == 0
 
+    def test_no_more_handlers_at_once_than_the_limit(self) -> None:
+        async def measure() -> list[int]:
+            running, most, release = 0, 0, asyncio.Event()
+
+            async def handler(request: ptth.Request) -> ptth.Response:
+                nonlocal running, most
+                running += 1
+                most = max(most, running)
+                await release.wait()
+                running -= 1
+                raise ConnectionAbortedError  # nobody is there to take an answer
+
+            server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, handler)
+            requests = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % i for i in range(600)]
+            server._accept(b"".join(requests))
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            before = most
+            release.set()
+            while server._tasks:
+                await asyncio.wait(server._tasks)
+            return [before, most, len(server._working)]
+
+        assert asyncio.run(measure()) == [ptth.MAX_HANDLERS, ptth.MAX_HANDLERS, 0]
+
     def test_a_slow_handler_holds_up_nobody(self, background: Background) -> None:
         release = threading.Event()
 
@@ -2244,6 +2284,8 @@ class TestConfiguration:
         ("prot = 1", ["prot", "did you mean port"]), ("port = 'x'", ["port", "number"]), ("port = 70000", ["65535"]), ("port = true", ["number"]),
         ("[[servers]]\nname = 'a b'\ntripcode = ''", ["a b", "tripcode"]), ("[[servers]]\nname = '..'", ["'..'"]), ("port =", ["TOML"]),
         (f"[[servers]]\nname='a'\ntripcode='{TRIP}'\n[[servers]]\nname='a'\ntripcode='{TRIP}'", ["two servers named a"]),
+        ("dev_mode = 1", ["[dev_mode]"]), ("x = " + "[" * 9999, ["TOML"]), ("port = " + "9" * 9999, ["TOML"]),
+        (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=1970-01-01T00:00:00Z\nnot_after=2099-01-01T00:00:00Z", ["30 days"]),
         ("[server_tripcodes]\na = 'x'", ["[[servers]]", "old form"]), ("servers = 1", ["[[servers]]"]), ("[[servers]]\nnmae = 'x'", ["nmae", "name"]),
         ("news_url = 'ftp://x'", ["news_url"]), ("enable_scraper_api = 1", ["true or false"]), ("[[scraper_keys]]\nname = 'a'", ["hash", "not_before"]),
         (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=2026-01-01T00:00:00Z\nnot_after=2026-02-01T00:00:00Z", ["30 days", "number 1"]),
@@ -2260,6 +2302,11 @@ class TestConfiguration:
         for word in words:
             assert word in "\n".join(caught.value.args)
         assert str(path) in caught.value.args[0]
+
+    def test_dev_mode_may_be_switched_off(self, tmp_path: object) -> None:
+        path = tmp_path / "r.toml"
+        path.write_text("dev_mode = false")
+        assert not ptth.load_relay_config(str(path)).dev_mode
 
     def test_scraper_keys_are_read_from_strings_and_date_times(self, tmp_path: object) -> None:
         path = tmp_path / "r.toml"
@@ -2284,19 +2331,20 @@ class TestConfiguration:
     def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
-        config = ptth.ServerConfig("s.toml")
-        relay = ptth.Origin(True, "r.example", 443, "")
-        assert ptth.find_proxy(config, relay) is None
+        config = ptth.ServerConfig("s.toml", origin=ptth.Origin(True, "r.example", 443, ""))
+        assert ptth.find_proxy(config) is None
         monkeypatch.setenv("HTTPS_PROXY", "http://p:1")
-        assert ptth.find_proxy(config, relay).origin.port == 1
-        assert ptth.find_proxy(config, relay._replace(tls=False)) is None
+        assert ptth.find_proxy(config).origin.port == 1
+        config.origin = config.origin._replace(tls=False)
+        assert ptth.find_proxy(config) is None
+        config.origin = config.origin._replace(tls=True)
         monkeypatch.setenv("NO_PROXY", ".example")
-        assert ptth.find_proxy(config, relay) is None
+        assert ptth.find_proxy(config) is None
         config.proxy_url = "http://q:2"
-        assert ptth.find_proxy(config, relay).origin.port == 2
+        assert ptth.find_proxy(config).origin.port == 2
         config.proxy_url = "socks5://q:2"
         with pytest.raises(ptth.UserError, match="proxy_url"):
-            ptth.find_proxy(config, relay)
+            ptth.find_proxy(config)
 
     def test_the_examples_are_the_defaults(self, tmp_path: object) -> None:
         assert ptth.load_relay_config(os.path.join(HERE, "ptth_relay.toml.example")) == ptth.RelayConfig()
@@ -2313,15 +2361,20 @@ class TestConfiguration:
         path.chmod(0o600)
         config = ptth.load_server_config(str(path), {"name": "b", "relay_url": "https://r.example/7ZSFUKGV/"})
         assert (config.name, config.throttle_upload) == ("b", 0)
-        config.file_server_root = str(tmp_path)
-        assert ptth.check_to_connect(config) == ptth.Origin(True, "r.example", 443, "")
-        config.relay_url = ""
-        with pytest.raises(ptth.UserError, match="relay_url is missing"):
-            ptth.check_to_connect(config)
-        path.write_text("")
+        assert config.origin == ptth.Origin(True, "r.example", 443, "")
+        path.write_text('file_server_root = "/nowhere"\nextra = 1')
+        path.chmod(0o644)
         with pytest.raises(ptth.UserError) as caught:
             ptth.load_server_config(str(path), {})
-        assert "name is missing" in caught.value.args[0] and "api_key is missing" in caught.value.args[1]
+        words = [
+            "chmod 600",
+            "unknown key extra",
+            "name is missing",
+            "api_key is missing",
+            "relay_url is missing",
+            "/nowhere is no",
+        ]
+        assert all(word in line for word, line in zip(words, caught.value.args, strict=True))
 
     @pytest.mark.parametrize(
         "url",
@@ -2340,20 +2393,23 @@ class TestConfiguration:
         with pytest.raises(ValueError):
             ptth.parse_origin(url)
 
-    def test_how_the_directory_is_served(self, tmp_path: object) -> None:
+    def test_how_the_directory_is_served(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "s.toml"
         path.write_text(
             f'name = "a"\napi_key = "{KEY}"\nauth = "u:p"\nhidden = true\nfollow_symlinks = true\nlisting = false\ncors = true\n'
             'headers = ["X-A: b", "X-C: d"]\n'
         )
         path.chmod(0o600)
-        options = ptth.load_server_config(str(path), {}).site
+        options = ptth.load_server_config(str(path), {}, to_connect=False).site
         assert options == ptth.SiteOptions(True, True, False, True, (("X-A", "b"), ("X-C", "d")), "u:p")
+        path.write_text(f'name = "a"\napi_key = "{KEY}"\n')
+        monkeypatch.setenv("PTTH_AUTH", "v:q")
+        assert ptth.load_server_config(str(path), {}, to_connect=False).site.auth == "v:q"
         path.write_text(
             f'name = "a"\napi_key = "{KEY}"\nauth = "u"\nhidden = 1\nheaders = ["x", "Date: y", "A: b\\r\\nC: d"]\n'
         )
         with pytest.raises(ptth.UserError) as caught:
-            ptth.load_server_config(str(path), {})
+            ptth.load_server_config(str(path), {}, to_connect=False)
         assert len(caught.value.args) == 5
 
     def test_the_original_kept_its_files_in_config(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2370,7 +2426,7 @@ class TestConfiguration:
     ) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ptth.UserError, match="name the directory"):
+        with pytest.raises(ptth.UserError, match="name it"):
             ptth.check_root("", "DIR")
         assert ptth.check_root(str(tmp_path), "DIR") == str(tmp_path)
         with pytest.raises(ptth.UserError, match="--port 8000"):
@@ -2409,7 +2465,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         ("args", "words"),
-        [("server", "ptth_server.toml.example"), ("relay --config none.toml", "none.toml"), ("file-server nowhere", "no directory"),
+        [("server", "--new-key > ptth_server.toml"), ("relay --config none.toml", "none.toml"), ("file-server nowhere", "no directory"),
          ("file-server 8000", "--port 8000"), ("relay --bind 192.0.2.1 --port 0", "cannot listen"), ("server --config .", "cannot read")],
     )  # fmt: skip
     def test_a_users_mistake_is_one_line_and_1(self, args: str, words: str, tmp_path: object) -> None:
@@ -2469,6 +2525,12 @@ class TestCommandLine:
 
     def test_version(self) -> None:
         assert run("--version")[:2] == (0, f"ptth {ptth.__version__}\n")
+
+    def test_what_was_asked_for_and_cannot_be_written_is_an_error(self) -> None:
+        with open("/dev/full", "wb") as full:
+            command = [sys.executable, PROGRAM, "server", "--new-key"]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+        assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_the_demo_serves_and_stops(self, number: int, start: object, root: str) -> None:
@@ -2736,6 +2798,24 @@ class TestFaults:
             process.terminate()
         assert process.wait(10) == 0
         assert process.stderr.read().count(b"\n") <= 2
+
+    def test_without_descriptors_downloads_go_on(
+        self, background: Background, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = os.urandom(3_000_000)
+        (tmp_path / "x").write_bytes(data)
+        tunnel = Tunnel(background, ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
+
+        def none_left(*args: object) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "dup", none_left)
+            assert one(tunnel.fetch(get("/frontend/servers/n/files/x")))[2] == data
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pipe2", none_left)
+            assert one(tunnel.fetch(get("/frontend/servers/n/files/x")))[2] == data
+        tunnel.close()
 
     def test_many_idle_clients_and_downloads_at_once(self, pair: Pair, files: str) -> None:
         with contextlib.ExitStack() as stack:
