@@ -1730,8 +1730,8 @@ class HTTPServer:
                 # Before it is answered, since afterwards what is wrong with it cannot be said any more.
                 await request.body.check(whole=request.method != "POST")
         except TimeoutError:
-            if stream.held:
-                await self._refuse(stream, data, ProtocolError(408, "the request's head came too slowly", close=True))
+            if data or stream.held:
+                await self._refuse(stream, data, ProtocolError(408, "the request came too slowly", close=True))
             return False
         except ProtocolError as error:
             await self._refuse(stream, data, error)
@@ -1783,6 +1783,7 @@ class HTTPServer:
             size = max(stream.written - begun, 0)
             if response.sent:
                 response.sent(whole, size)
+                response.sent = None  # it knows the response: a circle that only the garbage collector would break
             if self.log:
                 self.log.add(request, response.status, size)
         if isinstance(request.body, IncomingBody) and not stream.closing:
