@@ -258,17 +258,16 @@ def tripcode(key: str) -> str:
 
 def key_weakness(key: str) -> str | None:
     """Return what makes `key` too weak to stand alone between the internet and the files, or None."""
-    advice = "make one with: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
-    if key.startswith("REPLACE"):
-        return f"api_key is still the example's placeholder; {advice}"
-    if len(key) < 16:
-        return f"api_key has {len(key)} characters, it must have 16 at least; {advice}"
-    if len(set(key)) < 8:
-        return f"api_key has {len(set(key))} different characters, it must have 8 at least; {advice}"
-    if len(key.encode("utf-8", "surrogateescape")) > MAX_KEY:
-        return f"api_key has more than {MAX_KEY} bytes; {advice}"
-    if not all("!" <= character <= "~" for character in key):
-        return f"api_key must be made of visible ASCII characters, to fit into a header field; {advice}"
+    faults = (
+        (key.startswith("REPLACE"), "is still the example's placeholder"),
+        (len(key) < 16, f"has {len(key)} characters, it must have 16 at least"),
+        (len(set(key)) < 8, f"has {len(set(key))} different characters, it must have 8 at least"),
+        (len(key) > MAX_KEY, f"has more than {MAX_KEY} characters"),
+        (not re.fullmatch("[!-~]*", key), "must be made of visible ASCII characters, to fit into a header field"),
+    )
+    for weak, what in faults:
+        if weak:
+            return f"api_key {what}; make one with: python3 ptth.py server --new-key"
     return None
 
 
@@ -652,30 +651,25 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
 
     To be ignored are unknown units, bad syntax, and what costs more than the whole (RFC 9110, 14.2).
     """
-    unit, equals, rest = text.partition("=")
-    if unit.lower() != "bytes" or not equals:
+    unit, _, rest = text.partition("=")
+    members = [member for part in rest.split(",") if (member := part.strip(" \t"))]
+    if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES:
         return None
     ranges = []
-    members = [member.strip(" \t") for member in rest.split(",")]
-    members = [member for member in members if member]
-    if not members or len(members) > MAX_RANGES:
-        return None
     for member in members:
         match = _RANGE.fullmatch(member)
-        if match is None or member == "-":
+        if match is None:
             return None
-        first, last = match.groups()
-        if not first:  # "-5": the last five bytes
-            suffix = _number(last)
-            if suffix and not size:
-                return None  # satisfiable, but no Content-Range can say so: the whole, empty file
-            if suffix:
-                ranges.append((max(size - suffix, 0), size - 1))
-            continue
-        if last and _number(last) < _number(first):
+        first, last = (_number(digits) if digits else None for digits in match.groups())
+        if first is None:  # "-5": the last five bytes
+            if last is None or last and not size:  # of an empty file it is satisfiable, but no Content-Range can say so
+                return None
+            if last:
+                ranges.append((max(size - last, 0), size - 1))
+        elif last is not None and last < first:
             return None
-        if _number(first) < size:
-            ranges.append((_number(first), min(_number(last), size - 1) if last else size - 1))
+        elif first < size:
+            ranges.append((first, size - 1 if last is None else min(last, size - 1)))
     if len(ranges) > 1 and sum(last - first + 1 for first, last in ranges) > size:
         return None  # overlapping ranges must not make an answer larger than the file
     return ranges
@@ -1504,25 +1498,16 @@ def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = 
         import hashlib
 
         policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
-    return Response(
-        status,
-        [
-            ("Content-Type", "text/html; charset=utf-8"),
-            ("Content-Security-Policy", policy),
-            NOSNIFF,
-            *fields,
-        ],
-        BytesBody(html),
-    )
+    own = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy), NOSNIFF]
+    return Response(status, [*own, *fields], BytesBody(html))
 
 
 def json_response(value: object) -> Response:
     """Make a response of JSON that is of this moment only."""
     import json
 
-    return Response(
-        200, [("Content-Type", "application/json"), NOSNIFF, NO_STORE], BytesBody(json.dumps(value).encode())
-    )
+    fields = [("Content-Type", "application/json"), NOSNIFF, NO_STORE]
+    return Response(200, fields, BytesBody(json.dumps(value).encode()))
 
 
 def weights(headers: Headers, name: str) -> dict[str, float]:
