@@ -1,7 +1,8 @@
 """Tests of ptth.py, in the order of its sections.
 
 `python3 test_ptth.py` runs them on a fresh machine: where pytest cannot be imported it makes .venv beside this file,
-installs pytest and blake3 there, and goes on inside.  `pytest` works as ever.  Arguments go to pytest.
+installs pytest and blake3 there, and goes on inside.  `pytest` works as ever.  Arguments go to pytest.  With
+PTTH_LONG=3600 in the environment the soak and the fuzzers take an hour, and a dead link is tried, too.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ import socket
 import statistics
 import threading
 import time
+import urllib.request
 
 import ptth
 
 PROGRAM = os.path.join(HERE, "ptth.py")
+LONG = int(os.environ.get("PTTH_LONG", "0"))  # seconds for what may run for long: the soak, the fuzzers, a dead link
 KEY = "correct-horse-battery-staple"
 
 # -- helpers --
@@ -353,6 +356,11 @@ class Process:
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def resident_mib(self) -> float:
+        """The memory that it has now, in MiB."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) / 1024
 
     def peak_mib(self) -> float:
         """The most memory that it has had, in MiB."""
@@ -670,20 +678,54 @@ class TestSyntax:
     def test_mutated_heads_raise_nothing_but_the_protocol_error(self) -> None:
         rng = random.Random(1)
         heads = [row[1] for row in self.GOOD] + [row[0] for row in self.REFUSED if len(row[0]) < 500]
-        for _ in range(3000):
-            data = bytearray(rng.choice(heads))
-            for _ in range(rng.randint(1, 4)):
-                at = rng.randrange(len(data))
-                data[at : at + rng.randint(0, 2)] = rng.choice(
-                    [b"", b"\r\n", b" ", b":", b"\0", b"\xff", b"%", bytes([rng.randrange(256)])]
-                )
+        for _ in range(3000 + 300 * LONG):
             with contextlib.suppress(ptth.ProtocolError):
-                request = ptth.parse_request_head(bytes(data))
+                request = ptth.parse_request_head(mutated(rng, rng.choice(heads)))
                 ptth.parse_framing(request.headers, request.minor)
                 again = ptth.parse_request_head(
                     ptth.format_request_head(request.method, request.target, request.headers.pairs)
                 )
                 assert (again.target, again.headers.pairs) == (request.target, request.headers.pairs)
+
+    def test_mutated_values_raise_nothing(self) -> None:
+        rng = random.Random(2)
+        values = [DATE, "Tuesday, 14-Nov-23 22:13:20 GMT", "Tue Nov 14 22:13:20 2023", *(row[0] for row in self.RANGES)]
+        for _ in range(3000 + 300 * LONG):
+            text = mutated(rng, rng.choice(values).encode()).decode("latin-1")
+            when = ptth.parse_date(text, 2e9)
+            assert when is None or ptth.parse_date(ptth.format_date(when), 2e9) == when
+            for first, last in ptth.parse_ranges(text, 1000) or []:
+                assert 0 <= first <= last < 1000
+            ptth.tag_matches(text, '"a"', weak=True)
+            ptth.parse_wait(text)
+            with contextlib.suppress(ptth.ProtocolError):
+                assert not {b"", b".", b".."} & set(ptth.parse_path("/" + text)[0])
+
+    def test_mutated_files_raise_nothing_but_the_users_error(self, tmp_path: object) -> None:
+        rng = random.Random(3)
+        path = tmp_path / "c.toml"
+        for name, load in (
+            ("relay", ptth.load_relay_config),
+            ("server", lambda path: ptth.load_server_config(path, {})),
+        ):
+            with open(os.path.join(HERE, f"ptth_{name}.toml.example"), "rb") as file:
+                text = file.read().replace(b"# [[", b"[[")
+            for _ in range(300 + 20 * LONG):
+                path.write_bytes(mutated(rng, text))
+                path.chmod(0o600)
+                with contextlib.suppress(ptth.UserError):
+                    load(str(path))
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """The bytes with a few of them changed."""
+    made = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(made) + 1)
+        made[at : at + rng.randint(0, 2)] = rng.choice(
+            [b"", b"\r\n", b" ", b":", b"\0", b"\xff", b"%", b"9", b'"', b"=", bytes([rng.randrange(256)])]
+        )
+    return bytes(made)
 
 
 def chunked(*fields: str) -> bytes:
@@ -711,6 +753,13 @@ class TestStreams:
         ):
             status, _, content = one(say(echo, *pieces))
             assert (status if status != 200 else content) == expected
+
+    def test_mutated_chunks_are_read_or_refused(self) -> None:
+        rng = random.Random(4)
+        for _ in range(1000 + 50 * LONG):
+            body = mutated(rng, rng.choice([row[0] for row in self.CHUNKED if len(row[0]) < 100]))
+            answers = split(say(echo, chunked() + body))
+            assert not answers or answers[0][0] in (200, 400, 431)
 
     def test_a_request_behind_a_body_is_answered(self) -> None:
         head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello"
@@ -2892,6 +2941,123 @@ class TestFaults:
         assert one(pair.get("/hello.txt"))[2] == HELLO
         assert len([line for line in pair.relay.told if "refused" in line]) == 1
 
+    def test_the_relays_name_and_the_clock_may_fail_and_come_back(
+        self, background: Background, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        tunnel = Tunnel(background, None)
+        resolve, now = socket.getaddrinfo, time.time
+        resolves = False
+
+        def getaddrinfo(host: object, *args: object, **options: object) -> object:
+            if host != "relay.example":
+                return resolve(host, *args, **options)
+            if not resolves:
+                raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+            return resolve("127.0.0.1", *args, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+        async def begin() -> None:
+            client = ptth.Client(ptth.Origin(False, "relay.example", tunnel.port, ""))
+            tunnel.server = ptth.Server(client, "n", KEY, echo)
+            tunnel.running = asyncio.create_task(tunnel.server.run())
+
+        background.run(begin())
+        told = ""
+
+        def has_told() -> bool:
+            nonlocal told
+            told += capfd.readouterr().err
+            return "name resolution" in told
+
+        eventually(has_told)
+        resolves = True
+        eventually(lambda: tunnel.server.connected.is_set())
+        for jump in (0, 1e6, -1e6):
+            monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
+            assert Client(tunnel.port).answer()[0] == 200
+        tunnel.close()
+
+    @pytest.mark.skipif(not LONG, reason="takes a minute: PTTH_LONG is not set")
+    def test_a_dead_link_is_noticed_and_the_address_may_change(
+        self, start: object, tmp_path: object, files: str
+    ) -> None:
+        """Nothing is answered any more, not even refused: the server's end of the cable is cut."""
+        space, near, far = "ptth-test", "ptth-near", "ptth-far"
+        setup = [f"ip netns add {space}", f"ip link add {near} type veth peer name {far}", f"ip link set {far} netns {space}",
+                 f"ip addr add 198.18.77.1/24 dev {near}", f"ip link set {near} up", f"ip -n {space} addr add 198.18.77.2/24 dev {far}",
+                 f"ip -n {space} link set {far} up"]  # fmt: skip
+        if not shutil.which("ip") or subprocess.run(setup[0].split(), capture_output=True, check=False).returncode:
+            pytest.skip("no network namespaces here")
+        try:
+            for command in setup[1:]:
+                subprocess.run(command.split(), check=True)
+            write_configs(tmp_path, 4000, files, relay_url="http://198.18.77.1:4000")
+            relay = start("relay", "--bind", "198.18.77.1", cwd=tmp_path).listening()
+            command = ["ip", "netns", "exec", space, sys.executable, PROGRAM, "server"]
+            with open(tmp_path / "log", "wb") as log:
+                server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+            relay.wait_for("n is connected")
+            subprocess.run(["ip", "-n", space, "link", "set", far, "down"], check=True)
+            begin = time.monotonic()
+            relay.wait_for("n went away", patience=60)
+            eventually(
+                lambda: b"no connection" in (tmp_path / "log").read_bytes(), patience=60 - (time.monotonic() - begin)
+            )
+            for command in (
+                f"addr del 198.18.77.2/24 dev {far}",
+                f"addr add 198.18.77.3/24 dev {far}",
+                f"link set {far} up",
+            ):
+                subprocess.run(["ip", "-n", space, *command.split()], check=True)
+            relay.wait_for("n is connected")
+            url = "http://198.18.77.1:4000/frontend/servers/n/files/hello.txt"
+            with urllib.request.urlopen(url, timeout=20) as response:
+                assert response.read() == HELLO
+            server.terminate()
+            assert server.wait(10) == 0
+        finally:
+            subprocess.run(["ip", "netns", "pids", space], check=False, capture_output=True)
+            subprocess.run(["ip", "netns", "del", space], check=False)
+            subprocess.run(["ip", "link", "del", near], check=False, capture_output=True)
+
+    def test_a_soak_leaves_nothing_behind(self, pair: Pair, files: str) -> None:
+        """Traffic of all kinds for some seconds, or for PTTH_LONG: memory and descriptors stay as they were."""
+        with open(os.path.join(files, "medium"), "rb") as file:
+            digest = hashlib.sha256(file.read()).digest()
+        stop = time.monotonic() + (LONG or 3)
+        wrong: list[object] = []
+
+        def work(number: int) -> None:
+            rng = random.Random(number)
+            while time.monotonic() < stop:
+                kind = rng.random()
+                if kind < 0.05:
+                    body = one(pair.get("/medium"))[2]
+                    if hashlib.sha256(body).digest() != digest:
+                        wrong.append("medium")
+                elif kind < 0.1:
+                    with pair.download("/medium") as sock:
+                        sock.recv(rng.randrange(1, 100_000))
+                elif kind < 0.2:
+                    fetch(pair.port, get("/frontend/servers/n/files/hello.txt")[: rng.randrange(1, 60)])
+                elif one(pair.get("/hello.txt"))[2] != HELLO:
+                    wrong.append("hello")
+
+        for round_ in range(2):  # the first warms up
+            stop = time.monotonic() + (3 if round_ == 0 else LONG or 3)
+            threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            eventually(lambda: all(process.descriptors() < 40 for process in (pair.relay, pair.server)))
+            memory = [process.resident_mib() for process in (pair.relay, pair.server)]
+            if round_ == 0:
+                before = memory
+        assert not wrong
+        assert all(now < then + 16 for then, now in zip(before, memory, strict=True)), (before, memory)
+
     def test_a_random_life_keeps_its_promises(self, background: Background) -> None:
         """Clients, servers and faults in random order: every request gets its own answer, or an honest error."""
         rng = random.Random(7)
@@ -3042,6 +3208,61 @@ class TestRealPrograms:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             return True
         return False
+
+    FRONTS = {  # program: (its arguments, its configuration)
+        "nginx": (["-p", ".", "-c", "conf"], """daemon off; worker_processes 1; pid p; error_log e; events {{}} http {{ access_log off;
+            client_body_temp_path .; proxy_temp_path .; fastcgi_temp_path .; uwsgi_temp_path .; scgi_temp_path .;
+            upstream r {{ server 127.0.0.1:{relay}; keepalive 9; }} server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://r;
+            proxy_http_version 1.1; proxy_set_header Connection ""; proxy_request_buffering off; proxy_buffering off; }} }} }}"""),
+        "haproxy": (["-f", "conf"], """defaults\n mode http\n timeout connect 5s\n timeout client 5s\n timeout server 60s
+            listen a\n bind 127.0.0.1:{front}\n server s 127.0.0.1:{relay}\n"""),
+        "caddy": (["run", "--adapter", "caddyfile", "--config", "conf"], """{{\n admin off\n auto_https off\n}}
+            http://:{front} {{\n bind 127.0.0.1\n reverse_proxy 127.0.0.1:{relay} {{\n flush_interval -1\n }}\n}}\n"""),
+    }  # fmt: skip
+    HIDDEN = b"GET /frontend/servers/n/smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+    AMBIGUOUS = [  # the fields of a request whose body, by one of two readings, is another request
+        "Content-Length: {n}\r\nTransfer-Encoding : chunked", "Content-Length: {n}\r\nTransfer-Encoding: xchunked",
+        "Content-Length: {n}\r\nTransfer-Encoding:\x0bchunked", "Content-Length: {n}\r\n Transfer-Encoding: chunked",
+        "Content-Length: {n}\r\nX: y\nTransfer-Encoding: chunked", "Content-Length: {n}\r\nContent-Length: 0",
+        "Content-Length: 0\r\nContent-Length: {n}", "Content-Length: +{n}", "Content-Length: {n},0", "Content-Length: 0x{n}",
+        "Transfer-Encoding: chunked, identity\r\nContent-Length: {n}", "Content-Length : {n}", "Content-Length: {n} 0",
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("program", FRONTS)
+    def test_no_front_and_relay_read_one_request_as_two(
+        self, program: str, start: object, tmp_path: object, background: Background
+    ) -> None:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+        asked: list[str] = []
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            asked.append(request.target)
+            return ptth.text_response(200, "here")
+
+        tunnel = Tunnel(background, handler)
+        front = free_port()
+        arguments, text = self.FRONTS[program]
+        (tmp_path / "conf").write_text(text.format(front=front, relay=tunnel.port))
+        process = subprocess.Popen(
+            [program, *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        try:
+            eventually(lambda: self.listens(front))
+            for method in ("GET", "POST"):
+                for fields in self.AMBIGUOUS:
+                    if program == "caddy" and "y\nTransfer" in fields:
+                        continue  # to Caddy it is a field, which goes before the length: two requests, also for the relay
+                    top = f"{method} /frontend/servers/n/first HTTP/1.1\r\nHost: a\r\n"
+                    head = f"{top}{fields.format(n=len(self.HIDDEN) + 5)}\r\n\r\n"
+                    with contextlib.suppress(OSError):
+                        fetch(front, head.encode("latin-1") + b"0\r\n\r\n" + self.HIDDEN, patience=5)
+            assert one(fetch(front, get("/frontend/servers/n/last"), half_close=False))[0] == 200
+            assert "/last" in asked and "/smuggled" not in asked
+        finally:
+            process.terminate()
+            process.wait(10)
+        tunnel.close()
 
     @needs("openssl")
     def test_https_to_the_relay_checks_the_certificate(
