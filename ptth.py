@@ -50,7 +50,6 @@ if sys.version_info < (3, 11):
 import asyncio
 import base64
 import functools
-import hmac
 import io
 import itertools
 import math
@@ -255,6 +254,13 @@ def blake3_hash(data: bytes) -> bytes:
 def tripcode(key: str) -> str:
     """Return the tripcode of an API key: standard base64 of the BLAKE3 hash of its UTF-8 bytes."""
     return base64.b64encode(blake3_hash(key.encode("utf-8", "surrogateescape"))).decode("ascii")
+
+
+def is_same_secret(one: bytes, other: bytes) -> bool:
+    """Compare in constant time."""
+    import hmac
+
+    return hmac.compare_digest(one, other)
 
 
 def key_weakness(key: str) -> str | None:
@@ -2519,7 +2525,7 @@ def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
                 ("Access-Control-Allow-Headers", "*, Authorization"),
             ]
             return Response(204, [_ALLOW, NOSNIFF, *fields, *asked])
-        if secret and not hmac.compare_digest(basic_credentials(request.headers.get("authorization", "")), secret):
+        if secret and not is_same_secret(basic_credentials(request.headers.get("authorization", "")), secret):
             response = error_response(request, challenge)
         else:
             response = await answer(handler, request)
@@ -2583,15 +2589,7 @@ _HOP_BY_HOP = {
     "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
     "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
 }  # fmt: skip
-_NOT_TO_SERVER = _HOP_BY_HOP | {
-    "expect",
-    "cookie",
-    "x-apikey",
-    "via",
-    "x-forwarded-for",
-    "x-forwarded-proto",
-    "x-forwarded-host",
-}
+_NOT_TO_SERVER = _HOP_BY_HOP | {"cookie", "via", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
 # What would give one server power over the origin that all servers share, or over a proxy in front of the relay.
 _NOT_TO_CLIENT = _HOP_BY_HOP | {
     "date", "via", "set-cookie", "set-cookie2", "service-worker-allowed", "clear-site-data", "nel", "report-to",
@@ -2951,7 +2949,7 @@ def unpack_original_response(text: str) -> tuple[int, Headers]:
 
 NAME = r"[A-Za-z0-9._-]{1,64}"
 _NAME = re.compile(rf"(?!\.\.?\Z){NAME}")
-_IDENTITY = re.compile(r"[0-9A-Za-z]{8,64}")
+NAME_RULE = "must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor .."
 
 
 class ServerEntry(NamedTuple):
@@ -3145,7 +3143,7 @@ class TunnelBody(Body):
 
 _BACKEND_ACTIONS = {
     "http_listen": ("GET", _NAME),
-    "http_response": ("POST", _IDENTITY),
+    "http_response": ("POST", _ID),
     "http_responses": ("POST", _NAME),
 }
 _GONE = (410, "nobody waits for this response")
@@ -3350,7 +3348,7 @@ class Relay:
         if server and (key, server.entry.tripcode) in self._verified:
             return True
         code = self._hash(key)
-        if server and hmac.compare_digest(code.encode("ascii"), server.entry.tripcode.encode("ascii")):
+        if server and is_same_secret(code.encode(), server.entry.tripcode.encode()):
             self._verified.add((key, code))
             return True
         self._refuse("backend", request, name, "wrong key" if server else "unknown name")
@@ -3421,7 +3419,7 @@ class Relay:
             code = next((code for known, code in self._verified if known == key), None) or self._hash(key)
             why = "unknown key"
             for entry in self.config.scraper_keys:
-                if hmac.compare_digest(code.encode("ascii"), entry.hash.encode("ascii")):
+                if is_same_secret(code.encode(), entry.hash.encode()):
                     self._verified.add((key, code))
                     name = entry.name
                     if entry.not_before <= time.time() <= entry.not_after:
@@ -3830,7 +3828,7 @@ class Server:
                     pause = REFUSED_TIME
                 except (OSError, ProtocolError) as error:
                     self._tell(f"no connection to {self.client.origin.authority}: {describe(error)}; trying again")
-                    pause = backoff * random.uniform(0.5, 1)
+                    pause = backoff * random.uniform(0.5, 0.95)
                     backoff = min(backoff * 2, BACKOFF_MAX)
                 self.connected.clear()
                 await self._unless_stopped(asyncio.sleep(pause))
@@ -4269,7 +4267,7 @@ def load_relay_config(path: str) -> RelayConfig:
         block.allow_only(["name", "tripcode", "display_name", "sandbox"])
         name, code = block.text("name"), block.text("tripcode")
         if not _NAME.fullmatch(name):
-            block.problem(f"name = {name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..")
+            block.problem(f"name = {name!r} {NAME_RULE}")
         if name in names:
             block.problem(f"there are two servers named {name}")
         names.add(name)
@@ -4331,7 +4329,7 @@ def load_server_config(path: str, flags: dict[str, str], *, to_connect: bool = T
     if not config.name:
         table.problem('name is missing: set name = "..." or give --name')
     elif not _NAME.fullmatch(config.name):
-        table.problem(f"name = {config.name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..")
+        table.problem(f"name = {config.name!r} {NAME_RULE}")
     if not config.api_key:
         table.problem('api_key is missing: set api_key = "..."')
     elif weakness := key_weakness(config.api_key):
@@ -4518,10 +4516,8 @@ def access_log(args: argparse.Namespace) -> AccessLog | None:
 async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until a signal."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
-    auth = args.auth or os.environ.get("PTTH_AUTH", "")
-    if auth and not is_auth(auth):
-        raise UserError("the password in PTTH_AUTH or --auth must be USER:PASSWORD", status=2)
-    options = SiteOptions(args.hidden, args.follow_symlinks, not args.no_listing, args.cors, tuple(args.header), auth)
+    auth, headers = find_auth(args.auth), tuple(args.header)
+    options = SiteOptions(args.hidden, args.follow_symlinks, not args.no_listing, args.cors, headers, auth)
     tls = load_certificate(args.tls_cert, args.tls_key)
     server = HTTPServer(site_handler(Site(root, options)), log=access_log(args), tls=tls)
     sock = open_socket(args.bind, args.port)
@@ -4530,6 +4526,14 @@ async def run_file_server(args: argparse.Namespace) -> None:
     announce(f"Serving {os.path.realpath(root)} at {' '.join(urls(sock, 'https' if tls else 'http'))}")
     await stop.wait()
     await server.stop()
+
+
+def find_auth(given: str = "") -> str:
+    """Return USER:PASSWORD as it was given, or from the environment; UserError when it is not that."""
+    auth = given or os.environ.get("PTTH_AUTH", "")
+    if auth and not is_auth(auth):
+        raise UserError("the password in PTTH_AUTH or --auth must be USER:PASSWORD", status=2)
+    return auth
 
 
 def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -4599,7 +4603,7 @@ def print_scraper_key(name: str) -> None:
     import secrets
 
     if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..", status=2)
+        raise UserError(f"{name!r} {NAME_RULE}", status=2)
     key = secrets.token_urlsafe(32)
     now = time.time()
     hand_out(
@@ -4646,7 +4650,7 @@ def print_server_key(name: str, relay_url: str) -> None:
     import secrets
 
     if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor ..", status=2)
+        raise UserError(f"{name!r} {NAME_RULE}", status=2)
     try:
         parse_relay_url(relay_url)
     except ValueError as error:
@@ -4670,8 +4674,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     stop = stop_event()
     await http.listen(sock)
     port = sock.getsockname()[1]
-    auth = os.environ.get("PTTH_AUTH", "")
-    handler = server_handler(Site(root, SiteOptions(auth=auth)), "demo")
+    handler = server_handler(Site(root, SiteOptions(auth=find_auth())), "demo")
     server = Server(Client(Origin(False, "127.0.0.1", port, "")), "demo", key, handler)
     running = asyncio.create_task(server.run())
     await server.connected.wait()
