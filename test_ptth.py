@@ -53,6 +53,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import threading
 import time
@@ -3126,6 +3127,17 @@ def nginx(where: object, http_block: str) -> object:
         process.wait(10)
 
 
+def make_certificate(where: object) -> ssl.SSLContext:
+    """Make the files `cert` and `key` for localhost, and a server's context of them."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost"], cwd=where, check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(where / "cert", where / "key")
+    return context
+
+
 class Browser:
     """Chromium by way of chromedriver (WebDriver: JSON over HTTP)."""
 
@@ -3269,14 +3281,7 @@ class TestRealPrograms:
     def test_https_to_the_relay_checks_the_certificate(
         self, start: object, tmp_path: object, background: Background
     ) -> None:
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
-             "-addext", "subjectAltName=DNS:localhost"], cwd=tmp_path, check=True, capture_output=True,
-        )  # fmt: skip
-        import ssl
-
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+        context = make_certificate(tmp_path)
 
         async def begin() -> tuple[ptth.Relay, ptth.HTTPServer, int]:
             relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
@@ -3306,14 +3311,7 @@ class TestRealPrograms:
     def test_a_forward_proxy_on_the_way(
         self, scheme: str, start: object, tmp_path: object, background: Background
     ) -> None:
-        import ssl
-
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
-             "-addext", "subjectAltName=DNS:localhost"], cwd=tmp_path, check=True, capture_output=True,
-        )  # fmt: skip
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+        context = make_certificate(tmp_path)
         proxy_port = free_port()
         config = f'Port {proxy_port}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout 60\nLogFile "{tmp_path}/proxy.log"\nBasicAuth u p\nMaxClients 50\n'
         (tmp_path / "proxy.conf").write_text(config)
@@ -3352,12 +3350,7 @@ class TestRealPrograms:
 
     @needs("openssl")
     def test_https_by_the_file_server(self, start: object, tmp_path: object, root: str) -> None:
-        import ssl
-
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
-             "-addext", "subjectAltName=DNS:localhost"], cwd=tmp_path, check=True, capture_output=True,
-        )  # fmt: skip
+        make_certificate(tmp_path)
         args = ["--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key")]
         server = start("file-server", root, "--port", "0", *args)
         port = int(re.search(r"https://[^/ ]*:(\d+)/", server.wait_for("https://"))[1])
