@@ -1203,7 +1203,8 @@ class IncomingBody(Body):
 
     async def write_to(self, connection: Connection) -> None:
         stream = self.stream
-        if self.left >= SPLICE_MIN and isinstance(connection, Stream) and stream.can_splice and connection.can_splice:
+        worth_it = self.left >= SPLICE_MIN and not self.chunked  # of chunks, `left` is the rest of one
+        if worth_it and isinstance(connection, Stream) and stream.can_splice and connection.can_splice:
             try:
                 await stream.take_buffered()
                 while self.held or stream.held and self.left:
@@ -1421,12 +1422,14 @@ class Entry(NamedTuple):
 
 
 # What would hide in a name, or turn it round: controls, marks of direction, and what has no width.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u180e\u3164\uffa0\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+)
 
 
 def show_name(name: bytes) -> str:
-    """Return a file's name as HTML that shows every character of it."""
-    return escape(_UNSEEN.sub("\ufffd", name.decode("utf-8", "replace")))
+    """Return a file's name as text that shows every character of it."""
+    return _UNSEEN.sub("\ufffd", name.decode("utf-8", "replace"))
 
 
 LISTING_SCRIPT = """
@@ -1443,9 +1446,9 @@ def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> b
 
     All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
     """
-    steps = ["Files", *map(show_name, path)]
+    names = [show_name(name) for name in path]
     crumbs = "<i>/</i>".join(
-        f'<a href="{"../" * (len(path) - depth) or "./"}">{name}</a>' for depth, name in enumerate(steps)
+        f'<a href="{"../" * (len(path) - i) or "./"}">{escape(name)}</a>' for i, name in enumerate(["Files", *names])
     )
     folders = sum(entry.is_dir for entry in entries)
     facts = [count_of(n, noun) for n, noun in ((folders, "folder"), (len(entries) - folders, "file")) if n]
@@ -1457,7 +1460,7 @@ def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> b
     headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
     rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
     return page(
-        "/" + b"/".join(path).decode("utf-8", "replace"),
+        "/" + "/".join(names),
         f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span id="count" aria-live="polite">{", ".join(facts)}</span>\n'
         f'{controls if entries else ""}</div>\n<form>\n<table class="l">\n<thead><tr>{headings}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody>\n</table>\n</form>\n</main>\n"
@@ -1476,7 +1479,7 @@ def _sort_heading(key: str, label: str, order: str) -> str:
     """Make a column's heading: a button that sorts by it, or the other way round."""
     active = (order.removeprefix("-") or "name") == key
     backwards = order.startswith("-")
-    value = f"-{key}" if active != backwards else key
+    value = f"-{key}" if active and not backwards else key
     aria = f' aria-sort="{"descending" if backwards else "ascending"}"' if active else ""
     arrow = f' <span aria-hidden="true">{"&darr;" if backwards else "&uarr;"}</span>' if active else ""
     column = {"name": "", "size": ' class="n"', "time": ' class="n w"'}[key]
@@ -1485,7 +1488,7 @@ def _sort_heading(key: str, label: str, order: str) -> str:
 
 def _entry_row(entry: Entry) -> str:
     """Make one row of a listing."""
-    name = show_name(entry.name)
+    name = escape(show_name(entry.name))
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
     if entry.is_dir:
         link, size = f'<a class="d" href="./{quote(entry.name)}/">{name}/</a>', ""
@@ -1656,9 +1659,11 @@ class HTTPServer:
         asyncio.get_running_loop().set_exception_handler(self._complain)
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(sweep(self.streams))
-        self._servers.append(
-            await asyncio.start_server(self._converse, sock=sock, limit=SLICE, ssl=self.tls, backlog=MAX_ACCEPTS)
+        patience = STALL_TIME if self.tls else None  # for what is still on its way when a connection of TLS is closed
+        server = await asyncio.start_server(
+            self._converse, sock=sock, limit=SLICE, backlog=MAX_ACCEPTS, ssl=self.tls, ssl_shutdown_timeout=patience
         )
+        self._servers.append(server)
         sock.listen(1024)  # asyncio takes the backlog for the number of accepts in one turn, too
 
     def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -1677,7 +1682,8 @@ class HTTPServer:
         for server in self._servers:
             server.close()
         for stream in self.streams - self.busy:
-            stream.transport.abort() if stream.held else stream.writer.close()
+            # A client of TLS may leave a close unanswered for half a minute.
+            stream.transport.abort() if stream.held or self.tls else stream.writer.close()
         try:
             async with asyncio.timeout(grace):
                 while self.streams:
@@ -1730,7 +1736,7 @@ class HTTPServer:
             self._find_body(stream, request)
             if isinstance(request.body, IncomingBody) and request.body.chunked and not request.body.expects:
                 # Before it is answered, since afterwards what is wrong with it cannot be said any more.
-                await request.body.check(whole=request.method != "POST")
+                await request.body.check(whole=request.method in ("GET", "HEAD"))
         except TimeoutError:
             if data or stream.held:
                 await self._refuse(stream, data, ProtocolError(408, "the request came too slowly", close=True))
@@ -1747,7 +1753,8 @@ class HTTPServer:
         await self._respond(stream, request, response)
         if not stream.closing:
             return True
-        if not (isinstance(request.body, IncomingBody) and request.body.finished) and not stream.reader.at_eof():
+        # Under TLS, which has no half-close, only for a body that is still coming: who reads to the end waits for us.
+        if not (request.body.finished if isinstance(request.body, IncomingBody) else self.tls):
             await stream.linger()
         return False
 
@@ -3272,9 +3279,9 @@ class Relay:
             server.body_bytes += size
             status = response.status
             server.statuses[status] = server.statuses.get(status, 0) + 1
+            method, path = request.method[:MAX_NOTED], target.partition("?")[0][:MAX_NOTED]
             client = known_client(request)
-            path = target.partition("?")[0][:MAX_NOTED]
-            self.events.append(Event(time.time(), "request", server.name, client, request.method, path, status, size))
+            self.events.append(Event(time.time(), "request", server.name, client, method, path, status, size))
 
         response.sent = sent
         return response
@@ -3849,10 +3856,11 @@ class Server:
                 stream.writer.write_eof()
             else:
                 stream.transport.abort()
-        await self._finish(min(grace, LINGER_TIME))
+        first = min(grace, LINGER_TIME)
+        await self._finish(first)
         for stream in list(self._parked):
             stream.transport.abort()  # a proxy on the way does not pass the half-close on
-        if not await self._finish(grace):
+        if not await self._finish(grace - first):
             for task in self._tasks:
                 task.cancel()
 
@@ -4249,7 +4257,7 @@ def load_relay_config(path: str) -> RelayConfig:
             "the table [server_tripcodes] is an old form; write for each server a block of these lines: "
             '[[servers]]  name = "NAME"  tripcode = "TRIPCODE"'
         )
-    table.allow_only([*(field.name for field in fields(RelayConfig)), "server_tripcodes"])
+    table.allow_only([*(field.name for field in fields(RelayConfig)), *({"server_tripcodes"} & values.keys())])
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
     config.news_url = table.text("news_url")
     config.enable_scraper_api = table.flag("enable_scraper_api", False)
@@ -4339,6 +4347,10 @@ def load_server_config(path: str, flags: dict[str, str], *, to_connect: bool = T
             config.origin = parse_relay_url(config.relay_url)
         except ValueError as error:
             table.problem(f"relay_url {error}")
+        try:
+            parse_proxy(config.proxy_url or "none")
+        except ValueError as error:
+            table.problem(f"proxy_url cannot be used: {error}")
         try:
             config.file_server_root = check_root(config.file_server_root, f"file_server_root in {path}")
         except UserError as error:

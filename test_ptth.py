@@ -1695,6 +1695,19 @@ class TestRelay:
             b"hi!!",
         )
 
+    def test_large_chunks_arrive_whole_also_without_chunks(self, bare_relay: Tunnel, hand: Hand) -> None:
+        data = os.urandom(1 << 20)
+        client = Client(bare_relay.port, version="1.0")
+        hand.listen()
+        ((identity, _),) = hand.requests()
+        chunk = b"%x\r\n%b\r\n" % (len(data), data)
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+        hand.respond(
+            identity, b"%x\r\n%b\r\n" % (len(head), head) + chunk + chunk + b"0\r\n\r\n", "Transfer-Encoding: chunked"
+        )
+        assert client.raw().partition(b"\r\n\r\n")[2] == data + data
+        assert hand.answer()[0] == 200
+
     def test_a_chunked_body_that_breaks_off_has_no_last_chunk(self, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand)
         begin = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -1940,8 +1953,9 @@ class TestRelay:
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
         for rest in (b"Content-Length: 2\r\n\r\nhi", b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"):
-            status, fields, _ = one(bare_relay.fetch(head + rest))
-            assert (status, fields["connection"]) == (501, "close")
+            for request in (head + rest, head.replace(b"POST", b"PUT") + rest):
+                status, fields, _ = one(bare_relay.fetch(request))
+                assert (status, fields["connection"]) == (501, "close")
         hand.listen()
         result: queue.Queue[bytes] = queue.Queue()
         request = (
@@ -2412,7 +2426,7 @@ class TestConfiguration:
         config = ptth.load_server_config(str(path), {"name": "b", "relay_url": "https://r.example/7ZSFUKGV/"})
         assert (config.name, config.throttle_upload) == ("b", 0)
         assert config.origin == ptth.Origin(True, "r.example", 443, "")
-        path.write_text('file_server_root = "/nowhere"\nextra = 1')
+        path.write_text('file_server_root = "/nowhere"\nextra = 1\nproxy_url = "socks5://x"')
         path.chmod(0o644)
         with pytest.raises(ptth.UserError) as caught:
             ptth.load_server_config(str(path), {})
@@ -2422,6 +2436,7 @@ class TestConfiguration:
             "name is missing",
             "api_key is missing",
             "relay_url is missing",
+            "proxy_url",
             "/nowhere is no",
         ]
         assert all(word in line for word, line in zip(words, caught.value.args, strict=True))
@@ -3363,7 +3378,19 @@ class TestRealPrograms:
         client.request("POST", "/big", body=b"x" * 1_000_000)
         assert client.getresponse().status == 405
         client.close()
-        assert server.end() == 0
+        trusting = ssl.create_default_context(cafile=tmp_path / "cert")
+        plain = socket.create_connection(
+            ("localhost", port), timeout=1.5
+        )  # the end does not take the 2 seconds of lingering
+        with trusting.wrap_socket(plain, server_hostname="localhost") as tls:
+            tls.sendall(get("/hello.txt"))
+            while tls.recv(1000):
+                pass
+        idle = trusting.wrap_socket(socket.create_connection(("localhost", port)), server_hostname="localhost")
+        idle.sendall(get("/hello.txt").replace(b"Connection: close\r\n", b""))
+        assert idle.recv(1000)
+        assert server.end(patience=10) == 0  # though nobody answers its close
+        idle.close()
         assert len(server.told) == 1, server.told
 
     @needs("unzip")
