@@ -49,12 +49,14 @@ if sys.version_info < (3, 11):
 
 import asyncio
 import base64
+import errno
 import functools
 import io
 import itertools
 import math
 import os
 import re
+import signal
 import socket
 import stat
 import time
@@ -2213,8 +2215,6 @@ class Site:
         except PermissionError:
             raise ProtocolError(403, "this cannot be read") from None
         except OSError as error:
-            import errno
-
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise ProtocolError(503, "too many open files", headers=[("Retry-After", "1")]) from None
             raise ProtocolError(404, "there is nothing here") from None
@@ -4462,8 +4462,6 @@ def open_socket(bind: str, port: int) -> socket.socket:
                 try:
                     return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
                 except OSError as error:
-                    import errno
-
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                         raise  # otherwise IPv6 is switched off on this machine
             return socket.create_server(("", port))
@@ -4479,31 +4477,21 @@ def open_socket(bind: str, port: int) -> socket.socket:
 def urls(sock: socket.socket, scheme: str = "http") -> list[str]:
     """Return the URLs at which a listening socket can be reached."""
     host, port = sock.getsockname()[:2]
-    hosts = [host]
-    if host in ("::", "0.0.0.0"):
-        hosts = ["127.0.0.1", *local_addresses(host == "::")]
-    return [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/" for host in hosts]
-
-
-def local_addresses(ipv6: bool) -> list[str]:
-    """Return the addresses this machine would speak from; nothing is sent to find them out."""
-    found = []
-    for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        if family == socket.AF_INET6 and not ipv6:
-            continue
+    hosts = ["127.0.0.1"] if host in ("::", "0.0.0.0") else [host]
+    probes = {"0.0.0.0": ["192.0.2.1"], "::": ["192.0.2.1", "2001:db8::1"]}
+    for probe in probes.get(host, []):  # the addresses this machine would speak from: nothing is sent to find them out
         try:
-            with socket.socket(family, socket.SOCK_DGRAM) as sock:
-                sock.connect((probe, 9))
-                found.append(sock.getsockname()[0])
+            with socket.socket(socket.AF_INET6 if ":" in probe else socket.AF_INET, socket.SOCK_DGRAM) as udp:
+                udp.connect((probe, 9))
+                address = udp.getsockname()[0]
+                hosts += [] if address.startswith(("127.", "::1")) else [address]
         except OSError:
             pass  # no route, so no address
-    return [address for address in found if not address.startswith(("127.", "::1"))]
+    return [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/" for host in hosts]
 
 
 def stop_event() -> asyncio.Event:
     """Return an event that SIGINT and SIGTERM set; a second SIGINT ends the program at once."""
-    import signal
-
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
 
@@ -4520,18 +4508,13 @@ def stop_event() -> asyncio.Event:
     return event
 
 
-def access_log(args: argparse.Namespace) -> AccessLog | None:
-    """Return the access log, unless --quiet is given."""
-    return None if args.quiet else AccessLog()
-
-
 async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until a signal."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
     auth, headers = find_auth(args.auth), tuple(args.header)
     options = SiteOptions(args.hidden, args.follow_symlinks, not args.no_listing, args.cors, headers, auth)
     tls = load_certificate(args.tls_cert, args.tls_key)
-    server = HTTPServer(site_handler(Site(root, options)), log=access_log(args), tls=tls)
+    server = HTTPServer(site_handler(Site(root, options)), log=None if args.quiet else AccessLog(), tls=tls)
     sock = open_socket(args.bind, args.port)
     stop = stop_event()
     await server.listen(sock)
@@ -4578,10 +4561,11 @@ async def run_relay(args: argparse.Namespace) -> None:
         config = load_relay_config(path)
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
     relay = Relay(config)
-    server = HTTPServer(relay.handle, log=access_log(args))
+    server = HTTPServer(relay.handle, log=None if args.quiet else AccessLog())
     relay.connections = lambda: len(server.streams)
     stop = stop_event()
-    on_hangup(lambda: reload(relay, path))
+    if hasattr(signal, "SIGHUP"):
+        relay.loop.add_signal_handler(signal.SIGHUP, reload, relay, path)
     await server.listen(sock)
     announce(f"PTTH relay for {count_of(len(config.servers), 'server')} at {' '.join(urls(sock))}")
     await stop.wait()
@@ -4600,14 +4584,6 @@ def reload(relay: Relay, path: str) -> None:
     relay.configure(config)
     counts = count_of(len(config.servers), "server"), count_of(len(config.scraper_keys), "scraper key")
     tell(f"ptth relay: read {path} again: {', '.join(counts)}")
-
-
-def on_hangup(action: Callable[[], None]) -> None:
-    """Call `action` on SIGHUP, where that exists."""
-    import signal
-
-    if hasattr(signal, "SIGHUP"):
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, action)
 
 
 def print_scraper_key(name: str) -> None:
@@ -4637,10 +4613,11 @@ async def run_server(args: argparse.Namespace) -> None:
     if args.new_key:
         print_server_key(args.name or "my-server", args.relay_url or "https://relay.example.com")
         return
-    flags = {key: getattr(args, key) for key in ("name", "relay_url", "file_server_root")}
+    flags = {
+        key: value for key in ("name", "relay_url", "file_server_root") if (value := getattr(args, key)) is not None
+    }
     path = find_config(args.config, "ptth_server.toml")
-    given = {key: value for key, value in flags.items() if value is not None}
-    config = load_server_config(path, given, to_connect=not args.print_tripcode)
+    config = load_server_config(path, flags, to_connect=not args.print_tripcode)
     if args.print_tripcode:
         hand_out(registration(config.name, config.api_key))
         return
@@ -4682,7 +4659,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     key = secrets.token_urlsafe(32)
     sock = open_socket("127.0.0.1", args.port)
     relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))]))
-    http = HTTPServer(relay.handle, log=access_log(args))
+    http = HTTPServer(relay.handle, log=None if args.quiet else AccessLog())
     stop = stop_event()
     await http.listen(sock)
     port = sock.getsockname()[1]
