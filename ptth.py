@@ -3154,8 +3154,6 @@ _BACKEND_ACTIONS = {
     "http_responses": ("POST", _NAME),
 }
 _GONE = (410, "nobody waits for this response")
-_BAD_KEY = (401, "Bad X-ApiKey")
-_CHALLENGE = [NO_STORE, ("WWW-Authenticate", 'X-ApiKey realm="ptth"')]
 
 
 class Relay:
@@ -3163,7 +3161,6 @@ class Relay:
 
     def __init__(self, config: RelayConfig, *, answer_time: float = ANSWER_TIME) -> None:
         self.loop = asyncio.get_running_loop()
-        self.config = RelayConfig()
         self.servers: dict[str, Registered] = {}
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self.refused = {"backend": 0, "scraper": 0}
@@ -3173,8 +3170,7 @@ class Relay:
         self.answer_time = answer_time
         self.stopping = False
         self._verified: set[tuple[str, str]] = set()  # (key, tripcode) that belong together
-        self._hashes = float(HASHES_PER_SECOND)  # that may be made now
-        self._hashed = self.loop.time()
+        self._hashed = -math.inf  # the time up to which the budget of hashes is used up
         self._refusals: dict[str, float] = {}  # when the last one was told, by name
         self._delivered: dict[Connection, list[Exchange]] = {}  # by the connection that took the P3
         self._started = self.loop.time()
@@ -3290,25 +3286,22 @@ class Relay:
         """Let a request wait for a P1, and for the P5 that answers it."""
         await self._refuse_body(request)
         now = self.loop.time()
-        seen = server.last_seen
         if self.stopping:
             raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
-        if not server.connected:
-            if not (seen is not None and now - seen < RECENT_TIME or now - self._started < RECENT_TIME):
-                raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
+        if not server.connected and now - (server.last_seen or self._started) >= RECENT_TIME:
+            raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
         if len(server.waiting) >= MAX_WAITING:
             raise ProtocolError(503, f"too many requests wait for {server.name}", headers=[("Retry-After", "5")])
         exchange = Exchange(server, request, target, now)
         self.exchanges[exchange.identity] = exchange
         server.offer(exchange)
         try:
-            response = await exchange.answer
+            return await exchange.answer
         except BaseException:
             exchange.finish(False)
             raise
         finally:
             self._forget(exchange)
-        return response
 
     async def _refuse_body(self, request: Request) -> None:
         """Refuse a request with a body: it has no way through the tunnel.  That of GET or HEAD means nothing."""
@@ -3335,17 +3328,16 @@ class Relay:
             raise ProtocolError(404, "there is nothing here")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
-        if action != "http_response":
-            server = self.servers.get(rest)
-            if not self._verify(request, server, rest) or server is None:
-                raise ProtocolError(*_BAD_KEY, headers=_CHALLENGE)
-            return await (self._listen if method == "GET" else self._take_batch)(request, server)
-        exchange = self.exchanges.get(rest)
-        if exchange is None:
+        exchange = self.exchanges.get(rest) if action == "http_response" else None
+        if exchange is None and action == "http_response":
             raise ProtocolError(*_GONE, headers=[NO_STORE])
-        if not self._verify(request, exchange.server, exchange.server.name):
-            raise ProtocolError(*_BAD_KEY, headers=_CHALLENGE)
-        return await self._take_response(request, exchange)
+        server = exchange.server if exchange else self.servers.get(rest)
+        if not self._verify(request, server, server.name if server else rest) or server is None:
+            challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
+            raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, challenge])
+        if exchange:
+            return await self._take_response(request, exchange)
+        return await (self._listen if method == "GET" else self._take_batch)(request, server)
 
     def _verify(self, request: Request, server: Registered | None, name: str) -> bool:
         """Return whether the request shows the server's key; remember who asks in vain."""
@@ -3369,11 +3361,10 @@ class Relay:
     def _hash(self, key: str) -> str:
         """Return the tripcode of a key that is not known yet, as long as the budget of hashes lasts."""
         now = self.loop.time()
-        self._hashes = min(self._hashes + (now - self._hashed) * HASHES_PER_SECOND, HASHES_PER_SECOND)
-        self._hashed = now
-        if self._hashes < 1:
+        used = max(self._hashed, now - 1) + 1 / HASHES_PER_SECOND  # what a second did not use is lost
+        if used > now:
             raise ProtocolError(503, "too many unknown keys", headers=[NO_STORE, ("Retry-After", "1")])
-        self._hashes -= 1
+        self._hashed = used
         return tripcode(key)
 
     def _refuse(self, api: str, request: Request, name: str, why: str) -> None:
@@ -3392,10 +3383,8 @@ class Relay:
 
     async def _scrape(self, request: Request, path: str) -> Response:
         """Answer the scraper API: as the frontend, for programs with a key."""
-        if not self.config.enable_scraper_api:
-            raise ProtocolError(404, "there is nothing here")
         version, _, rest = path.partition("/")
-        if version not in ("v1", "api"):
+        if not self.config.enable_scraper_api or version not in ("v1", "api"):
             raise ProtocolError(404, "there is nothing here")
         self._verify_scraper(request)
         what = rest.partition("?")[0]
@@ -3506,7 +3495,7 @@ class Relay:
             parked = Parked(self.loop.create_future(), request.connection, instance, now, now + wait)
             server.parked.append(parked)
             if len(server.parked) > MAX_PARKED:
-                server.dismiss(lambda parked: parked is server.parked[0])
+                server.parked.popleft().dismiss()
             try:
                 batch = await parked.batch
             finally:
@@ -3537,13 +3526,10 @@ class Relay:
             for exchange in batch:
                 self._lose(exchange, "the connection to the server broke")
             return
-        earlier = self._delivered.get(connection)
-        if earlier is None:
+        if connection not in self._delivered:
             connection.ended.append(lambda: self._connection_ended(connection))
-            earlier = []
-        self._delivered[connection] = [
-            exchange for exchange in (*earlier, *batch) if exchange.identity in self.exchanges
-        ]
+        under_way = (*self._delivered.get(connection, ()), *batch)
+        self._delivered[connection] = [one for one in under_way if one.identity in self.exchanges]
 
     def _connection_ended(self, connection: Connection) -> None:
         """A connection that brought a P3 has ended: a plain close that was announced loses nothing."""
