@@ -572,6 +572,11 @@ def format_head(start: str, fields: Fields) -> bytes:
 CHUNKED = -1
 
 
+def format_chunk(data: bytes) -> bytes:
+    """Format a chunk (RFC 9112, 7.1); nothing for no data, since an empty one would be the last."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
 def parse_framing(headers: Headers, minor: int = 1) -> int | None:
     """Return the body's length as the fields tell it: a number, CHUNKED, or None when they do not (RFC 9112, 6.3)."""
     length = headers.get("content-length")
@@ -1296,8 +1301,8 @@ async def write_body(connection: Connection, body: Body, *, chunked: bool) -> No
         await body.write_to(connection)
         return
     async for piece in body:
-        if piece:  # an empty chunk would be the last one
-            await connection.send(b"%x\r\n%b\r\n" % (len(piece), piece))
+        if piece:
+            await connection.send(format_chunk(piece))
     await connection.send(b"0\r\n\r\n")
 
 
@@ -2038,7 +2043,7 @@ class Client:
         name, _, value = size.partition(": ")
         head = self.head("POST", path, [*fields, (name, value)])
         if chunked:
-            begin = b"%x\r\n%b\r\n" % (len(begin), begin)
+            begin = format_chunk(begin)
         if isinstance(body, BytesBody) and not self.pace:
             await stream.send(head + begin + body.data)
             return await self._read_status(stream)

@@ -2265,6 +2265,30 @@ class TestServer:
         asyncio.run(post())
         assert len(posts) == 2 and posts[0] == posts[1]
 
+    def test_a_body_of_unknown_length_arrives_also_behind_nothing(self, background: Background) -> None:
+        class Pieces(ptth.Body):
+            length = None
+
+            async def __aiter__(self) -> object:
+                for piece in (b"one", b"", b"two"):
+                    yield piece
+
+        async def post(begin: bytes) -> bytes:
+            server, sock = ptth.HTTPServer(keep), ptth.open_socket("127.0.0.1", 0)
+            await server.listen(sock)
+            client = ptth.Client(ptth.Origin(False, *sock.getsockname(), ""))
+            status = await client.post("/", [], begin, Pieces(), await client.connect())
+            await server.stop(0.1)
+            return b"%d %b" % (status, bodies.pop())
+
+        async def keep(request: ptth.Request) -> ptth.Response:
+            bodies.append(b"".join([piece async for piece in request.body]))
+            return ptth.text_response(200, "")
+
+        bodies: list[bytes] = []
+        assert background.run(post(b"")) == b"200 onetwo"  # as it is sent to a relay of the original
+        assert background.run(post(b"begin")) == b"200 beginonetwo"
+
     def test_a_relay_of_the_original(self, start: object, tmp_path: object) -> None:
         (tmp_path / "hello.txt").write_bytes(HELLO)
         requests = [["A" * 26, [{0: None}, "/files/hello.txt", {"host": [97]}]], ["B" * 26, [{1: None}, "/files/hello.txt", {"host": [97]}]],
