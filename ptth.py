@@ -1630,9 +1630,10 @@ def file_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return hard if hard != resource.RLIM_INFINITY else 1 << 30
+        soft = hard
     except (OSError, ValueError):
-        return soft
+        pass  # not allowed: what there is must do
+    return soft if soft != resource.RLIM_INFINITY else 1 << 30
 
 
 class HTTPServer:
