@@ -37,7 +37,7 @@ This file is the whole program.  It reads from top to bottom; each section uses 
     14 Command line           demo, relay, server, file-server
 
 Start with `Handler` in section 3.  A file server is a handler given to an HTTP server; a PTTH server is the same
-handler given to `attend`; a relay is a handler that asks somebody else.
+handler given to `Server`; a relay is a handler that asks somebody else.
 """
 
 from __future__ import annotations
@@ -2445,7 +2445,11 @@ class Site:
             for entry in entries:
                 below, below_name = os.path.join(place, entry.name), name + entry.name
                 if entry.is_dir:
-                    facts = os.stat(below)
+                    try:
+                        facts = os.stat(below)
+                    except OSError as error:  # it has gone meanwhile
+                        failed.append(f"{below_name.decode('utf-8', 'replace')}: {error.strerror}\n")
+                        continue
                     identity = (facts.st_dev, facts.st_ino)
                     if identity in above:
                         continue

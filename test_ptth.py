@@ -1163,6 +1163,16 @@ class TestFileServer:
             assert archive.namelist() == ["b", "could-not-be-read.txt"]
             assert archive.read("could-not-be-read.txt") == b"a: Permission denied\n"
 
+    def test_a_folder_that_vanishes_does_not_break_the_zip(self, tmp_path: object) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+        site = ptth.Site(str(tmp_path))
+        failed: list[str] = []
+        walk = site._walk(site.open(()), failed)
+        assert next(walk)[1] == b"a"
+        (tmp_path / "b").rmdir()
+        assert [name for _, name, _ in walk] == [] and "b: " in failed[0]
+
     def test_hidden_names_when_asked_for(self, root: str) -> None:
         assert one(say(self.site(root, hidden=True), get("/.secret")))[0] == 200
         assert b".secret" in say(self.site(root, hidden=True), get("/"))
