@@ -455,7 +455,7 @@ def check_partial_head(data: bytes, start: int = 0) -> None:
 def parse_fields(lines: str, limit: int = MAX_FIELDS) -> Headers:
     """Parse field lines that a head's pattern has matched; nobody may change what is returned.
 
-    A client says the same again with every request, a server nearly so: a third of the time goes where that is kept.
+    A client says the same again with every request, a server nearly so: kept, that saves the relay a tenth of its work.
     """
     return _parse_fields(lines, limit) if len(lines) > MAX_KEPT else _parse_kept_fields(lines, limit)
 
@@ -902,9 +902,10 @@ class Stream:
             twin = os.dup(self.sock.fileno())  # the loop does not let anyone wait for a descriptor of its transports
         except OSError:  # none left: what is under way goes on without
             for start in range(offset, offset + count, PIECE):
-                data = read_at(fd, start, min(PIECE, offset + count - start))
+                size = min(PIECE, offset + count - start)
+                data = read_at(fd, start, size)
                 await self.send(data)
-                if len(data) < min(PIECE, offset + count - start):
+                if len(data) < size:
                     raise BrokenBody("the file became shorter") from None
             return
         try:
@@ -2165,6 +2166,15 @@ class SiteOptions:
     auth: str = ""  # "USER:PASSWORD"
 
 
+def file_error(error: OSError) -> ProtocolError:
+    """Return what a client is told of the file system's refusal."""
+    if isinstance(error, PermissionError):
+        return ProtocolError(403, "this cannot be read")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ProtocolError(503, "too many open files", headers=[("Retry-After", "1")])
+    return ProtocolError(404, "there is nothing here")
+
+
 ORDERS: dict[str, Callable[[Entry], Any]] = {
     "name": lambda entry: (entry.name.lower(), entry.name),
     "size": lambda entry: entry.size,
@@ -2203,7 +2213,7 @@ class Site:
             return text_response(301, "it is a directory\n", [("Location", location)])
         as_json = as_json or self.options.listing and wants_json(request.headers)
         if not as_json:
-            index = self._open_if_there((*segments, b"index.html"), 403)
+            index = self._open_if_there((*segments, b"index.html"), 403, 503)
             if index is not None:
                 return self._respond_file(request, index, (*segments, b"index.html"), "Accept")
         if not self.options.listing:
@@ -2218,12 +2228,8 @@ class Site:
         """
         try:
             return self._open(self._inside + b"/".join(segments), segments)
-        except PermissionError:
-            raise ProtocolError(403, "this cannot be read") from None
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise ProtocolError(503, "too many open files", headers=[("Retry-After", "1")]) from None
-            raise ProtocolError(404, "there is nothing here") from None
+            raise file_error(error) from None
 
     def _open_if_there(self, segments: tuple[bytes, ...], *fatal: int) -> Found | None:
         """Open a regular file that need not be there; ProtocolError for the statuses that are `fatal`."""
@@ -2353,10 +2359,8 @@ class Site:
             return Response(200, fields, ZipBody(self.zip_pieces(found)))
         try:
             return await asyncio.to_thread(self._list, segments, found, wanted.get("sort", [""])[-1], as_json)
-        except PermissionError:
-            raise ProtocolError(403, "this cannot be read") from None
-        except OSError:
-            raise ProtocolError(404, "there is nothing here") from None
+        except OSError as error:
+            raise file_error(error) from None
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool) -> Response:
         """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""
@@ -2501,7 +2505,10 @@ def _file_body(method: str, fd: int, facts: os.stat_result, first: int, count: i
         os.close(fd)
         return AbsentBody(count)
     if count <= SMALL:
-        data = read_at(fd, first, count)
+        try:
+            data = read_at(fd, first, count)
+        except OSError:
+            data = b""  # it fails again when it is sent, where the file is closed
         if len(data) == count:
             os.close(fd)
             return BytesBody(data)
@@ -4147,6 +4154,7 @@ class ServerConfig:
     proxy_url: str = ""
     site: SiteOptions = SiteOptions()
     origin: Origin = NOWHERE  # the relay's
+    proxy: ForwardProxy | None = None  # on the way there
 
 
 class Table:
@@ -4263,7 +4271,7 @@ def load_relay_config(path: str) -> RelayConfig:
     if config.news_url and not re.match("https?://", config.news_url):
         table.problem("news_url must begin with http:// or https://")
     config.scraper_keys = [read_scraper_key(block) for block in table.tables("scraper_keys")]
-    for name in {key.name for key in config.scraper_keys}:
+    for name in sorted({key.name for key in config.scraper_keys}):
         if sum(key.name == name for key in config.scraper_keys) > 1:
             table.problem(f"there are two scraper keys named {name}")
     names = set()
@@ -4344,9 +4352,9 @@ def load_server_config(path: str, flags: dict[str, str], *, to_connect: bool = T
         except ValueError as error:
             table.problem(f"relay_url {error}")
         try:
-            parse_proxy(config.proxy_url or "none")
-        except ValueError as error:
-            table.problem(f"proxy_url cannot be used: {error}")
+            config.proxy = find_proxy(config)
+        except UserError as error:
+            problems += error.args
         try:
             config.file_server_root = check_root(config.file_server_root, f"file_server_root in {path}")
         except UserError as error:
@@ -4620,7 +4628,7 @@ async def run_server(args: argparse.Namespace) -> None:
     site = Site(config.file_server_root, config.site, private=[config.path])
     handler = server_handler(site, config.name)
     pace = Pace(config.throttle_upload) if config.throttle_upload else None
-    server = Server(Client(config.origin, find_proxy(config), pace), config.name, config.api_key, handler)
+    server = Server(Client(config.origin, config.proxy, pace), config.name, config.api_key, handler)
     stop = stop_event()
     announce(f"PTTH server {config.name}: serving {os.path.realpath(config.file_server_root)}")
     running = asyncio.create_task(server.run())

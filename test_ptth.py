@@ -1163,6 +1163,41 @@ class TestFileServer:
             assert archive.namelist() == ["b", "could-not-be-read.txt"]
             assert archive.read("could-not-be-read.txt") == b"a: Permission denied\n"
 
+    def test_no_descriptor_is_503_and_a_failing_disk_leaves_none_open(
+        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "x").write_text("x")
+        site = self.site(tmp_path)
+
+        def fail(number: int) -> object:
+            def call(*args: object, **options: object) -> object:
+                raise OSError(number, os.strerror(number))
+
+            return call
+
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "scandir", fail(errno.EMFILE))
+            assert one(say(site, get("/")))[0] == 503
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pread", fail(errno.EIO))
+            assert b"x" not in say(site, get("/x")).partition(b"\r\n\r\n")[2]
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    @pytest.mark.parametrize(("number", "status"), [(errno.EACCES, 403), (errno.EMFILE, 503), (errno.ENOENT, 200)])
+    def test_an_index_that_cannot_be_opened_does_not_show_the_listing(
+        self, number: int, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.open
+
+        def open_(path: bytes, *args: object) -> int:
+            if path.endswith(b"index.html"):
+                raise OSError(number, os.strerror(number))
+            return real(path, *args)
+
+        monkeypatch.setattr(os, "open", open_)
+        assert one(say(self.site(tmp_path), get("/")))[0] == status
+
     def test_a_folder_that_vanishes_does_not_break_the_zip(self, tmp_path: object) -> None:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
