@@ -3465,7 +3465,8 @@ class TestRealPrograms:
     @needs("unzip")
     def test_unzip_accepts_a_large_zip_made_in_little_memory(self, start: object, tmp_path: object) -> None:
         (tmp_path / "files").mkdir()
-        for name, size in (("large", 4_400_000_000), ("small", 10)):
+        large = 4_400_000_000 if LONG else 200_000_000  # more than 32 bits hold, or more than the memory allowed below
+        for name, size in (("large", large), ("small", 10)):
             with open(tmp_path / "files" / name, "wb") as file:
                 file.truncate(size)
         server = start("file-server", str(tmp_path / "files"), "--port", "0").listening()
