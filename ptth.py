@@ -56,6 +56,7 @@ import itertools
 import math
 import os
 import re
+import select
 import signal
 import socket
 import stat
@@ -78,7 +79,6 @@ __version__ = "1.0.0"
 
 MAX_HEAD = 32 * 1024  # bytes; Apache takes 8 K a line, h11 16 K in all, nginx 32 K
 MAX_FIELDS = 100  # as Apache and http.client
-MAX_KEPT = 1024  # bytes of field lines that are kept parsed, for the next head that has the same
 MAX_REQUEST_LINE = 8 * 1024  # bytes; RFC 9112, 3 recommends to take 8000 at least
 MAX_BLANK_LINES = 4  # before a request line (RFC 9112, 2.2); more is somebody playing
 MAX_INNER_HEAD = 48 * 1024  # bytes; a head grows on its way: the relay adds Via and X-Forwarded-*
@@ -92,7 +92,9 @@ HEAD_TIME = 10.0  # seconds from a head's first byte to its last
 STALL_TIME = 60.0  # seconds without a byte moving before a peer is dropped; as nginx
 RELAY_STALL_TIME = 240.0  # the same for a server that sends to its relay, which knows better how its clients do
 P7_TIME = 3600.0  # seconds; P7 comes when the client has read what lies in the kernels' buffers, slowly perhaps
-LINGER_TIME = 2.0  # seconds to go on reading after an error answer (RFC 9112, 9.6)
+LINGER_TIME = 2.0  # seconds without a byte after which a connection that is to be closed is closed (RFC 9112, 9.6)
+MAX_LINGER_TIME = 30.0  # seconds, and
+MAX_LINGER = 64 * 1024 * 1024  # bytes that are discarded at most meanwhile
 SCRAPER_DAYS = 30  # that a scraper's key may be valid
 GRACE_TIME = 30.0  # seconds that work in flight has to finish at a stop
 SWEEP_TIME = 0.25  # seconds between two looks at what has run out of time
@@ -316,6 +318,7 @@ class Connection(Protocol):
 
     peer: str  # the peer's address, for logs and X-Forwarded-For
     can_send_file: bool  # otherwise a file's bytes go by `send`
+    can_splice: bool  # otherwise what another connection receives goes by `send`
     closing: bool  # one of the two sides has said "Connection: close"
     ended: list[Callable[[], None]]  # called once when the connection ends
 
@@ -331,29 +334,69 @@ class Connection(Protocol):
     async def send_file(self, fd: int, offset: int, count: int) -> None:
         """Send `count` bytes of an open file; raises BrokenBody when the file is shorter."""
 
+    async def splice(self, source: Any, count: int) -> bool:
+        """Send the next `count` bytes that the connection `source` receives; False if that was not possible."""
+
 
 class Body:
-    """The content of a message. Whoever is handed one calls `aclose` in the end, whether it was sent or not."""
+    """The content of a message (RFC 9110, 6.4): read at most once, by `read`, by iteration or by `write_to`.
 
-    length: int | None  # bytes; None when it shows only at the end
+    Who receives a Response owns its body and calls `aclose` once, sent or not.
+    """
+
+    length: int | None = None  # bytes; None when only the end of the body tells
+    data: bytes | None = None  # all of it, if it is in memory
+    complete = True  # False while bytes of it are still to come from a peer
+    expects = False  # the peer waits for 100 Continue before it sends the body
+    replayable = False  # `write_to` may be called again, and begins anew
+    _pieces: AsyncIterator[bytes] | None = None
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         raise NotImplementedError
 
+    async def read(self) -> bytes:
+        """Return the next bytes, or b"" at the end. Raises BrokenBody when the body ends before its length."""
+        if self._pieces is None:
+            self._pieces = aiter(self)
+        return await anext(self._pieces, b"")
+
+    async def read_all(self, limit: int) -> bytes:
+        """Return the whole body; ProtocolError 502 when it is larger than `limit` bytes."""
+        pieces = []
+        while piece := await self.read():
+            pieces.append(piece)
+            limit -= len(piece)
+            if limit < 0:
+                raise ProtocolError(502, "the body is too large", close=True)
+        return b"".join(pieces)
+
     async def write_to(self, connection: Connection) -> None:
-        """Put all of it on a connection, or raise ConnectionError: then what was sent must not look complete."""
+        """Send the whole body.
+
+        Raises BrokenBody when the body has fewer bytes than `length`, ConnectionError when the peer is gone or stalls.
+        The caller must then close the connection so that the peer sees an incomplete message.
+        """
         async for piece in self:
             await connection.send(piece)
 
+    async def check(self, *, discard: bool) -> None:
+        """Look at the framing of a body before it is answered; with `discard` read the body, too, as nobody will."""
+
+    async def drain(self) -> bool:
+        """Discard the rest, MAX_DRAIN bytes at most; return whether the body has ended: the next message can follow."""
+        return True
+
     async def aclose(self) -> None:
-        """Give back what it holds: nothing, for most."""
+        """Release what the body holds, such as an open file. The default does nothing."""
 
 
 class BytesBody(Body):
     """A body that is in memory."""
 
+    replayable = True
+
     def __init__(self, data: bytes = b"") -> None:
-        self.data = data
+        self.data: bytes = data
         self.length = len(data)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -394,8 +437,8 @@ class Request:
 class Response:
     """A response as a handler makes it: without the fields of framing and connection, which are the HTTP server's.
 
-    `sent` is called once in the end, with whether the whole of it was written, and the bytes of the body that were.
-    `final` asks to close the connection.
+    `sent(complete, size)` is called once, when writing has ended: whether all was written, and the bytes of the body
+    that were. `final` asks to close the connection after this response.
     """
 
     status: int
@@ -405,6 +448,13 @@ class Response:
     final: bool = False
 
 
+# What answers requests: the files, a web app, or a server behind the tunnel.
+#
+# A handler may raise ProtocolError, which becomes that response, and BrokenBody of the request's
+# own body, when there is nobody left to answer. A TimeoutError becomes 504, another BrokenBody 502, anything else 500
+# and a traceback in the log. It does not change the request; its caller does not change the response's list of fields.
+# Who receives the response closes its body, exactly once, whether it was sent or not. The HTTP server cancels a
+# handler whose client has reset the connection.
 Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 
@@ -453,23 +503,13 @@ def check_partial_head(data: bytes, start: int = 0) -> None:
 
 
 def parse_fields(lines: str, limit: int = MAX_FIELDS) -> Headers:
-    """Parse field lines that a head's pattern has matched; nobody may change what is returned.
-
-    A client says the same again with every request, a server nearly so: kept, that saves the relay a tenth of its work.
-    """
-    return _parse_fields(lines, limit) if len(lines) > MAX_KEPT else _parse_kept_fields(lines, limit)
-
-
-def _parse_fields(lines: str, limit: int) -> Headers:
+    """Parse field lines that a head's pattern has matched; ProtocolError 431 for more than `limit` fields."""
     if " \r\n" in lines or "\t\r\n" in lines:
         lines = _TRAILING_SPACE.sub("\r\n", lines)
     pairs = _FIELD.findall(lines)
     if len(pairs) > limit:
         raise ProtocolError(431, f"more than {limit} header fields", close=True)
     return Headers(pairs)
-
-
-_parse_kept_fields = functools.lru_cache(512)(_parse_fields)
 
 
 def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
@@ -755,10 +795,10 @@ def redirect_below(segment: bytes, target: str) -> str:
 
 
 class Stream:
-    """One connection: what was read and is not yet used, and until when it may wait for its peer.
+    """A TCP or TLS connection, with the bytes that were read but not used yet (`held`).
 
-    `deadline` is a plain number that `sweep` looks at four times a second: a timer of its own for each wait would cost
-    a tenth of a small request.
+    `read_deadline` and `write_deadline` are plain numbers in the loop's time (inf: none) that `sweep` compares every
+    SWEEP_TIME: a timer for each wait would cost a tenth of a small request.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pace: Pace | None = None) -> None:
@@ -774,37 +814,57 @@ class Stream:
         name = writer.get_extra_info("peername")
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
         self.held = b""
-        self.deadline = math.inf
+        self.read_deadline = self.write_deadline = math.inf
         self.stall_time = STALL_TIME
-        self._unsent = 0  # bytes in the transport's buffer when the deadline was set
+        self._unsent = 0  # bytes in the transport's buffer when the write deadline was set
         self.closing = False
         self.written = 0  # bytes that were sent on it
         self.ended: list[Callable[[], None]] = []
+        self.waiting: asyncio.Task[object] | None = None  # answers a request; ended when the peer resets
 
     def gone(self) -> bool:
         """Return whether the peer has ended its side or reset the connection; a half-close looks the same."""
         return self.reader.at_eof() or self.lost()
 
     def lost(self) -> bool:
-        """Return whether the connection was reset or closed in both directions."""
+        """Return whether the connection is closed in both directions. A half-closed client waits for its response."""
         return self.reader.exception() is not None or self.transport.is_closing()
 
-    def expire(self) -> None:
-        """Wake whoever waits for the peer: the deadline has passed."""
-        self.deadline = math.inf
-        unsent = self.transport.get_write_buffer_size()
-        if 0 < unsent < self._unsent:
-            self._wait_for_writing()  # slow, but alive
-        elif unsent:
-            self.transport.abort()  # it does not read: nothing more can be said
-        else:
+    def is_reset(self) -> bool:
+        """Return whether the peer has reset the connection while nothing is read from it: the loop would not notice."""
+        if self.transport.is_reading() and not self.reader.at_eof() or not hasattr(select, "poll"):
+            return False  # on Windows it is noticed when the next byte is sent
+        poll = select.poll()
+        poll.register(self.sock.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+    def sweep(self, now: float) -> None:
+        """Act on deadlines that have passed, and on a reset that nobody would notice before the next byte."""
+        if self.read_deadline < now:
+            self.read_deadline = math.inf
             self.reader.set_exception(TimeoutError("the peer is silent"))
+        if self.write_deadline < now:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent < self._unsent:
+                self._wait_for_writing()  # slow, but alive
+            else:
+                self.abort()
+        if self.waiting and (self.transport.is_closing() or self.is_reset()):
+            self.waiting.cancel()
+            self.abort()
+        elif self.transport.is_closing() and not self.transport.get_write_buffer_size():
+            self._end()
 
     async def fill(self, patience: float = STALL_TIME) -> bool:
-        """Read what there is, at least one byte; False at the end of the stream. TimeoutError after `patience`."""
-        self.deadline = self.loop.time() + patience
-        data = await self.reader.read(SLICE)
-        self.deadline = math.inf
+        """Append at least one received byte to `held`; return False at the end of the stream.
+
+        TimeoutError after `patience` seconds.
+        """
+        self.read_deadline = self.loop.time() + patience
+        try:
+            data = await self.reader.read(SLICE)
+        finally:
+            self.read_deadline = math.inf
         self.held += data
         return bool(data)
 
@@ -813,7 +873,7 @@ class Stream:
 
         TimeoutError with `held` empty means an idle connection, with bytes in it a head that came too slowly.
         """
-        self.deadline = self.loop.time() + idle_time
+        self.read_deadline = self.loop.time() + idle_time
         blank_lines = checked = 0
         while True:
             data = self.held
@@ -829,16 +889,16 @@ class Stream:
             if data:
                 check_partial_head(data, checked)
                 if not checked:
-                    self.deadline = self.loop.time() + head_time
+                    self.read_deadline = self.loop.time() + head_time
                 checked = len(data)
             self.held = data
-            piece = await self.reader.read(SLICE)
+            piece = await self.reader.read(MAX_HEAD)  # of what is pipelined, no more than that is kept
             if not piece:
                 if data:
                     raise ConnectionError("the connection ended inside a head")
                 return b""
             self.held = data + piece
-        self.deadline = math.inf
+        self.read_deadline = math.inf
         if end > MAX_HEAD:
             check_partial_head(data[:end])
         self.held = data[end:]
@@ -873,22 +933,31 @@ class Stream:
         if self.transport.is_closing():
             raise ConnectionResetError("the connection was reset")
         if self.transport.get_write_buffer_size() > PIECE:
-            self._wait_for_writing()
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Wait until the peer has taken enough of what was sent; ConnectionError when it stalls or resets."""
+        self._wait_for_writing()
+        try:
             await self.writer.drain()
-            self.deadline = math.inf
+        finally:
+            self.write_deadline = math.inf
+        if self.transport.is_closing():  # an abort wakes who waits as if all had been sent
+            raise ConnectionResetError("the connection was reset")
 
     def _wait_for_writing(self) -> None:
-        """Give the peer another while to take some of what is to be sent."""
+        """Give the peer `stall_time` to take some of what is to be sent."""
         self._unsent = self.transport.get_write_buffer_size()
-        self.deadline = self.loop.time() + self.stall_time
+        self.write_deadline = self.loop.time() + self.stall_time
 
     async def flush(self) -> None:
-        """Wait until the kernel has all that was sent: only then may bytes go past the transport, or it be closed."""
+        """Wait until the transport's buffer is empty, as needed before os.sendfile or os.splice use the socket.
+
+        ConnectionError when the peer stalls.
+        """
         if self.transport.get_write_buffer_size():
             self.transport.set_write_buffer_limits(0)
-            self._wait_for_writing()
-            await self.writer.drain()
-            self.deadline = math.inf
+            await self._drain()
             self.transport.set_write_buffer_limits()
 
     async def send_file(self, fd: int, offset: int, count: int) -> None:
@@ -974,7 +1043,7 @@ class Stream:
             except TimeoutError:
                 return
             if not data:
-                raise BrokenBody("the connection ended inside a body")
+                return  # at the end of the stream: what is held may be all of the body
             self.held += data
 
     async def _ready(self, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
@@ -995,44 +1064,57 @@ class Stream:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         except OSError:
             pass
-        self.transport.abort()
+        self.abort()
 
     async def linger(self) -> None:
-        """Half-close and read for a moment: closing with unread bytes would destroy the answer (RFC 9112, 9.6)."""
+        """Half-close, and discard what the peer still sends: closing with unread bytes would destroy the response.
+
+        Ends when the peer ends or is silent for LINGER_TIME, after MAX_LINGER bytes or MAX_LINGER_TIME (RFC 9112, 9.6).
+        """
         if self.gone():
             return
         if self.writer.can_write_eof():  # not under TLS, where it must be reading on alone
             self.writer.write_eof()
+        self.held = b""
+        discarded = 0
         try:
-            async with asyncio.timeout(LINGER_TIME):
-                for _ in range(64):
-                    if not await self.reader.read(SLICE):
-                        break
+            async with asyncio.timeout(MAX_LINGER_TIME):
+                while discarded < MAX_LINGER and await self.fill(LINGER_TIME):
+                    discarded += len(self.held)
+                    self.held = b""
         except (TimeoutError, OSError):
             pass
 
-    async def close(self) -> None:
-        """Close, giving what has been sent the time to leave."""
-        if not self.transport.is_closing():  # a transport of TLS that is closed twice cannot be asked any more
-            try:
-                await self.flush()
-            except (ConnectionError, TimeoutError):
-                pass
+    def close(self) -> None:
+        """Close. What was sent may still leave, as long as the peer takes some of it within each `stall_time`."""
+        if not self.transport.is_closing():  # a TLS transport that is closed twice raises
             self.writer.close()
-        self.deadline = math.inf
-        for callback in self.ended:
+        if self.transport.get_write_buffer_size():
+            self._wait_for_writing()  # `sweep` ends it
+        else:
+            self._end()
+
+    def abort(self) -> None:
+        """Close at once; what was not sent yet is lost, so that the peer sees an incomplete message."""
+        self.transport.abort()
+        self._end()
+
+    def _end(self) -> None:
+        """Call those who wait for the end of the connection."""
+        self.read_deadline = self.write_deadline = math.inf
+        callbacks, self.ended = self.ended, []
+        for callback in callbacks:
             callback()
-        self.ended.clear()
 
 
 async def sweep(streams: set[Stream]) -> NoReturn:
-    """Wake, for ever, those streams whose deadline has passed."""
+    """Check all deadlines every SWEEP_TIME, for ever."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(SWEEP_TIME)
         now = loop.time()
-        for stream in [stream for stream in streams if stream.deadline < now]:
-            stream.expire()
+        for stream in list(streams):
+            stream.sweep(now)
 
 
 def tune(sock: socket.socket) -> None:
@@ -1085,7 +1167,7 @@ class IncomingBody(Body):
         self.chunked = framing == CHUNKED
         self.until_close = framing is None
         self.left = 0 if framing is None or framing == CHUNKED else framing  # bytes before the next framing, or the end
-        self.finished = framing == 0
+        self.complete = framing == 0
         self.expects = expects
         self.held = b""  # bytes that were read and given back
         self.waste = 0
@@ -1105,15 +1187,20 @@ class IncomingBody(Body):
         if self.expects:
             self.expects = False
             await self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.chunked:
-            return await self._read_chunks()
-        if self.finished:
+        try:
+            return await (self._read_chunks() if self.chunked else self._read_counted())
+        except TimeoutError:
+            raise ProtocolError(408, "the rest of the message did not come in time", close=True) from None
+
+    async def _read_counted(self) -> bytes:
+        """Return what has arrived of a body with a length, or of one that ends with the connection."""
+        if self.complete:
             return b""
         stream = self.stream
         if not stream.held and not await stream.fill():
             if not self.until_close:
                 raise BrokenBody("the connection ended inside a body")
-            self.finished = True
+            self.complete = True
             return b""
         data = stream.held
         if self.until_close or len(data) <= self.left:
@@ -1122,7 +1209,7 @@ class IncomingBody(Body):
             data, stream.held = data[: self.left], data[self.left :]
         if not self.until_close:
             self.left -= len(data)
-            self.finished = not self.left
+            self.complete = not self.left
         return data
 
     def unread(self, data: bytes) -> None:
@@ -1134,7 +1221,7 @@ class IncomingBody(Body):
         stream = self.stream
         pieces = []
         at = 0
-        while not self.finished:
+        while not self.complete:
             held = stream.held
             if self.left and at < len(held):
                 pieces.append(held[at : at + self.left])
@@ -1177,33 +1264,27 @@ class IncomingBody(Body):
             if self._trailers > MAX_FIELDS:
                 raise ProtocolError(431, "too many trailer fields", close=True)
         else:
-            self.finished = True
+            self.complete = True
 
-    async def read_all(self, limit: int) -> bytes:
-        """Return the whole body; ProtocolError 502 when it is larger than `limit` bytes."""
-        pieces = []
-        while piece := await self.read():
-            pieces.append(piece)
-            limit -= len(piece)
-            if limit < 0:
-                raise ProtocolError(502, "the body is too large", close=True)
-        return b"".join(pieces)
+    async def check(self, *, discard: bool) -> None:
+        """Check the framing of a chunked body before the handler runs, since after it an error cannot be told.
 
-    async def check(self, *, whole: bool) -> None:
-        """Read the first piece, which `read` then returns again, or `whole` for a body that nobody wants."""
-        if whole:
+        Read one piece and put it back, or discard up to MAX_DRAIN bytes. ProtocolError 400 or 408, BrokenBody.
+        """
+        if not self.chunked or self.expects:
+            return
+        if discard:
             await self.drain()
         else:
             self.unread(await self.read())
 
     async def drain(self) -> bool:
-        """Read the rest, MAX_DRAIN bytes at most; return whether that was all, so that the next message follows."""
-        if self.expects:
+        if self.expects or (self.length or 0) > MAX_DRAIN:
             return False
         drained = 0
-        while drained <= MAX_DRAIN and not self.finished:
+        while drained <= MAX_DRAIN and not self.complete:
             drained += len(await self.read())
-        return self.finished
+        return self.complete
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while piece := await self.read():
@@ -1212,14 +1293,14 @@ class IncomingBody(Body):
     async def write_to(self, connection: Connection) -> None:
         stream = self.stream
         worth_it = self.left >= SPLICE_MIN and not self.chunked  # of chunks, `left` is the rest of one
-        if worth_it and isinstance(connection, Stream) and stream.can_splice and connection.can_splice:
+        if worth_it and stream.can_splice and connection.can_splice:
             try:
                 await stream.take_buffered()
                 while self.held or stream.held and self.left:
                     await connection.send(await self.read())
-                if await connection.splice(stream, self.left):
+                if self.left and await connection.splice(stream, self.left):
                     self.left = 0
-                    self.finished = True
+                    self.complete = True
             finally:
                 if not stream.transport.is_closing():
                     stream.transport.resume_reading()
@@ -1228,7 +1309,9 @@ class IncomingBody(Body):
 
 
 class FileBody(Body):
-    """A part of an open regular file; closes the file in the end. May be written again, from its beginning."""
+    """A part of an open regular file; closes the file in the end."""
+
+    replayable = True
 
     def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int) -> None:
         self._fd = fd
@@ -1272,6 +1355,8 @@ class FileBody(Body):
 
 class MultipartBody(Body):
     """Several parts of one file, each behind a head of its own (RFC 9110, 14.6)."""
+
+    replayable = True
 
     def __init__(self, fd: int, opened: os.stat_result, parts: list[tuple[bytes, int, int]], last: bytes) -> None:
         self._whole = FileBody(fd, opened, 0, 0)
@@ -1565,15 +1650,17 @@ def error_response(request: Request, error: ProtocolError) -> Response:
 
 
 async def answer(handler: Handler, request: Request) -> Response:
-    """Return the handler's response; whatever it raises becomes one too."""
+    """Return the handler's response; what it raises becomes one, too, as `Handler` has it."""
     try:
         return await handler(request)
     except ProtocolError as error:
         return error_response(request, error)
     except TimeoutError:
-        return error_response(request, ProtocolError(408, "the rest of the request did not come in time", close=True))
+        return error_response(request, ProtocolError(504, "the response did not come in time"))
     except BrokenBody:
-        raise  # the request's own body: there is nobody to answer
+        if not request.body.complete and request.connection and request.connection.gone():
+            raise  # the client ended the request's body early: no response can be sent
+        return error_response(request, ProtocolError(502, "the response broke off before it began"))
     except Exception:
         import traceback
 
@@ -1670,7 +1757,7 @@ class HTTPServer:
             self._sweeper = asyncio.create_task(sweep(self.streams))
         patience = STALL_TIME if self.tls else None  # for what is still on its way when a connection of TLS is closed
         server = await asyncio.start_server(
-            self._converse, sock=sock, limit=SLICE, backlog=MAX_ACCEPTS, ssl=self.tls, ssl_shutdown_timeout=patience
+            self._converse, sock=sock, limit=PIECE, backlog=MAX_ACCEPTS, ssl=self.tls, ssl_shutdown_timeout=patience
         )
         self._servers.append(server)
         sock.listen(1024)  # asyncio takes the backlog for the number of accepts in one turn, too
@@ -1692,14 +1779,14 @@ class HTTPServer:
             server.close()
         for stream in self.streams - self.busy:
             # A client of TLS may leave a close unanswered for half a minute.
-            stream.transport.abort() if stream.held or self.tls else stream.writer.close()
+            stream.abort() if stream.held or self.tls else stream.close()
         try:
             async with asyncio.timeout(grace):
                 while self.streams:
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            for stream in self.streams:
-                stream.transport.abort()
+            for stream in list(self.streams):
+                stream.abort()
         await asyncio.sleep(0)
         if self._sweeper:
             self._sweeper.cancel()
@@ -1710,6 +1797,7 @@ class HTTPServer:
         """Serve one connection from its beginning to its end."""
         stream = Stream(reader, writer)
         self.streams.add(stream)
+        stream.ended.append(lambda: self.streams.discard(stream))
         try:
             if stream.sock and stream.sock.fileno() > self._most_descriptors:  # the system gives the lowest free one
                 busy = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
@@ -1718,15 +1806,12 @@ class HTTPServer:
             while await self._exchange(stream):
                 if stream.held:
                     await asyncio.sleep(0)  # who sends many requests at once must not keep the loop from the others
-            await stream.close()
-        except (OSError, TimeoutError):
-            stream.transport.abort()  # reset, stalled or broken off: nothing more can be said
-        except asyncio.CancelledError:
-            stream.transport.abort()
+            await stream.flush()
+        except (OSError, TimeoutError, asyncio.CancelledError):
+            stream.abort()  # reset, stalled or broken off: nothing more can be said
         finally:
-            self.streams.discard(stream)
             self.busy.discard(stream)
-            await stream.close()
+            stream.close()
 
     async def _exchange(self, stream: Stream) -> bool:
         """Read one request, have it answered, write the response; return whether another one may follow."""
@@ -1743,9 +1828,7 @@ class HTTPServer:
             request.connection = stream
             request.secure = self.tls is not None
             self._find_body(stream, request)
-            if isinstance(request.body, IncomingBody) and request.body.chunked and not request.body.expects:
-                # Before it is answered, since afterwards what is wrong with it cannot be said any more.
-                await request.body.check(whole=request.method in ("GET", "HEAD"))
+            await request.body.check(discard=request.method in ("GET", "HEAD"))
         except TimeoutError:
             if data or stream.held:
                 await self._refuse(stream, data, ProtocolError(408, "the request came too slowly", close=True))
@@ -1758,14 +1841,23 @@ class HTTPServer:
             stream.closing = "close" in options or request.minor == 0 and "keep-alive" not in options
         else:
             stream.closing = request.minor == 0
-        response = await answer(self.handler, request)
-        await self._respond(stream, request, response)
+        await self._serve(stream, request)
         if not stream.closing:
             return True
-        # Under TLS, which has no half-close, only for a body that is still coming: who reads to the end waits for us.
-        if not (request.body.finished if isinstance(request.body, IncomingBody) else self.tls):
+        # Under TLS, which has no half-close, only while a request's body may still arrive: a client that reads to the
+        # end of the connection would wait LINGER_TIME for nothing.
+        if not request.body.complete or request.body is EMPTY and not self.tls:
             await stream.linger()
         return False
+
+    async def _serve(self, stream: Stream, request: Request) -> None:
+        """Have a request answered and write its response, unless the client resets the connection meanwhile."""
+        stream.waiting = asyncio.current_task()
+        try:
+            response = await answer(self.handler, request)
+            await self._respond(stream, request, response)
+        finally:
+            stream.waiting = None
 
     def _find_body(self, stream: Stream, request: Request) -> None:
         """Attach the request's body, if it has one, and look at Expect (RFC 9110, 10.1.1)."""
@@ -1790,64 +1882,75 @@ class HTTPServer:
         whole = False
         body = response.body
         begun = stream.written
+        unsent = head_size = 0
         try:
-            begun += await self._write(stream, request, response)
+            head = self._make_head(stream, request, response)
+            head_size = len(head)
+            await self._write(stream, request, response, head)
             whole = True
         except (ProtocolError, OSError) as error:
-            stream.transport.abort()
+            unsent = stream.transport.get_write_buffer_size()
+            stream.abort()
             raise ConnectionError(str(error)) from error
         finally:
             await body.aclose()
-            size = max(stream.written - begun, 0)
+            size = max(stream.written - begun - head_size - unsent, 0)
             if response.sent:
                 response.sent(whole, size)
                 response.sent = None  # it knows the response: a circle that only the garbage collector would break
             if self.log:
                 self.log.add(request, response.status, size)
-        if isinstance(request.body, IncomingBody) and not stream.closing:
+        if not stream.closing:
             try:
                 stream.closing = not await request.body.drain()
             except ProtocolError:
                 stream.closing = True  # it has its answer; what follows cannot be read
 
-    async def _write(self, stream: Stream, request: Request, response: Response) -> int:
-        """Write head and body; return the bytes of the head."""
-        body, status = response.body, response.status
-        length = body.length
-        fields = response.headers
-        minor = request.minor
-        bare = status in (204, 304) or request.method == "HEAD"
-        chunked = length is None and minor == 1 and not bare
-        if chunked:
-            fields.append(("Transfer-Encoding", "chunked"))
-        elif length is not None and status not in (204, 304):
-            fields.append(("Content-Length", str(length)))
-        elif length is None and not bare:
-            stream.closing = True  # HTTP/1.0: the end of the connection is the end of the body
-        incoming = request.body
-        if isinstance(incoming, IncomingBody) and (incoming.expects or (incoming.length or 0) > MAX_DRAIN):
+    def _make_head(self, stream: Stream, request: Request, response: Response) -> bytes:
+        """Format the response's head, and decide whether the connection closes after the response."""
+        status, length, minor = response.status, response.body.length, request.minor
+        framing = []
+        if status not in (204, 304):
+            if length is not None:
+                framing.append(("Content-Length", str(length)))
+            elif request.method != "HEAD":
+                if minor:
+                    framing.append(("Transfer-Encoding", "chunked"))
+                else:
+                    stream.closing = True  # HTTP/1.0: the end of the connection is the end of the body
+        unread = request.body
+        if (
+            unread.expects
+            or not unread.complete
+            and (unread.length or 0) > MAX_DRAIN
+            or response.final
+            or self.stopping
+        ):
             stream.closing = True
-        stream.closing = stream.closing or response.final or self.stopping
-        fields.append(("Date", format_date(int(time.time()))))
+        fields = [*response.headers, *framing, ("Date", format_date(int(time.time())))]
         if stream.closing:
             fields.append(("Connection", "close"))
         elif minor == 0:
             fields.append(("Connection", "keep-alive"))
-        head = format_response_head(status, fields)
-        if bare:
+        return format_response_head(status, fields)
+
+    async def _write(self, stream: Stream, request: Request, response: Response, head: bytes) -> None:
+        """Write head and body."""
+        body = response.body
+        if response.status in (204, 304) or request.method == "HEAD":
             await stream.send(head)
-            return len(head)
-        if isinstance(body, BytesBody) and len(body.data) <= SLICE:
+            return
+        if body.data is not None and len(body.data) <= SLICE:
             await stream.send(head + body.data)
-            return len(head)
+            return
         await stream.send(head)
+        chunked = body.length is None and request.minor == 1
         try:
             await write_body(stream, body, chunked=chunked)
         except BaseException:
-            if length is None and not chunked:
+            if body.length is None and not chunked:
                 stream.reset()
             raise
-        return len(head)
 
 
 # -- 8. HTTP client --
@@ -1949,6 +2052,7 @@ class Client:
         stream.stall_time = RELAY_STALL_TIME
         tune(stream.sock)
         self.streams.add(stream)
+        stream.ended.append(lambda: self.streams.discard(stream))
         return stream
 
     async def _connect_through(self, proxy: ForwardProxy) -> socket.socket:
@@ -2003,14 +2107,12 @@ class Client:
 
     def drop(self, stream: Stream) -> None:
         """Close a connection that is of no more use."""
-        self.streams.discard(stream)
-        stream.writer.close()
+        stream.close()
 
     def close(self) -> None:
         """Close all connections at once."""
         for stream in list(self.streams):
-            stream.transport.abort()
-        self.streams.clear()
+            stream.abort()
         self._idle.clear()
 
     def head(self, method: str, path: str, fields: Fields) -> bytes:
@@ -2046,7 +2148,7 @@ class Client:
         head = self.head("POST", path, [*fields, (name, value)])
         if chunked:
             begin = format_chunk(begin)
-        if isinstance(body, BytesBody) and not self.pace:
+        if body.data is not None and not self.pace:
             await stream.send(head + begin + body.data)
             return await self._read_status(stream)
         await stream.send(head + begin)
@@ -2486,17 +2588,15 @@ class _Sink(io.RawIOBase):
 class ZipBody(Body):
     """A zip that is made in a thread while it is sent."""
 
-    length: int | None = None
-
     def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
+        self._zip = pieces
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        while (piece := await asyncio.to_thread(next, self._pieces, None)) is not None:
+        while (piece := await asyncio.to_thread(next, self._zip, None)) is not None:
             yield piece
 
     async def aclose(self) -> None:
-        del self._pieces  # closes what is open in it, when no thread is at work on it any more
+        del self._zip  # closes what is open in it, when no thread is at work on it any more
 
 
 def _file_body(method: str, fd: int, facts: os.stat_result, first: int, count: int) -> Body:
@@ -4086,9 +4186,8 @@ class Server:
 
         What is whole in memory is repeated in any case: a relay that had it passes it over.
         """
-        repeatable = isinstance(body, BytesBody | FileBody | MultipartBody)
-        stream = self.client.reuse() if repeatable else None
-        again = stream is not None or isinstance(body, BytesBody)
+        stream = self.client.reuse() if body.replayable else None
+        again = stream is not None or body.data is not None
         while True:
             stream = stream or await self.client.connect()
             fields = [("X-ApiKey", self._key), kind]

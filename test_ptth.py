@@ -46,6 +46,7 @@ import errno
 import hashlib
 import http.client
 import json
+import math
 import queue
 import random
 import re
@@ -124,6 +125,19 @@ async def echo(request: ptth.Request) -> ptth.Response:
         pieces = [piece async for piece in request.body]
         return ptth.Response(200, [], ptth.BytesBody(b"".join(pieces)))
     return ptth.text_response(200, f"{request.method} {request.target}\n")
+
+
+@contextlib.contextmanager
+def serving(background: Background, handler: ptth.Handler, **options: object) -> object:
+    """An HTTP server with a handler, on a port of its own; `serving.servers` is the last one."""
+    server = ptth.HTTPServer(handler, **options)
+    sock = ptth.open_socket("127.0.0.1", 0)
+    serving.servers = [server]
+    background.run(server.listen(sock))
+    try:
+        yield sock.getsockname()[1]
+    finally:
+        background.run(server.stop(0.1))
 
 
 def split(data: bytes) -> list[tuple[int, dict[str, str], bytes]]:
@@ -813,6 +827,101 @@ class TestStreams:
         assert asyncio.run(measure()) >= 0.095
 
 
+class TestConnections:
+    """The two ends of a real connection, in one loop."""
+
+    @staticmethod
+    async def pair(small: bool = False) -> tuple[ptth.Stream, socket.socket]:
+        """A connection and the plain socket at its other end, which takes little when it is `small`."""
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            if small:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=ptth.SLICE)
+            other, _ = listening.accept()
+        other.setblocking(False)
+        return ptth.Stream(reader, writer), other
+
+    @staticmethod
+    async def swept(stream: ptth.Stream, work: object) -> object:
+        """The result of `work` on a connection whose deadlines are checked without delay."""
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            await asyncio.sleep(0.005)
+            stream.sweep(stream.loop.time())
+        return await task
+
+    def test_a_peer_that_does_not_read_is_noticed_while_the_connection_is_read(self) -> None:
+        async def talk() -> None:
+            stream, other = await self.pair(small=True)
+            stream.stall_time = 0.05
+            reading = asyncio.ensure_future(stream.fill(3600))
+            with pytest.raises(ConnectionError):
+                await self.swept(stream, stream.send(bytes(50_000_000)))
+            reading.cancel()
+            other.close()
+
+        asyncio.run(talk())
+
+    def test_a_peer_that_reads_slowly_is_kept_until_it_stops(self) -> None:
+        async def talk() -> None:
+            stream, other = await self.pair()
+            stream.writer.write(bytes(50_000_000))
+            sending = asyncio.ensure_future(stream.send(b"."))
+            await asyncio.sleep(0)
+            for _ in range(5):
+                before = stream._unsent
+                while stream.transport.get_write_buffer_size() >= before:
+                    await asyncio.sleep(0)
+                    with contextlib.suppress(BlockingIOError):
+                        other.recv(1_000_000)
+                stream.sweep(math.inf)  # the deadline has passed, but some bytes have left
+                assert not stream.lost()
+            stream._unsent = 0
+            stream.sweep(math.inf)
+            with pytest.raises(ConnectionError):
+                await sending
+            other.close()
+
+        asyncio.run(talk())
+
+    def test_a_connection_that_is_closed_with_unsent_bytes_ends_in_time(self) -> None:
+        async def talk() -> None:
+            stream, other = await self.pair(small=True)
+            stream.stall_time = 0.05
+            ended = asyncio.Event()
+            stream.ended.append(ended.set)
+            stream.writer.write(bytes(50_000_000))
+            stream.close()
+            assert not ended.is_set()
+            await self.swept(stream, ended.wait())
+            other.close()
+
+        asyncio.run(talk())
+
+    @pytest.mark.parametrize("size", [ptth.SPLICE_MIN, 3 * ptth.SPLICE_MIN])
+    def test_a_body_that_has_arrived_with_the_end_of_the_stream_is_complete(self, size: int) -> None:
+        async def talk() -> None:
+            source, sender = await self.pair()
+            sink, receiver = await self.pair()
+            data = os.urandom(size)
+            source.reader.feed_data(data)
+            source.reader.feed_eof()
+            body = ptth.IncomingBody(source, size)
+            got = b""
+            writing = asyncio.ensure_future(body.write_to(sink))
+            while len(got) < size:
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    got += receiver.recv(1 << 20)
+            await writing
+            assert got == data and body.complete
+            for end in (source, sink):
+                end.abort()
+            sender.close(), receiver.close()
+
+        asyncio.run(talk())
+
+
 class TestHTTPServer:
     def test_pipelined_requests_are_answered_in_their_order(self) -> None:
         requests = b"".join(f"GET /{i} HTTP/1.1\r\nHost: a\r\n\r\n".encode() for i in range(50))
@@ -841,7 +950,7 @@ class TestHTTPServer:
         assert (status, fields["connection"]) == (200, "close")
 
     def test_a_body_of_unknown_length_is_chunked_or_ends_with_the_connection(self) -> None:
-        class Endless:
+        class Endless(ptth.Body):
             length = None
 
             async def __aiter__(self) -> object:
@@ -879,12 +988,104 @@ class TestHTTPServer:
         for head in (b" HTTP/1.1\r\n\r\n", b"x" * 9000 + b" HTTP/1.1\r\n\r\n", b" HTTP/1.1\r\nHost: a\n\r\n"):
             assert say(echo, b"HEAD /" + head).endswith(b"\r\n\r\n")
 
-    def test_a_body_that_stalls_is_408(self, capfd: pytest.CaptureFixture[str]) -> None:
-        async def stall(request: ptth.Request) -> ptth.Response:
-            raise TimeoutError
+    @pytest.mark.parametrize(
+        ("error", "status"),
+        [(TimeoutError(), 504), (ptth.BrokenBody("x"), 502), (ptth.ProtocolError(418, "x"), 418), (OSError(), 500)],
+    )
+    def test_what_a_handler_raises_is_its_own_fault(
+        self, error: Exception, status: int, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        async def broken(request: ptth.Request) -> ptth.Response:
+            raise error
 
-        assert one(say(stall, get("/")))[0] == 408
-        assert "Traceback" not in capfd.readouterr().err
+        assert one(say(broken, get("/")))[0] == status
+        assert ("Traceback" in capfd.readouterr().err) is (status == 500)
+
+    def test_a_request_body_that_ends_early_is_not_answered_and_one_that_stalls_is_408(
+        self, background: Background, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort"
+        assert say(echo, head) == b""
+        monkeypatch.setattr(ptth.Stream.fill, "__defaults__", (0.01,))
+        with serving(background, echo) as port:
+            assert one(fetch(port, head, half_close=False))[0] == 408
+
+    def test_a_response_does_not_change_what_the_handler_keeps(self) -> None:
+        kept = ptth.Response(200, [("X", "y")], ptth.BytesBody(b"again"))
+
+        async def same(request: ptth.Request) -> ptth.Response:
+            return kept
+
+        assert [body for _, _, body in split(say(same, get("/"), get("/")))] == [b"again"]
+        assert kept.headers == [("X", "y")]
+
+    def test_requests_share_no_fields(self) -> None:
+        heads = [ptth.parse_request_head(get("/")).headers for _ in range(2)]
+        heads[0]["host"] = "changed"
+        heads[0].pairs.clear()
+        assert heads[1] == ptth.Headers([("Host", "example.com"), ("Connection", "close")])
+
+    def test_a_client_that_sends_its_whole_body_first_still_reads_the_refusal(self, background: Background) -> None:
+        async def refuse(request: ptth.Request) -> ptth.Response:
+            raise ptth.ProtocolError(413, "no", close=True)
+
+        with serving(background, refuse) as port:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.request("POST", "/", body=bytes(20_000_000))
+            assert connection.getresponse().status == 413
+            connection.close()
+
+    @pytest.mark.parametrize("tail", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 20_000])
+    def test_a_client_that_resets_ends_its_request(self, tail: bytes, background: Background) -> None:
+        begun, ended = threading.Event(), threading.Event()
+
+        async def think(request: ptth.Request) -> ptth.Response:
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+            raise AssertionError
+
+        with serving(background, think) as port:
+            for half_close in (False, True):
+                begun.clear(), ended.clear()
+                sock = socket.create_connection(("127.0.0.1", port))
+                sock.setblocking(False)
+                sock.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + tail)
+                assert begun.wait(20)
+                if half_close:
+                    sock.shutdown(socket.SHUT_WR)
+                    assert not ended.wait(3 * ptth.SWEEP_TIME)  # it may still wait for its response
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                sock.close()
+                assert ended.wait(20)
+
+    def test_of_what_is_pipelined_little_is_kept(self, background: Background) -> None:
+        begun = threading.Event()
+        release = asyncio.Event()
+
+        async def think(request: ptth.Request) -> ptth.Response:
+            begun.set()
+            await release.wait()
+            return ptth.text_response(200, "")
+
+        with serving(background, think) as port, socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.setblocking(False)
+            begin = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+            sent = sock.send(begin)
+            assert begun.wait(20)
+            taken = [0, -1]
+            while taken[-1] != taken[-2]:  # until the server takes no more
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        sent += sock.send(begin * 10_000)
+                time.sleep(0.05)
+                taken.append(sent)
+            (server,) = serving.servers
+            (stream,) = server.streams
+            assert len(stream.held) + len(stream.reader._buffer) < 500_000
+            background.loop.call_soon_threadsafe(release.set)
 
     def test_an_error_of_ours_is_500_and_tells_the_client_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
         async def broken(request: ptth.Request) -> ptth.Response:
