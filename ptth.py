@@ -2885,6 +2885,37 @@ def passing_response(status: int, headers: Headers, *, sandbox: bool = True) -> 
     return fields
 
 
+# A dot and the separators of a path in every spelling that a proxy may normalise: nginx decodes %2F, Envoy and anything
+# on Windows takes a backslash for a slash, and behind two proxies an escape may have been escaped again.
+_ESCAPED_DOT = re.compile(r"%(?:25)*2e", re.IGNORECASE)
+_SLASH, _BACKSLASH = r"/|%(?:25)*2f", r"\\|%(?:25)*5c"
+_SEPARATORS = [
+    re.compile(pattern, re.IGNORECASE) for pattern in ("/", _SLASH, rf"/|{_BACKSLASH}", rf"{_SLASH}|{_BACKSLASH}")
+]
+_PATH_PARAMETER = re.compile(rf";(?:(?!{_SLASH}|{_BACKSLASH}).)*", re.IGNORECASE)  # Java's servers ignore it
+
+
+def climbs(path: str) -> bool:
+    """Return whether some reader of `path` would find that it leads above its beginning.
+
+    Empty segments do not count, since a proxy may merge slashes. A name that merely contains dots climbs nowhere.
+    """
+    text = _ESCAPED_DOT.sub(".", path)
+    if ".." not in text:
+        return False
+    text = _PATH_PARAMETER.sub("", text)
+    for separator in _SEPARATORS:
+        depth = 0
+        for segment in separator.split(text):
+            if segment == "..":
+                depth -= 1
+                if depth < 0:
+                    return True
+            elif segment not in ("", "."):
+                depth += 1
+    return False
+
+
 def parse_wait(prefer: str) -> float:
     """Return the seconds of `Prefer: wait=N` (RFC 7240, 4.3), WAIT_TIME at most, and that when nothing is said."""
     match = re.search(r"(?:\A|[,;\s])wait\s*=\s*\"?([0-9]{1,9})(?![0-9])", prefer, re.IGNORECASE)
@@ -3372,7 +3403,13 @@ class Relay:
     # P2 and P6
 
     async def _forward(self, request: Request, server: Registered, target: str) -> Response:
-        """Have the server answer a client's request, and keep account of it."""
+        """Have the server answer a client's request, and keep account of it.
+
+        A target that climbs above the server's own prefix is refused: a proxy in front may have normalised the path,
+        and then its rule for the other path, perhaps without a password, let this request through.
+        """
+        if climbs(target.partition("?")[0]):
+            raise ProtocolError(404, "the path leads out of the server's")
         if request.method in ("OPTIONS", "TRACE") and request.headers.get("max-forwards") == "0":
             raise ProtocolError(405, "the way ends here", headers=[("Allow", "GET, HEAD, OPTIONS")])  # RFC 9110, 7.6.2
         server.transfers += 1

@@ -41,6 +41,7 @@ except ImportError:
 
 import ast
 import asyncio
+import base64
 import contextlib
 import errno
 import hashlib
@@ -56,6 +57,7 @@ import signal
 import socket
 import ssl
 import statistics
+import textwrap
 import threading
 import time
 import urllib.request
@@ -2188,13 +2190,34 @@ class TestRelay:
         assert one(bare_relay.fetch(get("/")))[1]["location"] == "./frontend/servers/"
 
     def test_what_follows_the_name_is_forwarded_untouched(self, bare_relay: Tunnel, hand: Hand) -> None:
-        for path in ("/", "/a/../%2e%2e//b?c=%20/../d", "/\xff"):
+        for path in ("/", "/a/../%2e//b?c=%20/../d", "/\xff", "/a%2Fb\\c;d=e/..?/../.."):
             hand.listen()
             client = Client(bare_relay.port, path)
             ((identity, target),) = hand.requests()
             assert target == path
             assert hand.reply(identity, OK) == 200
             assert client.answer()[0] == 200
+
+    UP = [
+        "..", "../", "../x", "a/../..", "a/b/../../../x", "./..", "/..", "//../x", "a//../../x", "a/./../..", "a///..//../x",
+        "%2e%2e", ".%2E/x", "%2e./x", "a/%2e%2e/%2E%2E/x", "..%2fx", "..%2Fx", "%2e%2e%2fx", "a%2f..%2f..%2fx", "a/..%2f..", "%2f../x",
+        "..\\x", "a\\..\\..\\x", "..%5cx", "..%5C..", "%2e%2e%5Cx", "a/..\\../x", "\\../x", "a%5c../..", "x%2fy/../..",
+        "%252e%252e/x", "..%252fx", "%25252e./x", "..%255Cx", "..;/x", "..;a=b/x", "a/..;x/..;y", "%2e%2e;/x", "a;b/../..", "..?", "../?q",
+    ]  # fmt: skip
+    NOT_UP = [
+        "", "...", "..a", "a..", "a..b", "..a/..b", ".../x", ".x/..", "a/..", "a/../b", "a/b/../..", "./", "a/./", "%2e", "%2e%2e%2e", "a?/../..",
+        "?../..", "a%2f..b", "..%2", "..%25", "a\\b", "1..2/..3", "a/%2e%2e/b", "..%00", "%2e%2ea", "v1..v2.tar.gz", "a;..",
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("below", ["frontend/servers/n/", "scraper/v1/server/n/", "scraper/api/server/n/"])
+    def test_a_path_that_climbs_above_the_servers_is_404(self, below: str, background: Background) -> None:
+        tunnel = Tunnel(background, echo)
+        tunnel.relay.config.enable_scraper_api = True
+        tunnel.relay.config.scraper_keys = [ptth.ScraperKey("s", ptth.tripcode(KEY), 0, time.time() + 99)]
+        for paths, status in ((self.UP, 404), (self.NOT_UP, 200)):
+            for path in paths:
+                assert one(tunnel.fetch(get(f"/{below}{path}", f"X-ApiKey: {KEY}")))[0] == status, path
+        tunnel.close()
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
@@ -3557,6 +3580,78 @@ class TestRealPrograms:
                         fetch(front, head.encode("latin-1") + b"0\r\n\r\n" + self.HIDDEN, patience=5)
             assert one(fetch(front, get("/frontend/servers/n/last"), half_close=False))[0] == 200
             assert "/last" in asked and "/smuggled" not in asked
+        finally:
+            process.terminate()
+            process.wait(10)
+        tunnel.close()
+
+    @staticmethod
+    def readme(language: str) -> list[str]:
+        """The blocks of that language in the README, without their indentation."""
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            return [
+                textwrap.dedent(block)
+                for block in re.findall(rf"^ *```{language}\n(.*?)^ *```$", file.read(), re.MULTILINE | re.DOTALL)
+            ]
+
+    def front_with_a_password(self, program: str, where: object, front: int, relay: int) -> list[str]:
+        """Write the configuration that the README shows, with the user me:secret; return the command."""
+        coded = "$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW"
+        if program == "caddy":
+            block = next(block for block in self.readme("caddy") if "basicauth" in block)
+            block = block.replace("relay.example.com", f"http://:{front}").replace(
+                "127.0.0.1:4000", f"127.0.0.1:{relay}"
+            )
+            (where / "conf").write_text("{\n admin off\n auto_https off\n}\n" + block.replace("$2a$14$...", coded))
+            return ["caddy", "run", "--adapter", "caddyfile", "--config", "conf"]
+        (where / "users").write_text("me:{PLAIN}secret\n")
+        plain, closed = self.readme("nginx")[:2]
+        block = plain.replace("    location / { proxy_pass http://ptth; }\n", closed)
+        block = block.replace("4000", str(relay)).replace("443 ssl", f"127.0.0.1:{front}")
+        block = block.replace("/etc/nginx/htpasswd", f"{where}/users")
+        (where / "conf").write_text(
+            f"user root; daemon off; worker_processes 1; pid {where}/p; error_log {where}/e; events {{}}\nhttp {{ access_log off;\n"
+            f"client_body_temp_path {where}; proxy_temp_path {where}; fastcgi_temp_path {where}; uwsgi_temp_path {where};\n"
+            f"scgi_temp_path {where};\n{block} }}\n"
+        )
+        return ["nginx", "-c", f"{where}/conf", "-p", str(where)]
+
+    @pytest.mark.parametrize("program", ["nginx", "caddy"])
+    def test_the_readmes_password_cannot_be_walked_round(
+        self, program: str, tmp_path: object, background: Background
+    ) -> None:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+        asked: list[ptth.Request] = []
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            asked.append(request)
+            return ptth.text_response(200, "secret")
+
+        tunnel = Tunnel(background, handler)
+        front = free_port()
+        process = subprocess.Popen(
+            self.front_with_a_password(program, tmp_path, front, tunnel.port),
+            cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            eventually(lambda: self.listens(front))
+            below = "/frontend/servers/n/"
+            for up in ("..", "%2e%2e", ".%2E", "..%2f..", "..\\", "..%5c", "a/../..", "..;"):
+                for slash in ("/", "//", "%2f", "\\", "/./"):
+                    for opened in ("7ZSFUKGV", "scraper", "files/secret"):
+                        for path in (
+                            below + slash.join([up] * 3 + [opened, "x"]),
+                            f"/{opened}{slash}{up}{slash}{below[1:]}x",
+                        ):
+                            status = fetch(front, get(path), half_close=False)[9:12]
+                            assert not asked and status in (b"400", b"401", b"404"), (path, status)
+            assert one(fetch(front, get(below), half_close=False))[0] == 401
+            with_password = get(below, "Authorization: Basic " + base64.b64encode(b"me:secret").decode())
+            assert one(fetch(front, with_password, half_close=False))[2] == b"secret"
+            assert "authorization" not in asked[0].headers
+            for path in ("/7ZSFUKGV/http_listen/n", "/scraper/v1/test"):  # the relay's own refusals
+                assert b"Basic" not in fetch(front, get(path), half_close=False), path
         finally:
             process.terminate()
             process.wait(10)
