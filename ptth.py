@@ -3925,36 +3925,228 @@ class Refused(Exception):
     """The relay does not know this name with this key."""
 
 
-class Server:
-    """Attends to a relay: asks it for requests, has them handled, sends back the responses."""
+def tell_fault() -> None:
+    """Write the traceback of the exception that is being handled on stderr."""
+    import traceback
 
-    def __init__(self, client: Client, name: str, key: str, handler: Handler) -> None:
+    for line in traceback.format_exc().splitlines():
+        tell(line)
+
+
+class Workers:
+    """A handler, and the budget of work that all relays of a server share.  `group` has every task of the server."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.group: asyncio.TaskGroup | None = None  # while the server runs
+        self.stopping = asyncio.Event()
+        self.room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are worked on
+        self.room.set()
+        self.request_ids: set[str] = set()  # of all requests that came and are not answered
+        self._queue: deque[tuple[str, Request | ProtocolError, Sender]] = deque()
+        self._count = 0  # tasks that handle them
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work` until it ends. What it raises ends the server."""
+        try:
+            assert self.group
+            self.group.create_task(work)
+        except RuntimeError:  # the server is ending
+            work.close()
+
+    def add(self, identity: str, request: Request | ProtocolError, sender: Sender) -> None:
+        """Let a request be handled, and its response be sent; one that is worked on already is ignored."""
+        if identity in self.request_ids:
+            return
+        self.request_ids.add(identity)
+        self._queue.append((identity, request, sender))
+        if len(self.request_ids) >= MAX_HANDLERS:
+            self.room.clear()
+        self._start_worker()
+
+    def _start_worker(self) -> None:
+        """Start a worker. If requests are still queued one turn of the loop later, it is waiting: start another.
+
+        Fast handlers need one task; a slow one delays no other request.
+        """
+        if self._queue and self._count < MAX_HANDLERS:
+            self._count += 1
+            self.spawn(self._work())
+            asyncio.get_running_loop().call_soon(self._start_worker)
+
+    async def _work(self) -> None:
+        """Handle what is queued, one request after the other."""
+        try:
+            while self._queue:
+                await self._handle(*self._queue.popleft())
+        finally:
+            self._count -= 1
+
+    async def _call_handler(self, request: Request) -> Response:
+        """Return the handler's response.
+
+        No part of a request is still to come through the tunnel, so a time-out and a broken body are the handler's own.
+        """
+        try:
+            response = await self.handler(request)
+            assert isinstance(response, Response), f"the handler returned {response!r}"
+            return response
+        except TimeoutError:
+            raise ProtocolError(504, "the server did not answer in time") from None
+        except BrokenBody as error:
+            raise ProtocolError(502, f"the response broke off: {describe(error)}") from None
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise
+            raise RuntimeError("the handler was cancelled by its own work") from error
+
+    async def _handle(self, identity: str, request: Request | ProtocolError, sender: Sender) -> None:
+        """Have one request handled, and its response sent."""
+        batched = False
+        try:
+            if isinstance(request, ProtocolError):
+                response, method = error_response(_NO_REQUEST, request), "GET"
+            else:
+                response, method = await answer(self._call_handler, request), request.method
+            batched = sender.can_batch(response)
+            if batched:
+                sender.batch(identity, response, method)
+            else:
+                await sender.send(identity, response, method)
+        except Exception:  # a fault in a body: its response broke off, the server goes on
+            tell_fault()
+        finally:
+            if not batched:
+                self.done(identity)
+
+    def done(self, *identities: str) -> None:
+        """Note that requests have been answered."""
+        self.request_ids.difference_update(identities)
+        if len(self.request_ids) < MAX_HANDLERS:
+            self.room.set()
+
+
+class Sender:
+    """Sends responses to one relay: P5 and P7."""
+
+    def __init__(self, client: Client, name: str, key: str, workers: Workers, tell: Callable[[str], None]) -> None:
         self.client = client
         self.name = name
-        self.handler = handler
+        self.original = False  # the relay speaks the original's form
+        self.most_batches = 1  # under way at once
+        self._key = key
+        self._workers = workers
+        self._tell = tell
+        self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
+        self._sending = 0  # batches under way
+
+    def can_batch(self, response: Response) -> bool:
+        """Return whether a response is small enough to leave together with others."""
+        small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_IN_BATCH
+        return small and not (self.client.pace or self.original)
+
+    def batch(self, identity: str, response: Response, method: str) -> None:
+        """Let a small response leave with those that have gathered while the last batch was under way."""
+        assert isinstance(response.body, BytesBody)
+        body = response.body.data if has_body(method, response.status) else b""
+        try:
+            self._batch.append((identity, pack_batched(identity, response, body)))
+        except ProtocolError as error:  # a field that cannot be sent
+            self.batch(identity, error_response(_NO_REQUEST, error), method)
+        if self._sending < self.most_batches:
+            self._sending += 1
+            self._workers.spawn(self._send_batches())
+
+    async def _send_batches(self) -> None:
+        """Post what has gathered, until nothing has."""
+        try:
+            while self._batch:
+                identities: list[str] = []
+                pieces: list[bytes] = []
+                size = 0
+                while self._batch and (not pieces or size + len(self._batch[0][1]) <= MAX_BATCH_BYTES):
+                    identity, piece = self._batch.popleft()
+                    identities.append(identity)
+                    pieces.append(piece)
+                    size += len(piece)
+                try:
+                    await self._post(f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
+                except (OSError, ProtocolError) as error:
+                    self._tell(f"P5 broke off: {describe(error)}")
+                finally:
+                    self._workers.done(*identities)
+        finally:
+            self._sending -= 1
+
+    async def send(self, identity: str, response: Response, method: str) -> None:
+        """P5 and P7: send a response to the relay; its body is closed in the end."""
+        body = response.body
+        try:
+            if self.original:
+                head, kind = b"", (ORIGINAL_FIELD, pack_original_response(response))
+            else:
+                head, kind = pack_response_head(response), ("Content-Type", RESPONSE_TYPE)
+        except ProtocolError as error:  # a field that cannot be sent
+            await body.aclose()
+            await self.send(identity, error_response(_NO_REQUEST, error), method)
+            return
+        try:
+            await self._post(
+                f"http_response/{identity}", head, body if has_body(method, response.status) else EMPTY, kind
+            )
+        except (OSError, ProtocolError) as error:
+            self._tell(f"P5 broke off: {describe(error)}")
+        finally:
+            await body.aclose()
+
+    async def _post(
+        self, path: str, head: bytes, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
+    ) -> None:
+        """Post a response; once more on a fresh connection when a kept one turns out to be closed.
+
+        What is whole in memory is repeated in any case: a relay that had it passes it over.
+        """
+        stream = self.client.reuse() if body.replayable else None
+        again = stream is not None or body.data is not None
+        while True:
+            stream = stream or await self.client.connect()
+            fields = [("X-ApiKey", self._key), kind]
+            try:
+                status = await self.client.post(BACKEND + path, fields, head, body, stream)
+            except BaseException as error:
+                self.client.drop(stream)
+                if not again or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
+                    raise
+                stream, again = None, False
+                continue
+            self.client.give(stream)
+            if status not in (200, 410) and not (self.original and status == 400):  # 400 there: nobody waits for it
+                tell(f"ptth server: P5 was answered with {status}")
+            return
+
+
+class Link:
+    """Attends to one relay: says hello, and asks it for requests by P1."""
+
+    def __init__(self, client: Client, name: str, key: str, workers: Workers) -> None:
+        self.client = client
+        self.name = name
         self.connected = asyncio.Event()
         self._key = key
         self._instance = os.urandom(8).hex()  # so that a relay can count the servers of one name
-        self._stopping = asyncio.Event()
-        self._room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are worked on
-        self._room.set()
-        self._pending: deque[tuple[str, Request | ProtocolError]] = deque()
-        self._workers = 0  # tasks that handle them
-        self._working: set[str] = set()  # the ids of all requests that came and are not answered
+        self._workers = workers
+        self._spawn = workers.spawn
+        self._stopping = workers.stopping
         self._parked: set[Stream] = set()  # P1 that wait for their answer
-        self._tasks: set[asyncio.Task[None]] = set()
         self._told = ""
-        self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
-        self._sending = 0  # batches under way
-        self._original = False  # the relay speaks the original's form
-        self._most_batches = 1
+        self._sender = Sender(client, name, key, workers, self._tell)
 
     async def run(self) -> None:
-        """Stay connected until `stop`: try again for ever, at first quickly."""
+        """Stay connected until the stop: try again for ever, at first quickly."""
         import random
 
         loop = asyncio.get_running_loop()
-        sweeper = loop.create_task(sweep(self.client.streams))
         backoff = BACKOFF_MIN
         try:
             while not self._stopping.is_set():
@@ -3962,8 +4154,8 @@ class Server:
                     near = await self._unless_stopped(self._connect())
                     failure: asyncio.Future[Exception] = loop.create_future()
                     began = loop.time()
-                    one_by_one = near or self._original  # an original relay answers an older P1 with 500
-                    self._most_batches = 1 if one_by_one else FAR_BATCHES
+                    one_by_one = near or self._sender.original  # an original relay answers an older P1 with 500
+                    self._sender.most_batches = 1 if one_by_one else FAR_BATCHES
                     for _ in range(1 if one_by_one else FAR_P1):
                         self._spawn(self._listen(failure))
                     error = await self._unless_stopped(failure)
@@ -3981,38 +4173,19 @@ class Server:
                 await self._unless_stopped(asyncio.sleep(pause))
         except _Stopped:
             pass
-        finally:
-            while self._tasks:
-                await asyncio.wait(self._tasks)
-            sweeper.cancel()
-            self.client.close()
 
-    async def stop(self, grace: float = GRACE_TIME) -> None:
-        """Ask for nothing more, and finish what has come; ends `run`."""
-        self._stopping.set()
+    def leave(self) -> None:
+        """Ask for nothing more: the relay takes the half-close for that, and a P3 that is on its way still arrives."""
         for stream in list(self._parked):
-            # The relay takes the half-close for our leaving, and a P3 that is on its way still arrives.
             if stream.writer.can_write_eof():
                 stream.writer.write_eof()
             else:
                 stream.transport.abort()
-        first = min(grace, LINGER_TIME)
-        await self._finish(first)
-        for stream in list(self._parked):
-            stream.transport.abort()  # a proxy on the way does not pass the half-close on
-        if not await self._finish(grace - first):
-            for task in self._tasks:
-                task.cancel()
 
-    async def _finish(self, seconds: float) -> bool:
-        """Wait for what is under way; return whether it ended in time."""
-        try:
-            async with asyncio.timeout(seconds):
-                while self._tasks:
-                    await asyncio.wait(self._tasks)
-        except TimeoutError:
-            return False
-        return True
+    def abort_polls(self) -> None:
+        """End the P1 that are still open: a proxy on the way does not pass a half-close on."""
+        for stream in list(self._parked):
+            stream.transport.abort()
 
     def _tell(self, line: str) -> None:
         """Tell the operator, once for each change."""
@@ -4040,12 +4213,6 @@ class Server:
             task.cancel()
             stopping.cancel()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run `work`, which catches its own errors, until it ends."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     # P1
 
     async def _connect(self) -> bool:
@@ -4071,7 +4238,7 @@ class Server:
                 brought = await self._poll_again(stream)
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
                     raise ConnectionError("the relay answers at once and with nothing")
-                await self._room.wait()
+                await self._workers.room.wait()
         except (OSError, ProtocolError, Refused) as error:
             if not failure.done():
                 failure.set_result(error)
@@ -4097,10 +4264,10 @@ class Server:
         try:
             await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
             status, headers = await stream.read_response_head(P1_TIME)
-            self._original = check_listen_answer(status, headers)
-            limit = MAX_ORIGINAL if self._original else MAX_BATCH_BYTES + MAX_INNER_HEAD
+            self._sender.original = check_listen_answer(status, headers)
+            limit = MAX_ORIGINAL if self._sender.original else MAX_BATCH_BYTES + MAX_INNER_HEAD
             body = b"" if status == 204 else await self.client.read_body(stream, headers, limit)
-            self._accept(body)
+            self.accept(body)
         except BaseException:
             self.client.drop(stream)
             raise
@@ -4111,135 +4278,61 @@ class Server:
         self.client.give(stream)
         return bool(body)
 
-    # P4 and P5
+    def accept(self, data: bytes) -> None:
+        """P3: let its requests be handled."""
+        unpack = unpack_original_requests if self._sender.original and data else unpack_requests
+        for identity, request in unpack(data):
+            self._workers.add(identity, request, self._sender)
 
-    def _accept(self, data: bytes) -> None:
-        """Take over the requests of a P3; one that is worked on already was offered again in vain."""
+
+class Server:
+    """Serves a handler through a relay: `run` until `stop`."""
+
+    def __init__(self, client: Client, name: str, key: str, handler: Handler) -> None:
+        self.client = client
+        self.workers = Workers(handler)
+        self.link = Link(client, name, key, self.workers)
+        self.connected = self.link.connected
+        self._ended = asyncio.Event()
+        self._ended.set()
+
+    async def run(self) -> None:
+        """Attend to the relay until `stop`; an unexpected error or a cancellation ends all work at once."""
+        self._ended.clear()
+        sweeper = asyncio.create_task(sweep(self.client.streams))
         try:
-            unpack = unpack_original_requests if self._original and data else unpack_requests
-            for identity, request in unpack(data):
-                if identity not in self._working:
-                    self._working.add(identity)
-                    self._pending.append((identity, request))
+            async with asyncio.TaskGroup() as self.workers.group:
+                self.workers.spawn(self.link.run())
+        except* _Stopped:
+            pass
         finally:
-            if len(self._working) >= MAX_HANDLERS:
-                self._room.clear()
-            self._pump()
+            sweeper.cancel()
+            self.client.close()
+            self._ended.set()
 
-    def _pump(self) -> None:
-        """Start a worker, and look again whether it has to wait for something: then the rest needs another one.
+    async def stop(self, grace: float = GRACE_TIME) -> None:
+        """Ask for nothing more, and let what is under way finish for `grace` seconds; ends `run`."""
+        self.workers.stopping.set()
+        self.link.leave()
+        first = min(grace, LINGER_TIME)
+        await self._wait_for_the_end(first)
+        self.link.abort_polls()
+        if not await self._wait_for_the_end(grace - first):
+            self.workers.spawn(self._give_up())
 
-        So a page of small files costs one task, and a slow handler holds up nobody.
-        """
-        if self._pending and self._workers < MAX_HANDLERS:
-            self._workers += 1
-            self._spawn(self._work())
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    async def _work(self) -> None:
-        """Handle what is pending, one after the other."""
+    async def _wait_for_the_end(self, seconds: float) -> bool:
+        """Return whether `run` ended in time."""
         try:
-            while self._pending:
-                await self._handle(*self._pending.popleft())
-        finally:
-            self._workers -= 1
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+        except TimeoutError:
+            return False
+        return True
 
-    async def _handle(self, identity: str, request: Request | ProtocolError) -> None:
-        """Have one request handled, and send its response."""
-        batched = False
-        try:
-            if isinstance(request, ProtocolError):
-                response, method = error_response(_NO_REQUEST, request), "GET"
-            else:
-                response, method = await answer(self.handler, request), request.method
-            small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_IN_BATCH
-            batched = small and not (self.client.pace or self._original)
-            if batched:
-                self._batch_response(identity, response, method)
-            else:
-                await self._send_response(identity, response, method)
-        finally:
-            if not batched:
-                self._done(identity)
-
-    def _done(self, *identities: str) -> None:
-        """Note that requests have been answered."""
-        self._working.difference_update(identities)
-        if len(self._working) < MAX_HANDLERS:
-            self._room.set()
-
-    def _batch_response(self, identity: str, response: Response, method: str) -> None:
-        """Let a small response leave with those that have gathered while the last batch was under way."""
-        assert isinstance(response.body, BytesBody)
-        body = response.body.data if has_body(method, response.status) else b""
-        try:
-            self._batch.append((identity, pack_batched(identity, response, body)))
-        except ProtocolError as error:  # a field that cannot be sent
-            self._batch_response(identity, error_response(_NO_REQUEST, error), method)
-        if self._sending < self._most_batches:
-            self._sending += 1
-            self._spawn(self._send_batches())
-
-    async def _send_batches(self) -> None:
-        """Post what has gathered, until nothing has."""
-        try:
-            while self._batch:
-                identities: list[str] = []
-                pieces: list[bytes] = []
-                size = 0
-                while self._batch and (not pieces or size + len(self._batch[0][1]) <= MAX_BATCH_BYTES):
-                    identity, piece = self._batch.popleft()
-                    identities.append(identity)
-                    pieces.append(piece)
-                    size += len(piece)
-                try:
-                    await self._post(f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
-                except (OSError, ProtocolError) as error:
-                    self._tell(f"P5 broke off: {describe(error)}")
-                finally:
-                    self._done(*identities)
-        finally:
-            self._sending -= 1
-
-    async def _send_response(self, identity: str, response: Response, method: str) -> None:
-        """P5 and P7: send a response to the relay; its body is closed in the end."""
-        body = response.body
-        try:
-            sent = body if has_body(method, response.status) else EMPTY
-            path = f"http_response/{identity}"
-            if self._original:
-                await self._post(path, b"", sent, (ORIGINAL_FIELD, pack_original_response(response)))
-            else:
-                await self._post(path, pack_response_head(response), sent)
-        except (OSError, ProtocolError) as error:
-            self._tell(f"P5 broke off: {describe(error)}")
-        finally:
-            await body.aclose()
-
-    async def _post(
-        self, path: str, head: bytes, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
-    ) -> None:
-        """Post a response; once more on a fresh connection when a kept one turns out to be closed.
-
-        What is whole in memory is repeated in any case: a relay that had it passes it over.
-        """
-        stream = self.client.reuse() if body.replayable else None
-        again = stream is not None or body.data is not None
-        while True:
-            stream = stream or await self.client.connect()
-            fields = [("X-ApiKey", self._key), kind]
-            try:
-                status = await self.client.post(BACKEND + path, fields, head, body, stream)
-            except BaseException as error:
-                self.client.drop(stream)
-                if not again or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
-                    raise
-                stream, again = None, False
-                continue
-            self.client.give(stream)
-            if status not in (200, 410) and not (self._original and status == 400):  # 400 there: nobody waits for it
-                tell(f"ptth server: P5 was answered with {status}")
-            return
+    @staticmethod
+    async def _give_up() -> NoReturn:
+        """End all tasks of the server's."""
+        raise _Stopped
 
 
 _NO_REQUEST = Request("GET", "-", Headers())

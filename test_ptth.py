@@ -2529,7 +2529,8 @@ class TestServer:
         async def post() -> None:
             async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
                 origin = ptth.Origin(False, *relay.sockets[0].getsockname(), "")
-                await ptth.Server(ptth.Client(origin), "n", KEY, echo)._post("x", b"", ptth.BytesBody(b"the end"))
+                sender = ptth.Sender(ptth.Client(origin), "n", KEY, ptth.Workers(echo), print)
+                await sender._post("x", b"", ptth.BytesBody(b"the end"))
 
         asyncio.run(post())
         assert len(posts) == 2 and posts[0] == posts[1]
@@ -2608,16 +2609,78 @@ class TestServer:
 
             server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, handler)
             requests = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % i for i in range(600)]
-            server._accept(b"".join(requests))
-            for _ in range(1000):
-                await asyncio.sleep(0)
-            before = most
-            release.set()
-            while server._tasks:
-                await asyncio.wait(server._tasks)
-            return [before, most, len(server._working)]
+            async with asyncio.TaskGroup() as server.workers.group:
+                server.link.accept(b"".join(requests))
+                for _ in range(1000):
+                    await asyncio.sleep(0)
+                before = most
+                release.set()
+            return [before, most, len(server.workers.request_ids)]
 
         assert asyncio.run(measure()) == [ptth.MAX_HANDLERS, ptth.MAX_HANDLERS, 0]
+
+    def test_whatever_a_handler_raises_becomes_a_response(
+        self, background: Background, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        class Faulty(ptth.Body):
+            length = 300_000
+
+            async def __aiter__(self) -> object:
+                yield b"x" * 100_000
+                raise LookupError("the body has a fault")
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            kind = request.target[1:]
+            if kind == "fault-in-the-body":
+                return ptth.Response(200, [], Faulty())
+            if kind == "field":
+                return ptth.Response(200, [("X", "a\r\nb")], ptth.BytesBody(b"x" * ptth.MAX_IN_BATCH * 2))
+            if kind == "None":
+                return None
+            if kind == "cancelled":
+                await asyncio.gather(asyncio.sleep(0), cancelled())
+            raise {
+                "timeout": TimeoutError,
+                "broken": ptth.BrokenBody,
+                "value": ValueError,
+                "reset": ConnectionResetError,
+            }[kind]
+
+        async def cancelled() -> None:
+            raise asyncio.CancelledError
+
+        tunnel = Tunnel(background, handler)
+        for kind, status in {
+            "timeout": 504, "broken": 502, "value": 500, "reset": 500, "None": 500, "field": 500, "cancelled": 500,
+        }.items():  # fmt: skip
+            assert one(tunnel.fetch(get(f"/frontend/servers/n/{kind}")))[0] == status, kind
+        raw = tunnel.fetch(get("/frontend/servers/n/fault-in-the-body"))
+        assert b" 200 OK" in raw and len(raw) < 200_000
+        assert "the body has a fault" in capfd.readouterr().err
+        assert one(tunnel.fetch(get("/frontend/servers/n/value")))[0] == 500
+        tunnel.close()
+
+    def test_an_unexpected_error_and_a_cancellation_end_the_server(self, background: Background) -> None:
+        async def attend(fault: bool) -> None:
+            server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", relay.port, "")), "n", KEY, echo)
+            running = asyncio.create_task(server.run())
+            await server.connected.wait()
+            if fault:
+                server.link.accept = None
+                Client(relay.port)
+            else:
+                running.cancel()
+            await asyncio.wait({running}, timeout=10)
+            assert running.done()
+            if fault:
+                assert running.exception().subgroup(TypeError)
+            assert not server.client.streams
+            await server.stop()
+
+        relay = Tunnel(background, None)
+        background.run(attend(False))
+        background.run(attend(True))
+        relay.close()
 
     def test_a_slow_handler_holds_up_nobody(self, background: Background) -> None:
         release = threading.Event()
