@@ -79,6 +79,7 @@ __version__ = "1.0.0"
 
 MAX_HEAD = 32 * 1024  # bytes; Apache takes 8 K a line, h11 16 K in all, nginx 32 K
 MAX_FIELDS = 100  # as Apache and http.client
+MAX_MEMBERS = 100  # of a list in a field; browsers and caches send twenty
 MAX_REQUEST_LINE = 8 * 1024  # bytes; RFC 9112, 3 recommends to take 8000 at least
 MAX_BLANK_LINES = 4  # before a request line (RFC 9112, 2.2); more is somebody playing
 MAX_INNER_HEAD = 48 * 1024  # bytes; a head grows on its way: the relay adds Via and X-Forwarded-*
@@ -2713,12 +2714,39 @@ _HOP_BY_HOP = {
     "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
     "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
 }  # fmt: skip
-_NOT_TO_SERVER = _HOP_BY_HOP | {"cookie", "via", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
-# What would give one server power over the origin that all servers share, or over a proxy in front of the relay.
-_NOT_TO_CLIENT = _HOP_BY_HOP | {
-    "date", "via", "set-cookie", "set-cookie2", "service-worker-allowed", "clear-site-data", "nel", "report-to",
-    "strict-transport-security", "alt-svc", "reporting-endpoints", "x-sendfile", "x-content-type-options",
+_NOT_TO_SERVER = _HOP_BY_HOP | {
+    "cookie", "cookie2", "via", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "max-forwards",
+    "available-dictionary", "dictionary-id",  # a text that another server of this origin chose: a cookie
+    "proxy",  # CGI makes HTTP_PROXY of it
+    "x-sendfile-type",  # with X-Accel-Mapping it lets Rack give the path of any file to a proxy
 }  # fmt: skip
+# The fields of a response that reach the client. All servers share the relay's origin, and browsers and proxies obey
+# fields that nobody here has heard of, so what is not listed stays away. Among what does, and what it would do:
+#   Set-Cookie, Set-Login, Accept-CH, Critical-CH: make the browser tell every server something with each request.
+#   Clear-Site-Data, Strict-Transport-Security, Public-Key-Pins, Expect-CT, Alt-Svc, NEL, Report-To,
+#       Reporting-Endpoints, Origin-Agent-Cluster, Observe-Browsing-Topics, Origin-Trial,
+#       Service-Worker-Allowed: hold for the whole origin.
+#   Use-As-Dictionary, Speculation-Rules: make the browser send requests of one server's making to the others.
+#   Permissions-Policy, Document-Policy, Supports-Loading-Mode: give to foreign frames what the origin was allowed.
+#   Cross-Origin-Opener-Policy, -Embedder-Policy: mean nothing in a sandbox but an error.
+#   Refresh: a redirect with any status.  Proxy-*, Authentication-Info: of somebody else's password.
+#   Surrogate-Control, Edge-Control, CDN-Cache-Control: commands to a cache in front.
+_TO_CLIENT = {
+    "accept-ranges", "etag", "last-modified", "digest", "repr-digest",  # of a file; more of them below as content-*
+    "age", "cache-control", "expires", "pragma", "vary",  # of this URL only, since a cache keeps them with it
+    "timing-allow-origin", "cross-origin-resource-policy", "referrer-policy",  # who may use or learn of this resource
+    "location", "retry-after", "allow", "server", "accept-patch", "accept-post", "preference-applied",
+    "dav", "ms-author-via", "lock-token",  # of WebDAV: no browser obeys them
+    "link", "www-authenticate",  # as `passing_response` leaves them
+}  # fmt: skip
+_TO_CLIENT_PREFIXES = ("content-", "access-control-", "sec-websocket-", "x-")
+# Of X-*, which do nothing beyond their own page, those that make a proxy in front send a file or another URL, or run or
+# forget what it keeps.
+_NOT_TO_CLIENT = (
+    "x-accel-", "x-sendfile", "x-lighttpd-",  # nginx, Apache and others, lighttpd
+    "x-litespeed-", "x-lscache", "x-reproxy-", "x-perlbal-", "x-cascade", "x-esi",  # LiteSpeed, Perlbal, Rack, Varnish
+    "x-forwarded-", "x-content-type-options",  # which the relay says
+)  # fmt: skip
 _NOT_IN_304 = {"content-type", "content-security-policy"}
 _RUNS_NOTHING = re.compile(
     r"(?![^;]*\+xml)(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
@@ -2737,26 +2765,107 @@ SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 
 
 def _passing(headers: Headers, dropped: set[str]) -> Fields:
-    """Return the fields that may pass: none of `dropped`, of PTTH-*, of X-Accel-*, or named by Connection."""
-    named = headers.tokens("connection") if "connection" in headers else ()
+    """Return the fields of a request that may pass: none of `dropped`, PTTH-*, X-Accel-*, or named by Connection.
+
+    To an app that gets them in the manner of CGI, X_Forwarded_For is X-Forwarded-For: so both are dropped.
+    """
+    named = set(headers.tokens("connection")) if "connection" in headers else ()
     return [
         pair
         for pair in headers.pairs
-        if (name := pair[0].lower()) not in dropped
+        if (name := pair[0].lower().replace("_", "-")) not in dropped
         and not name.startswith(("ptth-", "x-accel-"))
         and (name not in named or name == "host")
     ]
 
 
+@functools.lru_cache(1024)
+def _may_reach_client(name: str) -> bool:
+    """Return whether a field of that name, in lower case, may go from a server to a client."""
+    if name in _HOP_BY_HOP or name.startswith(_NOT_TO_CLIENT):
+        return False
+    return name in _TO_CLIENT or name.startswith(_TO_CLIENT_PREFIXES)
+
+
+# The members of a list, in which a quoted text or a <URL> may hold commas. Possessive: hostile ones cost no more.
+_LIST = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^"<])*+')
+_MEMBER = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^,"<])++')
+_AUTH_PARAM = rf'({TOKEN})[ \t]*=[ \t]*({TOKEN}|"(?:\\.|[^"\\])*+")'  # RFC 9110, 11.2
+_CONTINUED = re.compile(_AUTH_PARAM)
+_CHALLENGE = re.compile(rf"({TOKEN})(?: +{_AUTH_PARAM})?")
+
+
+def _split_list(value: str) -> list[str]:
+    """Return the members of a list; none when it cannot be split in one way only, or has too many."""
+    if value.count(",") >= MAX_MEMBERS or not _LIST.fullmatch(value):
+        return []
+    return [member for part in _MEMBER.findall(value) if (member := part.strip(" \t"))]
+
+
+def name_realms(value: str, server: str) -> str:
+    """Put a server's name into the realm of each challenge of WWW-Authenticate (RFC 9110, 11.6.1), or return "".
+
+    A browser sends a password to whoever names its realm on the same origin: so no server may say another's. What
+    cannot be read, or has no place for a realm (Negotiate and NTLM with their data), does not pass.
+    """
+    challenges: list[tuple[str, list[tuple[str, str]]]] = []
+    for member in _split_list(value):
+        if more := _CONTINUED.fullmatch(member):
+            if not challenges:
+                return ""
+            name, text = more.groups()
+        elif start := _CHALLENGE.fullmatch(member):
+            scheme, name, text = start.groups()
+            challenges.append((scheme, []))
+        else:
+            return ""
+        if name:
+            challenges[-1][1].append((name, text))
+    named = []
+    for scheme, parameters in challenges:
+        realm = next((text for name, text in parameters if name.lower() == "realm"), "")
+        realm = re.sub(r"\\(.)", r"\1", realm[1:-1]) if realm.startswith('"') else realm
+        realm = server if realm in ("", server) else f"{server}: {realm}"
+        others = "".join(f", {name}={text}" for name, text in parameters if name.lower() != "realm")
+        quoted = re.sub(r'(["\\])', r"\\\1", realm)
+        named.append(f'{scheme} realm="{quoted}"{others}')
+    return ", ".join(named)
+
+
+def _safe_links(value: str) -> str:
+    """Return those members of a Link field that give the browser no dictionary for other servers' URLs (RFC 9842)."""
+    links = _split_list(value)
+    return ", ".join(link for link in links if "compression-dictionary" not in link.replace("\\", "").lower())
+
+
+def max_forwards(request: Request) -> int | None:
+    """Return how often OPTIONS or TRACE may be forwarded (RFC 9110, 7.6.2); ProtocolError 400 for no number.
+
+    For other methods the field means nothing. A large number is as good as the largest of nine digits.
+    """
+    value = request.headers.get("max-forwards")
+    if value is None or request.method not in ("OPTIONS", "TRACE"):
+        return None
+    if not _LENGTH.fullmatch(value):
+        raise ProtocolError(400, "Max-Forwards is not one number")
+    digits = value.lstrip("0")
+    return int(digits or "0") if len(digits) < 10 else 10**9
+
+
 def pack_request(identity: str, request: Request, target: str) -> bytes:
     """Format a client's request for the server: P3. It never has a body."""
     headers = request.headers
+    left = max_forwards(request)
     forwarded = headers.get("x-forwarded-for", "")
     via = headers.get("via", "")
     host = headers.get("host") or "localhost"  # an HTTP/1.0 client may have left it out
     fields = [("PTTH-Request-Id", identity), *_passing(headers, _NOT_TO_SERVER)]
     if "host" not in headers:
         fields.append(("Host", host))
+    if left is not None:
+        fields.append(("Max-Forwards", str(left - 1)))
+    elif "max-forwards" in headers:
+        fields.append(("Max-Forwards", headers["max-forwards"]))
     fields += [
         ("X-Forwarded-For", f"{forwarded}, {request.peer}" if forwarded else request.peer),
         ("X-Forwarded-Proto", headers.get("x-forwarded-proto", "") or ("https" if request.secure else "http")),
@@ -2871,15 +2980,29 @@ def has_body(method: str, status: int) -> bool:
     return not (method == "HEAD" or status in (204, 304))
 
 
-def passing_response(status: int, headers: Headers, *, sandbox: bool = True) -> Fields:
-    """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin."""
-    # What 304 says becomes true of what the browser has stored: it must not take that out of the sandbox.
-    fields = _passing(headers, _NOT_TO_CLIENT | _NOT_IN_304 if status == 304 else _NOT_TO_CLIENT)
+def passing_response(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:
+    """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin.
+
+    The name of the `server` goes into its realms; without one they stay as they are.
+    """
+    named = set(headers.tokens("connection")) if "connection" in headers else ()
+    fields: Fields = []
+    for name, value in headers.pairs:
+        lower = name.lower()
+        # What 304 says becomes true of what the browser has stored: it must not take that out of the sandbox.
+        if not _may_reach_client(lower) or lower in named or status == 304 and lower in _NOT_IN_304:
+            continue
+        if lower == "link":
+            value = _safe_links(value)
+        elif lower == "www-authenticate" and server:
+            value = name_realms(value, server)
+        if value or lower not in ("link", "www-authenticate"):
+            fields.append((name, value))
     via = headers.get("via", "")
     fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
     fields.append(NOSNIFF)
     # Connection may name Content-Type, and then that does not pass. Two types are joined by a comma.
-    kind = "" if "content-type" in headers.tokens("connection") else headers.get("content-type", "")
+    kind = "" if "content-type" in named else headers.get("content-type", "")
     if sandbox and status != 304 and not runs_nothing(kind):
         fields.append(("Content-Security-Policy", SANDBOX))
     return fields
@@ -3410,8 +3533,11 @@ class Relay:
         """
         if climbs(target.partition("?")[0]):
             raise ProtocolError(404, "the path leads out of the server's")
-        if request.method in ("OPTIONS", "TRACE") and request.headers.get("max-forwards") == "0":
-            raise ProtocolError(405, "the way ends here", headers=[("Allow", "GET, HEAD, OPTIONS")])  # RFC 9110, 7.6.2
+        if max_forwards(request) == 0:  # the relay answers as the last recipient
+            allow = ("Allow", "GET, HEAD, OPTIONS")
+            if request.method == "OPTIONS":
+                return Response(204, [allow, NOSNIFF])
+            raise ProtocolError(405, "Max-Forwards ends the way here", headers=[allow])
         server.transfers += 1
         try:
             response = await self._ask(request, server, target)
@@ -3756,7 +3882,8 @@ class Relay:
     @staticmethod
     def _make_response(exchange: Exchange, status: int, headers: Headers, content: Body) -> Response:
         """Make the client's response of the server's; ProtocolError 502 when its lengths contradict each other."""
-        fields = passing_response(status, headers, sandbox=exchange.server.entry.sandbox)
+        server = exchange.server
+        fields = passing_response(status, headers, sandbox=server.entry.sandbox, server=server.name)
         told, length = parse_framing(headers), content.length
         if not has_body(exchange.method, status):
             if length:

@@ -1575,14 +1575,91 @@ class TestTunnelMessages:
         with pytest.raises(ptth.ProtocolError):
             list(ptth.unpack_requests(data))
 
+    DANGEROUS = (  # of the whole origin, of a proxy in front, of the connection, or of the tunnel
+        "Set-Cookie", "sEt-cOOkie", "Set-Cookie2", "Service-Worker-Allowed", "Clear-Site-Data", "Strict-Transport-Security", "Alt-Svc", "NEL",
+        "Report-To", "Reporting-Endpoints", "Use-As-Dictionary", "Accept-CH", "Critical-CH", "Set-Login", "Public-Key-Pins", "Expect-CT",
+        "Origin-Trial", "Origin-Agent-Cluster", "Observe-Browsing-Topics", "Speculation-Rules", "Supports-Loading-Mode", "Document-Policy",
+        "Permissions-Policy", "Refresh", "Sec-Purpose", "Surrogate-Control", "CDN-Cache-Control", "Edge-Control", "Nobody-Knows-This",
+        "X-Accel-Redirect", "x-accel-expires", "X-Sendfile", "X-SENDFILE-Type", "X-LiteSpeed-Location", "X-Litespeed-Purge", "X-Reproxy-URL",
+        "X-REPROXY-FILE", "X-Lighttpd-Send-File", "X-Cascade", "X_Accel_Redirect", "X-ApiKey", "X-Forwarded-For", "Connection", "Trailer",
+        "Proxy-Authenticate", "Proxy-Authentication-Info", "Proxy-Connection", "PTTH-Request-Id", "Transfer-Encoding", "Keep-Alive", "Upgrade",
+        "Date", "Content-Length", "X-Content-Type-Options",
+    )  # fmt: skip
+    HARMLESS = (  # of this one resource
+        "ETag", "Last-Modified", "Accept-Ranges", "Content-Range", "Content-Encoding", "Content-Language", "Content-Disposition", "CONTENT-MD5",
+        "Content-Location", "Digest", "Cache-Control", "Expires", "Vary", "Age", "Pragma", "Allow", "Location", "Retry-After", "Link",
+        "Access-Control-Allow-Origin", "access-control-expose-headers", "Timing-Allow-Origin", "X-Frame-Options", "X-Robots-Tag", "X-My-Own",
+        "Server", "DAV", "Referrer-Policy",
+    )  # fmt: skip
+
     def test_a_response_is_fenced_in(self) -> None:
-        dangerous = (
-            "Set-Cookie", "Set-Cookie2", "Service-Worker-Allowed", "Clear-Site-Data", "Strict-Transport-Security", "Alt-Svc", "NEL",
-            "Report-To", "Reporting-Endpoints", "X-Accel-Redirect", "x-accel-expires", "X-Sendfile", "Connection", "PTTH-Request-Id",
-            "Transfer-Encoding", "Keep-Alive",
-        )  # fmt: skip
-        passed = ptth.passing_response(200, ptth.Headers([("ETag", "x"), *((name, "y") for name in dangerous)]))
-        assert [name for name, _ in passed] == ["ETag", "Via", "X-Content-Type-Options", "Content-Security-Policy"]
+        names = [*self.DANGEROUS, *self.HARMLESS, "Content-Type", "X-Named", "Content-Named"]
+        told = [*((name, "y") for name in names), ("Connection", "x-named, close, Content-Named")]
+        passed = [name for name, _ in ptth.passing_response(200, ptth.Headers(told))]
+        expected = [*self.HARMLESS, "Content-Type", "Via", "X-Content-Type-Options", "Content-Security-Policy"]
+        assert passed == expected
+
+    LINKS = [
+        ("<a>; rel=preload", "<a>; rel=preload"), ('<d>; rel="compression-dictionary"', None), ("<d>;rel=Compression-DICTIONARY", None),
+        ('<a>; rel=next, <d>; rel="x compression-dictionary" , <b,c>; title="e,f"', '<a>; rel=next, <b,c>; title="e,f"'),
+        ('<d>; rel="compression\\-dictionary"', None), ('<a>; x="b, <d>; rel=compression-dictionary', None),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("value", "expected"), LINKS)
+    def test_a_link_to_a_dictionary_does_not_pass(self, value: str, expected: str | None) -> None:
+        passed = ptth.passing_response(200, ptth.Headers([("Link", value)]))
+        assert dict(passed).get("Link") == expected
+
+    REALMS = [
+        ('Basic realm="victim"', 'Basic realm="n: victim"'), ("Basic realm=victim", 'Basic realm="n: victim"'), ("bAsic", 'bAsic realm="n"'),
+        ('Basic REALM = "victim"', 'Basic realm="n: victim"'), ('Basic realm=""', 'Basic realm="n"'), ('Basic realm="n"', 'Basic realm="n"'),
+        ('Basic charset="UTF-8", realm="v"', 'Basic realm="n: v", charset="UTF-8"'), ('Basic x=y,,realm=v', 'Basic realm="n: v", x=y'),
+        ('Basic realm="a", realm="victim"', 'Basic realm="n: a"'), (', Basic ,realm="v"', 'Basic realm="n: v"'),
+        ('Digest realm="v", nonce="a,b=c", qop="auth,auth-int", Basic realm="v"', 'Digest realm="n: v", nonce="a,b=c", qop="auth,auth-int", Basic realm="n: v"'),
+        ('Bearer, Basic realm="a\\"b\\\\c"', 'Bearer realm="n", Basic realm="n: a\\"b\\\\c"'), ("Basic   realm=v , New", 'Basic realm="n: v", New realm="n"'),
+        ('X realm="a, Basic realm=\\"v"', 'X realm="n: a, Basic realm=\\"v"'), ('Basic realm="\\v\\i"', 'Basic realm="n: vi"'),
+        *((value, None) for value in (
+            'realm="victim"', "Negotiate YII=", "NTLM TlRM, Basic realm=v", 'Basic realm="victim', "Basic realm=a b", "Basic realm", "Basic realm=",
+            'Basic\trealm="v"', '"Basic" realm="v"', "", "Basic realm=v," * 101,
+        )),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("value", "expected"), REALMS)
+    def test_a_servers_name_goes_into_its_realms(self, value: str, expected: str | None) -> None:
+        told = ptth.Headers([("WWW-Authenticate", value), ("www-authenticate", "Basic realm=other")])
+        passed = ptth.passing_response(401, told, server="n")
+        values = [text for name, text in passed if name.lower() == "www-authenticate"]
+        assert values == [*([expected] if expected else []), 'Basic realm="n: other"']
+        kept = [pair for pair in ptth.passing_response(401, told) if pair in told.pairs]
+        assert kept == [pair for pair in told.pairs if pair[1]]  # a server on a host of its own
+
+    def test_what_a_visitor_says_to_be_taken_for_the_relay_is_dropped(self) -> None:
+        names = [
+            "Available-Dictionary", "Dictionary-ID", "PTTH-Request-Id", "ptth-body-length", "PTTH_Request_Id", "X_Forwarded_Host", "Proxy",
+            "X-Accel-Mapping", "X-Sendfile-Type", "Cookie", "Cookie2", "Proxy-Authorization", "X_ApiKey",
+        ]  # fmt: skip
+        head = "".join(f"{name}: evil\r\n" for name in [*names, "X-Good"])
+        packed = self.pack(f"GET / HTTP/1.1\r\nHost: a\r\n{head}\r\n".encode())
+        assert packed.count(b"evil") == 1 and b"X-Good: evil" in packed
+
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [("5", "4"), ("1", "0"), ("007", "6"), ("1000", "999"), ("9" * 9, "999999998"), ("9" * 5000, "999999999"), ("0" * 9000 + "2", "1")],
+    )  # fmt: skip
+    def test_max_forwards_is_counted_down(self, value: str, expected: str) -> None:
+        for method in ("OPTIONS", "TRACE"):
+            assert f"\r\nMax-Forwards: {expected}\r\n".encode() in self.pack(
+                get("/", f"Max-Forwards: {value}", method=method)
+            )
+        assert f"\r\nMax-Forwards: {value}\r\n".encode() in self.pack(
+            get("/", f"Max-Forwards: {value}")
+        )  # means nothing
+
+    @pytest.mark.parametrize("value", ["", "x", "-1", "+1", "1.0", "5, 5", "0x5", "\xb2", "1 2"])
+    def test_max_forwards_that_is_no_number_is_400(self, value: str) -> None:
+        with pytest.raises(ptth.ProtocolError) as caught:
+            self.pack(get("/", f"Max-Forwards: {value}", method="OPTIONS"))
+        assert caught.value.status == 400
 
     def test_a_304_changes_nothing_of_the_fence_round_what_is_stored(self) -> None:
         told = [("ETag", "x"), ("Content-Type", "text/plain"), ("Content-Security-Policy", "default-src *")]
@@ -2218,6 +2295,14 @@ class TestRelay:
             for path in paths:
                 assert one(tunnel.fetch(get(f"/{below}{path}", f"X-ApiKey: {KEY}")))[0] == status, path
         tunnel.close()
+
+    @pytest.mark.parametrize(
+        ("method", "value", "status"), [("OPTIONS", "0", 204), ("TRACE", "00", 405), ("OPTIONS", "x", 400), ("TRACE", "1, 0", 400)]
+    )  # fmt: skip
+    def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
+        answer = one(bare_relay.fetch(get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)))
+        assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
+        assert not bare_relay.relay.exchanges and not bare_relay.relay.servers["n"].transfers
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
