@@ -49,6 +49,7 @@ if sys.version_info < (3, 11):
 
 import asyncio
 import base64
+import contextlib
 import errno
 import functools
 import io
@@ -97,6 +98,7 @@ LINGER_TIME = 2.0  # seconds without a byte after which a connection that is to 
 MAX_LINGER_TIME = 30.0  # seconds, and
 MAX_LINGER = 64 * 1024 * 1024  # bytes that are discarded at most meanwhile
 SCRAPER_DAYS = 30  # that a scraper's key may be valid
+EXPECT_TIME = 1.0  # seconds that a client waits for 100 Continue before it sends a body (RFC 9110, 10.1.1)
 GRACE_TIME = 30.0  # seconds that work in flight has to finish at a stop
 SWEEP_TIME = 0.25  # seconds between two looks at what has run out of time
 
@@ -427,6 +429,7 @@ class Request:
     body: Body = EMPTY
     connection: Connection | None = None  # None where there is none of its own: behind a tunnel
     secure: bool = False
+    upgrade: str = ""  # the protocol of an Upgrade field that may be followed; after a 101, `body` has no framing
 
     @property
     def peer(self) -> str:
@@ -644,6 +647,11 @@ def parse_framing(headers: Headers, minor: int = 1) -> int | None:
     return int(length)
 
 
+def has_body(method: str, status: int) -> bool:
+    """Return whether a response to `method` with `status` is followed by a body (RFC 9112, 6.3(1))."""
+    return not (method == "HEAD" or status in (204, 304))
+
+
 def parse_chunk_line(line: bytes) -> int:
     """Return the size that a chunk's first line tells (RFC 9112, 7.1); its extensions are ignored."""
     match = _CHUNK_LINE.fullmatch(line)
@@ -817,10 +825,12 @@ class Stream:
         self.held = b""
         self.read_deadline = self.write_deadline = math.inf
         self.stall_time = STALL_TIME
+        self.silence_time = STALL_TIME  # seconds without a byte after which reading a body ends
         self._unsent = 0  # bytes in the transport's buffer when the write deadline was set
         self.closing = False
         self.written = 0  # bytes that were sent on it
         self.ended: list[Callable[[], None]] = []
+        self.on_continue: Callable[[], None] | None = None  # called when a response 100 Continue has come
         self.waiting: asyncio.Task[object] | None = None  # answers a request; ended when the peer resets
 
     def gone(self) -> bool:
@@ -856,12 +866,12 @@ class Stream:
         elif self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self._end()
 
-    async def fill(self, patience: float = STALL_TIME) -> bool:
+    async def fill(self, patience: float | None = None) -> bool:
         """Append at least one received byte to `held`; return False at the end of the stream.
 
-        TimeoutError after `patience` seconds.
+        TimeoutError after `patience` seconds, or `silence_time`.
         """
-        self.read_deadline = self.loop.time() + patience
+        self.read_deadline = self.loop.time() + (self.silence_time if patience is None else patience)
         try:
             data = await self.reader.read(SLICE)
         finally:
@@ -917,7 +927,9 @@ class Stream:
                 raise ProtocolError(502, "the response head is too large", close=True)
             status, headers = parse_response_head(self.held[:end])
             self.held = self.held[end:]
-            if status >= 200:
+            if status == 100 and self.on_continue:
+                self.on_continue()
+            if status >= 200 or status == 101:
                 self.closing = self.closing or "close" in headers.tokens("connection")
                 return status, headers
 
@@ -950,6 +962,11 @@ class Stream:
         """Give the peer `stall_time` to take some of what is to be sent."""
         self._unsent = self.transport.get_write_buffer_size()
         self.write_deadline = self.loop.time() + self.stall_time
+
+    def fail(self, error: Exception) -> None:
+        """Abort, and raise `error` in who reads, who would take the end of the connection for that of a body."""
+        self.reader.set_exception(error)
+        self.abort()
 
     async def flush(self) -> None:
         """Wait until the transport's buffer is empty, as needed before os.sendfile or os.splice use the socket.
@@ -1165,6 +1182,7 @@ class IncomingBody(Body):
 
     def __init__(self, stream: Stream, framing: int | None, *, expects: bool = False) -> None:
         self.stream = stream
+        self.on_end: Callable[[], Awaitable[None]] | None = None  # called by `aclose`, once
         self.chunked = framing == CHUNKED
         self.until_close = framing is None
         self.left = 0 if framing is None or framing == CHUNKED else framing  # bytes before the next framing, or the end
@@ -1307,6 +1325,11 @@ class IncomingBody(Body):
                     stream.transport.resume_reading()
         while piece := await self.read():
             await connection.send(piece)
+
+    async def aclose(self) -> None:
+        on_end, self.on_end = self.on_end, None
+        if on_end:
+            await on_end()
 
 
 class FileBody(Body):
@@ -1958,6 +1981,13 @@ class HTTPServer:
 # Kept-alive connections to one origin. Does not know what is asked there.
 
 
+async def end_task(task: asyncio.Task[None] | None) -> None:
+    """Cancel a task, and wait for its end."""
+    if task:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 class Origin(NamedTuple):
     """Where a URL points: scheme, host, port, and the path in front of everything."""
 
@@ -2115,6 +2145,120 @@ class Client:
         for stream in list(self.streams):
             stream.abort()
         self._idle.clear()
+
+    async def handle(
+        self, request: Request, *, timeout: float = P7_TIME, repeatable: bool = False, stream: Stream | None = None
+    ) -> Response:
+        """Send a request; return the response when its head has arrived: a handler, seen from the other side.
+
+        A request that is `repeatable`, as GET and HEAD without a body are, may take an idle connection. On that, or on
+        `stream`, it is sent once more on a new one when the old one turns out to be closed. A response that comes
+        before the request's body was sent is returned at once; both bodies run on, and the response's end ends the
+        other.
+
+        Raises ConnectionError; TimeoutError when no head arrives within `timeout` seconds after the request was sent;
+        ProtocolError 502 for a response that cannot be read; and what the request's body raises.
+        """
+        repeatable = repeatable or request.method in ("GET", "HEAD") and request.body is EMPTY
+        if repeatable and stream is None:
+            stream = self.reuse()
+        while True:
+            fresh = stream is None
+            stream = stream or await self.connect()
+            try:
+                return await self._exchange(stream, request, timeout)
+            except BaseException as error:
+                stream.abort()
+                if fresh or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
+                    raise
+                stream = None
+
+    async def _exchange(self, stream: Stream, request: Request, timeout: float) -> Response:
+        """Send a request on a connection, and read the head of the response."""
+        body, head = request.body, self._format_request(request)
+        sending: asyncio.Task[None] | None = None
+        try:
+            if body.data is not None and not (self.pace or body.expects):
+                await stream.send(head + body.data)
+            else:
+                await stream.send(head)
+                if body.complete and not self.pace and (body.length or SLICE) < SLICE:
+                    await body.write_to(stream)  # soon sent: an early response can wait for that
+                elif not request.upgrade:
+                    sending = asyncio.create_task(self._send_body(stream, request, timeout))
+            status, headers = await stream.read_response_head(math.inf if sending else timeout)
+            if status == 101 and request.upgrade:
+                sending = asyncio.create_task(self._send_body(stream, request, math.inf))
+            return await self._make_response(stream, request, status, headers, sending)
+        except BaseException:
+            await end_task(sending)
+            raise
+
+    async def _send_body(self, stream: Stream, request: Request, timeout: float) -> None:
+        """Send a request's body; from then on, the response's head has `timeout` seconds. Raises nothing."""
+        body = request.body
+        try:
+            if "expect" in request.headers:
+                go = asyncio.Event()
+                stream.on_continue = go.set
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(EXPECT_TIME):
+                        await go.wait()
+            await write_body(stream, body, chunked=body.length is None and not request.upgrade)
+            if request.upgrade:
+                await stream.flush()
+                if stream.writer.can_write_eof():
+                    stream.writer.write_eof()
+            stream.read_deadline = min(stream.read_deadline, stream.loop.time() + timeout)
+        except BrokenBody as error:
+            stream.fail(error)  # the origin must not take it for a whole body
+        except ConnectionError:
+            stream.read_deadline = stream.loop.time() + LINGER_TIME  # it may have answered before it closed
+        except Exception as error:
+            stream.fail(error)
+
+    async def _make_response(
+        self, stream: Stream, request: Request, status: int, headers: Headers, sending: asyncio.Task[None] | None
+    ) -> Response:
+        """Make the response of a head that was read; its body keeps or closes the connection in the end."""
+        if status == 101 and not request.upgrade:
+            raise ProtocolError(502, "a change of protocol that nobody asked for", close=True)
+        try:
+            framing = None if status == 101 else parse_framing(headers)
+        except ProtocolError as error:
+            raise ProtocolError(502, error.reason, close=True) from None
+        bare = not has_body(request.method, status)
+        stream.closing = stream.closing or framing is None and not bare
+        body = IncomingBody(stream, 0 if bare else framing)
+
+        async def end() -> None:
+            if not body.complete or sending and not sending.done():
+                stream.closing = True
+            await end_task(sending)
+            self.give(stream)
+
+        if bare:
+            await end()
+            return Response(status, headers.pairs, AbsentBody(None if framing == CHUNKED else framing))
+        body.on_end = end
+        return Response(status, headers.pairs, body)
+
+    def _format_request(self, request: Request) -> bytes:
+        """Format the head of a request to this origin; in the absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
+        target, length = self.origin.path + request.target, request.body.length
+        fields = request.headers.pairs
+        if "host" not in request.headers:
+            fields = [("Host", self.origin.authority), *fields]
+        if self.proxy and not self.origin.tls:
+            target = f"http://{self.origin.authority}{target}"
+            fields = [*fields, *self.proxy.fields]
+        if request.upgrade:
+            fields = [*fields, ("Connection", "Upgrade"), ("Upgrade", request.upgrade)]
+        elif length is None:
+            fields = [*fields, ("Transfer-Encoding", "chunked")]
+        elif length or request.method not in ("GET", "HEAD", "OPTIONS", "DELETE"):  # RFC 9110, 8.6
+            fields = [*fields, ("Content-Length", str(length))]
+        return format_request_head(request.method, target, fields)
 
     def head(self, method: str, path: str, fields: Fields) -> bytes:
         """Format a request head to this origin; in the absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
@@ -2973,11 +3117,6 @@ def parse_inner_response(head: bytes) -> tuple[int, Headers]:
     if status < 200 or "transfer-encoding" in headers:
         raise ProtocolError(502, "an interim response, or one with a transfer coding of its own")
     return status, headers
-
-
-def has_body(method: str, status: int) -> bool:
-    """Return whether a response to `method` with `status` is followed by a body (RFC 9112, 6.3(1))."""
-    return not (method == "HEAD" or status in (204, 304))
 
 
 def passing_response(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:

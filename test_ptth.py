@@ -1132,6 +1132,182 @@ class TestHTTPServer:
         )  # fmt: skip
 
 
+class TestHTTPClient:
+    """`Client.handle` towards an origin that is played by hand."""
+
+    async def ask(
+        self, reply: bytes, request: ptth.Request, *, chunks: int = 1, reads: bytes = b"", **options: object
+    ) -> object:
+        """(status, fields, body, what the origin got) for an origin that answers once it has read `reads`."""
+        got = bytearray()
+        ended = asyncio.Event()
+
+        async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                while reads not in got or b"\r\n\r\n" not in got:
+                    piece = await reader.read(1 << 16)
+                    if not piece:
+                        break
+                    got.extend(piece)
+                for i in range(chunks):
+                    writer.write(reply[i * len(reply) // chunks : (i + 1) * len(reply) // chunks])
+                    await writer.drain()
+                while piece := await reader.read(1 << 16):
+                    got.extend(piece)
+                    if reply.startswith(b"HTTP/1.0") or b"close" in reply:
+                        break
+            writer.close()
+            ended.set()
+
+        server = await asyncio.start_server(origin, "127.0.0.1", 0)
+        client = ptth.Client(ptth.Origin(False, *server.sockets[0].getsockname(), "/base"))
+        sweeper = asyncio.create_task(ptth.sweep(client.streams))
+        try:
+            async with asyncio.timeout(20):
+                response = await client.handle(request, **options)
+                try:
+                    body = await response.body.read_all(1 << 20)
+                finally:
+                    await response.body.aclose()
+                idle = client.spare
+                return response.status, dict(response.headers), body, idle, bytes(got)
+        finally:
+            sweeper.cancel()
+            client.close()
+            server.close()
+            await ended.wait()
+
+    OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+    REPLIES = [  # reply, method, then the status, body and idle connections, or the error
+        (OK, "GET", (200, b"hello", 1)),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK, "GET", (200, b"hello", 1)),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "GET", (200, b"hello", 1)),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello", "GET", (200, b"hello", 0)),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", "GET", (204, b"", 1)),
+        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", "GET", (304, b"", 1)),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "HEAD", (200, b"", 1)),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", "GET", 502),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nhello", "GET", 502),
+        (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "GET", 502),
+        (b"HTTP/1.1 999 Odd\r\n\r\n", "GET", 502),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", "GET", 502),
+        (b"SSH-2.0-x\r\n\r\n", "GET", 502),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("reply", "method", "expected"), REPLIES, ids=range(len(REPLIES)))
+    @pytest.mark.parametrize("chunks", [1, 7])
+    def test_replies(self, reply: bytes, method: str, expected: object, chunks: int) -> None:
+        work = self.ask(reply, ptth.Request(method, "/x?y", ptth.Headers([("A", "b")])), chunks=chunks)
+        if expected == 502:
+            with pytest.raises(ptth.ProtocolError) as caught:
+                asyncio.run(work)
+            assert caught.value.status == 502
+            return
+        status, _, body, idle, got = asyncio.run(work)
+        assert (status, body, idle) == expected
+        assert got.startswith(f"{method} /base/x?y HTTP/1.1\r\nHost: 127.0.0.1:".encode()) and got.endswith(
+            b"\r\nA: b\r\n\r\n"
+        )
+
+    class Slow(ptth.Body):
+        """A body that ends, or breaks, when it is told to; `sent` pieces have been asked for."""
+
+        complete = False
+
+        def __init__(self, pieces: int, error: Exception | None = None) -> None:
+            self.pieces, self.error, self.sent = pieces, error, 0
+
+        async def __aiter__(self) -> object:
+            for _ in range(self.pieces):
+                self.sent += 1
+                yield b"x" * 1000
+                await asyncio.sleep(0)
+            if self.error:
+                raise self.error
+            if self.pieces > 99:
+                await asyncio.sleep(60)
+
+    def test_a_body_of_unknown_length_goes_in_chunks(self) -> None:
+        request = ptth.Request("POST", "/", ptth.Headers(), body=self.Slow(2))
+        status, _, body, idle, got = asyncio.run(self.ask(self.OK, request, reads=b"0\r\n\r\n"))
+        assert (status, body, idle) == (200, b"hello", 1)
+        assert got.endswith(
+            b"Transfer-Encoding: chunked\r\n\r\n"
+            + b"3e8\r\n"
+            + b"x" * 1000
+            + b"\r\n3e8\r\n"
+            + b"x" * 1000
+            + b"\r\n0\r\n\r\n"
+        )
+
+    def test_an_early_response_comes_through_and_ends_the_request_body(self) -> None:
+        body = self.Slow(100)
+        status, _, content, idle, got = asyncio.run(
+            self.ask(self.OK, ptth.Request("POST", "/", ptth.Headers(), body=body))
+        )
+        assert (status, content, idle) == (200, b"hello", 0) and not got.endswith(b"0\r\n\r\n")
+
+    def test_a_body_that_breaks_is_never_whole_for_the_origin(self) -> None:
+        body = self.Slow(2, ptth.BrokenBody("the client left"))
+        with pytest.raises(ptth.BrokenBody, match="the client left"):
+            asyncio.run(self.ask(b"", ptth.Request("POST", "/", ptth.Headers(), body=body), reads=b"never"))
+
+    @pytest.mark.parametrize(
+        ("reply", "reads", "sent"),
+        [(b"HTTP/1.1 413 No\r\nContent-Length: 0\r\n\r\n", b"", 0), (OK, b"0\r\n\r\n", 1)],
+    )
+    def test_with_expect_a_refused_body_is_not_sent(
+        self, reply: bytes, reads: bytes, sent: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "EXPECT_TIME", 0.01 if sent else 60)  # an origin that does not know Expect
+        body = self.Slow(1)
+        request = ptth.Request("PUT", "/", ptth.Headers([("Expect", "100-continue")]), body=body)
+        status, *_ = asyncio.run(self.ask(reply, request, reads=reads))
+        assert (status, body.sent) == (413 if not sent else 200, sent)
+
+    def test_an_upgrade_gives_two_plain_directions(self) -> None:
+        request = ptth.Request("GET", "/", ptth.Headers(), body=self.Slow(1), upgrade="websocket")
+        reply = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n\r\nhello"
+        status, _, body, idle, got = asyncio.run(self.ask(reply, request))
+        assert (status, body, idle) == (101, b"hello", 0)
+        assert got.partition(b"\r\n\r\n")[0].endswith(b"Connection: Upgrade\r\nUpgrade: websocket")
+
+    def test_only_a_repeatable_request_takes_an_idle_connection_and_is_repeated(self) -> None:
+        async def talk() -> None:
+            taken = []
+
+            async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                taken.append(writer)
+                with contextlib.suppress(asyncio.IncompleteReadError):
+                    while await reader.readuntil(b"\r\n\r\n"):
+                        if len(taken) == 1 and taken.count(writer) > 1:
+                            break  # the second request on the first connection: closed as it arrives
+                        taken[:] = [*taken, writer] if len(taken) == 1 else taken
+                        writer.write(self.OK)
+                writer.close()
+
+            server = await asyncio.start_server(origin, "127.0.0.1", 0)
+            client = ptth.Client(ptth.Origin(False, *server.sockets[0].getsockname(), ""))
+
+            async def ask(method: str) -> int:
+                response = await client.handle(ptth.Request(method, "/", ptth.Headers()))
+                assert await response.body.read_all(100) == b"hello"
+                await response.body.aclose()
+                return len(set(taken))
+
+            assert await ask("GET") == 1
+            assert await ask("GET") == 1
+            assert await ask("POST") == 2
+            assert client.spare == 2
+            for writer in set(taken):
+                writer.close()
+            assert await ask("GET") == 3
+            client.close()
+            server.close()
+
+        asyncio.run(talk())
+
+
 ETAG = f'"{MTIME * 10**9:x}-{len(HELLO):x}"'
 TEXT = {"content-type": "text/plain; charset=utf-8", "etag": ETAG, "last-modified": DATE, "accept-ranges": "bytes"}
 
