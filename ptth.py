@@ -63,7 +63,7 @@ import socket
 import stat
 import time
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from http import HTTPStatus
@@ -113,11 +113,15 @@ MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are ha
 MAX_BATCH = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
+MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
+MAX_FROM_ADDRESS = 500  # requests of one client's address that one server may have waiting or being answered
+MAX_LOST = 200  # ids in one PTTH-Lost: 6.6 KiB, and nginx takes 8 KiB for one field
+MAX_INSTANCES = 64  # servers of one name that are counted
 SPARE_DESCRIPTORS = 64  # kept for files and for who is connected: new connections get 503 before the last are taken
 MAX_ACCEPTS = 32  # connections accepted in one turn; fewer than are spare
 HASHES_PER_SECOND = 100  # for keys that are not known yet, all together: behind a proxy all have one address
 MAX_PARKED = 64  # open P1 for one name
-MAX_HANDLERS = 256  # requests that one server works on at once; the rest waits at the relay
+MAX_HANDLERS = 256  # handlers at work at once on a server; other requests wait at the relay
 MAX_ORIGINAL = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
 MAX_EVENTS = 1000  # lines of the audit log
 MAX_SHOWN = 200  # of them on its page
@@ -134,6 +138,8 @@ CONNECT_TIME = 10.0  # seconds to open a connection
 BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0  # seconds between two attempts to reach the relay
 REFUSED_TIME = 5.0  # seconds between two attempts with a key that the relay does not know
 NEAR = 0.005  # seconds to the relay; nearer than this one P1 is best, further away eight
+SAMPLES = 3  # round trips of which the shortest tells how far away the relay is
+LOOK_TIME = 300.0  # seconds after which the server measures that again
 FAR_P1 = 8
 FAR_BATCHES = 4  # of responses under way at once, over a distance
 
@@ -2275,15 +2281,15 @@ class Client:
         stream.closing = stream.closing or framing is None
         return await IncomingBody(stream, framing).read_all(limit)
 
-    async def _read_status(self, stream: Stream) -> int:
-        """Read a response whose status says all."""
+    async def _read_status(self, stream: Stream) -> tuple[int, Headers]:
+        """Read a response, and discard its body."""
         status, headers = await stream.read_response_head(P7_TIME)
         if status != 204:
             await self.read_body(stream, headers, SMALL)
-        return status
+        return status, headers
 
-    async def post(self, path: str, fields: Fields, begin: bytes, body: Body, stream: Stream) -> int:
-        """Send `begin` and `body` as one POST; return the answer's status, also when it comes before the body has left.
+    async def post(self, path: str, fields: Fields, begin: bytes, body: Body, stream: Stream) -> tuple[int, Headers]:
+        """Send `begin` and `body` as one POST; return status and fields of the response, also of an early one.
 
         The body is chunked when its length is not known. An early answer means that the rest is not wanted.
         """
@@ -2293,7 +2299,7 @@ class Client:
         head = self.head("POST", path, [*fields, (name, value)])
         if chunked:
             begin = format_chunk(begin)
-        if body.data is not None and not self.pace:
+        if body.data is not None and len(body.data) < SLICE and not self.pace:
             await stream.send(head + begin + body.data)
             return await self._read_status(stream)
         await stream.send(head + begin)
@@ -2304,6 +2310,8 @@ class Client:
         reading = asyncio.create_task(self._read_status(stream))
         try:
             await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done() and isinstance(sending.exception(), ConnectionResetError | BrokenPipeError):
+                await asyncio.wait({reading}, timeout=LINGER_TIME)  # who refused it may have said why before
             if not reading.done():
                 await sending
             elif not sending.done():
@@ -3423,8 +3431,11 @@ class Exchange:
         self.method = request.method
         self.head = pack_request(self.identity, request, target)
         self.client = request.connection
+        self.address = outer_address(known_client(request))
         self.arrived = now
         self.offers = 0
+        self.instance = ""  # the server that it was handed to
+        self.connection: Connection | None = None  # of the P5 that has claimed it
         self.answering = 0  # P5 that have begun
         self.answer: asyncio.Future[Response] = loop.create_future()
         self.finished: asyncio.Future[bool] | None = None  # for a P5 that waits: whether the client has it all
@@ -3433,6 +3444,23 @@ class Exchange:
         """Note the end, the first time that it is told, and the bytes that the client got."""
         if self.finished and not self.finished.done():
             self.finished.set_result(whole)
+        self.leave()
+
+    def leave(self) -> None:
+        """Give back the place among the server's requests."""
+        if self.server.exchanges.pop(self.identity, None):
+            self.server.addresses[self.address] -= 1
+            if not self.server.addresses[self.address]:
+                del self.server.addresses[self.address]
+
+    def break_off(self, reason: str) -> None:
+        """Answer the client with 502; if its response has begun, end that where it is."""
+        self.fail(502, reason)
+        if isinstance(self.connection, Stream):
+            try:
+                self.connection.sock.shutdown(socket.SHUT_RDWR)  # a splice has a duplicate of it, so closing is no end
+            except OSError:
+                pass
 
     def fail(self, status: int, reason: str) -> None:
         """Answer the client with an error, if nothing else has been answered yet."""
@@ -3469,6 +3497,8 @@ class Registered:
         self.name = entry.name
         self.waiting: dict[str, Exchange] = {}
         self.offered: dict[str, Exchange] = {}  # handed over, not yet claimed
+        self.exchanges: dict[str, Exchange] = {}  # all whose clients do not have their whole response yet
+        self.addresses: Counter[str] = Counter()  # how many of them each client's address has
         self.parked: deque[Parked] = deque()
         self.answering = 0  # P5 under way
         self.transfers = 0  # clients that are being served
@@ -3484,7 +3514,30 @@ class Registered:
         """Whether a backend connection is open: a parked P1, a P3 whose answers are to come, a P5 under way."""
         return bool(self.parked or self.offered or self.answering)
 
-    def take(self) -> list[Exchange]:
+    def admit(self, exchange: Exchange) -> None:
+        """Give a request a place; ProtocolError 503 when there is none, or its client's address has too many."""
+        being_sent = len(self.exchanges) - len(self.waiting) - len(self.offered)
+        why = ""
+        if len(self.waiting) >= MAX_WAITING:
+            why = f"too many requests wait for {self.name}"
+        elif being_sent >= MAX_SENDING:
+            why = f"too many responses of {self.name} are being sent"
+        elif exchange.address and self.addresses[exchange.address] >= MAX_FROM_ADDRESS:
+            why = f"too many requests from {exchange.address} at once"
+        if why:
+            raise ProtocolError(503, why, headers=[("Retry-After", "5")])
+        self.exchanges[exchange.identity] = exchange
+        self.addresses[exchange.address] += 1
+
+    def see(self, instance: str, now: float) -> None:
+        """Note that a server of this name is there."""
+        self.last_seen = now
+        self.instances.pop(instance, None)
+        self.instances[instance] = now
+        if len(self.instances) > MAX_INSTANCES:
+            del self.instances[next(iter(self.instances))]
+
+    def take(self, instance: str) -> list[Exchange]:
         """Take what goes into one P3."""
         batch: list[Exchange] = []
         size = 0
@@ -3497,6 +3550,7 @@ class Registered:
                 exchange.fail(502, "the client went away")
                 continue
             exchange.offers += 1
+            exchange.instance = instance
             self.offered[exchange.identity] = exchange
             batch.append(exchange)
         return batch
@@ -3508,7 +3562,8 @@ class Registered:
             if self.parked[0].gone():
                 self.dismiss(Parked.gone)
             else:
-                self.parked.popleft().batch.set_result(self.take())
+                parked = self.parked.popleft()
+                parked.batch.set_result(self.take(parked.instance))
 
     def dismiss(self, which: Callable[[Parked], bool] = lambda parked: True) -> None:
         """Answer parked P1 with nothing: all, or those that `which` picks."""
@@ -3528,6 +3583,32 @@ def known_client(request: Request) -> str:
     """Return the client's address as it is known: what proxies in front say (its end, which the nearest said)."""
     forwarded = request.headers.get("x-forwarded-for")
     return f"{forwarded}, {request.peer}"[-MAX_NOTED:] if forwarded else request.peer
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address is this machine's own."""
+    return address.startswith("127.") or address in ("::1", "-", "")
+
+
+def outer_address(addresses: str) -> str:
+    """Return the last of these addresses, as in X-Forwarded-For, that is not this machine's own, or "".
+
+    Of IPv6 the network: one client has all addresses of a /64.
+    """
+    for text in addresses.split(",")[:-9:-1]:
+        address = text.strip()[:MAX_NOTED]
+        if is_loopback(address):
+            continue
+        try:
+            return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
+        except (OSError, ValueError):
+            return address
+    return ""
+
+
+def parse_ids(text: str) -> list[str]:
+    """Return the ids of a PTTH-Lost or PTTH-At-Work field, MAX_LOST at most."""
+    return [identity.strip() for identity in text.split(",", MAX_LOST)[:MAX_LOST]]
 
 
 class TunnelBody(Body):
@@ -3709,9 +3790,8 @@ class Relay:
             raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
         if not server.connected and now - (server.last_seen or self._started) >= RECENT_TIME:
             raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
-        if len(server.waiting) >= MAX_WAITING:
-            raise ProtocolError(503, f"too many requests wait for {server.name}", headers=[("Retry-After", "5")])
         exchange = Exchange(server, request, target, now)
+        server.admit(exchange)
         self.exchanges[exchange.identity] = exchange
         server.offer(exchange)
         try:
@@ -3897,11 +3977,13 @@ class Relay:
             server.present = True
             tell(f"ptth relay: {server.name} is connected")
             self.note("connected", server.name, client=known_client(request))
-        server.last_seen = now
         instance = request.headers.get("ptth-instance", "")[:32]
-        server.instances[instance] = now
-        batch = server.take()
+        server.see(instance, now)
         wait = parse_wait(request.headers.get("prefer", ""))
+        self._take_losses(server, request.headers)
+        if instance and not wait:
+            self._renew(server, instance, request.headers)
+        batch = server.take(instance)
         if not batch and self.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
@@ -3918,7 +4000,7 @@ class Relay:
             try:
                 batch = await parked.batch
             finally:
-                server.last_seen = server.instances[instance] = self.loop.time()
+                server.see(instance, self.loop.time())
                 if parked in server.parked:
                     server.parked.remove(parked)
         sent = (lambda whole, size: self._handed_over(request.connection, batch, whole)) if batch else None
@@ -3927,6 +4009,23 @@ class Relay:
             return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, final=self.stopping)
         body = BytesBody(b"".join([exchange.head for exchange in batch]))
         return Response(200, [("Content-Type", REQUESTS_TYPE), NO_STORE], body, sent, final=self.stopping)
+
+    @staticmethod
+    def _take_losses(server: Registered, headers: Headers) -> None:
+        """Answer the clients whose responses were refused on their way from the server."""
+        for identity in parse_ids(headers.get("ptth-lost", "")):
+            if exchange := server.exchanges.get(identity):
+                exchange.break_off("the server's response did not get through; the server's log says why")
+
+    def _renew(self, server: Registered, instance: str, headers: Headers) -> None:
+        """Offer again what a server was handed that now says hello, but for what it is at work on.
+
+        It has new connections, so what was sent to it on the old ones may not have arrived.
+        """
+        at_work = set(parse_ids(headers.get("ptth-at-work", "")))
+        for exchange in list(server.offered.values()):
+            if exchange.instance == instance and exchange.identity not in at_work:
+                self._lose(exchange, "the connection to the server broke")
 
     @staticmethod
     def _pack_for_original(batch: list[Exchange]) -> bytes:
@@ -3989,6 +4088,7 @@ class Relay:
                 raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client's time is over
             server.offered.pop(exchange.identity, None)
             exchange.finished = self.loop.create_future()
+            exchange.connection = request.connection
             exchange.answer.set_result(response)
             if not await exchange.finished:
                 raise ProtocolError(*_GONE, headers=[NO_STORE])
@@ -4206,9 +4306,11 @@ class Workers:
         self.handler = handler
         self.group: asyncio.TaskGroup | None = None  # while the server runs
         self.stopping = asyncio.Event()
-        self.room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are worked on
+        self.room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are at a handler, or wait for one
         self.room.set()
-        self.request_ids: set[str] = set()  # of all requests that came and are not answered
+        self.request_ids: dict[str, Sender] = {}  # of all requests that came and are not answered
+        self.sending: Counter[str] = Counter()  # large responses that are being sent, by the client's address
+        self.most_sending = file_limit() // 4  # half of the descriptors: each takes one, and one for its file
         self._queue: deque[tuple[str, Request | ProtocolError, Sender]] = deque()
         self._count = 0  # tasks that handle them
 
@@ -4224,11 +4326,17 @@ class Workers:
         """Let a request be handled, and its response be sent; one that is worked on already is ignored."""
         if identity in self.request_ids:
             return
-        self.request_ids.add(identity)
+        self.request_ids[identity] = sender
         self._queue.append((identity, request, sender))
-        if len(self.request_ids) >= MAX_HANDLERS:
-            self.room.clear()
+        self._look_for_room()
         self._start_worker()
+
+    def _look_for_room(self) -> None:
+        """Let the relays be asked for more, or not."""
+        if len(self._queue) + self._count < MAX_HANDLERS:
+            self.room.set()
+        else:
+            self.room.clear()
 
     def _start_worker(self) -> None:
         """Start a worker. If requests are still queued one turn of the loop later, it is waiting: start another.
@@ -4245,8 +4353,10 @@ class Workers:
         try:
             while self._queue:
                 await self._handle(*self._queue.popleft())
+                self._look_for_room()
         finally:
             self._count -= 1
+            self._look_for_room()
 
     async def _call_handler(self, request: Request) -> Response:
         """Return the handler's response.
@@ -4268,29 +4378,50 @@ class Workers:
             raise RuntimeError("the handler was cancelled by its own work") from error
 
     async def _handle(self, identity: str, request: Request | ProtocolError, sender: Sender) -> None:
-        """Have one request handled, and its response sent."""
-        batched = False
+        """Have one request handled, and let its response be sent: a client that reads slowly keeps no handler."""
         try:
             if isinstance(request, ProtocolError):
-                response, method = error_response(_NO_REQUEST, request), "GET"
+                response = error_response(_NO_REQUEST, request)
+                request = _NO_REQUEST
             else:
-                response, method = await answer(self._call_handler, request), request.method
-            batched = sender.can_batch(response)
-            if batched:
-                sender.batch(identity, response, method)
+                response = await answer(self._call_handler, request)
+            address = outer_address(request.headers.get("x-forwarded-for", ""))
+            if not sender.can_batch(response) and not self._may_send(address):
+                await response.body.aclose()
+                busy = ProtocolError(503, "too many responses are being sent", headers=[("Retry-After", "5")])
+                response = error_response(request, busy)
+            if sender.can_batch(response):
+                sender.batch(identity, response, request.method)
             else:
-                await sender.send(identity, response, method)
+                self.sending[address] += 1
+                self.spawn(self._send(identity, response, request.method, sender, address))
+        except Exception:
+            tell_fault()
+            self.done(identity)
+
+    def _may_send(self, address: str) -> bool:
+        """Return whether another large response may be sent; one address has half of the places at most."""
+        places = self.most_sending
+        return self.sending.total() < places and not (address and self.sending[address] >= places // 2)
+
+    async def _send(self, identity: str, response: Response, method: str, sender: Sender, address: str) -> None:
+        """Send one large response."""
+        try:
+            await sender.send(identity, response, method)
         except Exception:  # a fault in a body: its response broke off, the server goes on
             tell_fault()
         finally:
-            if not batched:
-                self.done(identity)
+            self.sending -= Counter((address,))
+            self.done(identity)
+
+    def ids_from(self, sender: Sender) -> list[str]:
+        """Return the ids of the requests that came from the sender's relay and are not answered, MAX_LOST at most."""
+        return list(itertools.islice((key for key, value in self.request_ids.items() if value is sender), MAX_LOST))
 
     def done(self, *identities: str) -> None:
         """Note that requests have been answered."""
-        self.request_ids.difference_update(identities)
-        if len(self.request_ids) < MAX_HANDLERS:
-            self.room.set()
+        for identity in identities:
+            self.request_ids.pop(identity, None)
 
 
 class Sender:
@@ -4304,6 +4435,8 @@ class Sender:
         self._key = key
         self._workers = workers
         self._tell = tell
+        self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach the relay
+        self.on_loss: Callable[[], object] = int
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
         self._sending = 0  # batches under way
 
@@ -4337,9 +4470,7 @@ class Sender:
                     pieces.append(piece)
                     size += len(piece)
                 try:
-                    await self._post(f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
-                except (OSError, ProtocolError) as error:
-                    self._tell(f"P5 broke off: {describe(error)}")
+                    await self._post(identities, f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
                 finally:
                     self._workers.done(*identities)
         finally:
@@ -4358,38 +4489,82 @@ class Sender:
             await self.send(identity, error_response(_NO_REQUEST, error), method)
             return
         try:
-            await self._post(
-                f"http_response/{identity}", head, body if has_body(method, response.status) else EMPTY, kind
-            )
-        except (OSError, ProtocolError) as error:
-            self._tell(f"P5 broke off: {describe(error)}")
+            sent = body if has_body(method, response.status) else EMPTY
+            await self._post([identity], f"http_response/{identity}", head, sent, kind)
         finally:
             await body.aclose()
 
     async def _post(
-        self, path: str, head: bytes, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
+        self,
+        identities: list[str],
+        path: str,
+        head: bytes,
+        body: Body,
+        kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE),
     ) -> None:
-        """Post a response; once more on a fresh connection when a kept one turns out to be closed.
+        """Post the responses to `identities`. When they do not get through, the relay is told by the next P1.
 
-        What is whole in memory is repeated in any case: a relay that had it passes it over.
+        Posts once more on a fresh connection when a kept one turns out to be closed. What is whole in memory is
+        repeated in any case: a relay that had it passes it over.
         """
-        stream = self.client.reuse() if body.replayable else None
-        again = stream is not None or body.data is not None
-        while True:
-            stream = stream or await self.client.connect()
+        repeatable = isinstance(body, BytesBody | FileBody | MultipartBody)
+        delivered = False
+        try:
+            stream = self.client.reuse() if repeatable else None
+            again = stream is not None or isinstance(body, BytesBody)
+            while True:
+                stream = stream or await self.client.connect()
+                try:
+                    delivered = await self._post_once(stream, path, head, body, kind)
+                    return
+                except ConnectionError as error:
+                    if not again or isinstance(error, BrokenBody):
+                        raise
+                    stream, again = None, False
+        except (OSError, ProtocolError) as error:
+            self._tell(f"P5 broke off: {describe(error)}")
+        finally:
+            if not (delivered or self.original):
+                self.lost.extend(identities)
+                self.on_loss()
+
+    async def _post_once(self, stream: Stream, path: str, head: bytes, body: Body, kind: tuple[str, str]) -> bool:
+        """Post on this connection; return whether it got through, and say who refused it if not."""
+        try:
             fields = [("X-ApiKey", self._key), kind]
-            try:
-                status = await self.client.post(BACKEND + path, fields, head, body, stream)
-            except BaseException as error:
-                self.client.drop(stream)
-                if not again or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
-                    raise
-                stream, again = None, False
-                continue
-            self.client.give(stream)
-            if status not in (200, 410) and not (self.original and status == 400):  # 400 there: nobody waits for it
-                tell(f"ptth server: P5 was answered with {status}")
-            return
+            status, headers = await self.client.post(BACKEND + path, fields, head, body, stream)
+        except BaseException:
+            self.client.drop(stream)
+            raise
+        self.client.give(stream)
+        if status in (200, 410) or self.original and status == 400:  # 400 there: nobody waits for it
+            return True
+        who = headers.get("server", "the relay, or a proxy in front of it")[:60]
+        self._tell(f"P5 was refused: {who} answers {status}{_REFUSALS.get(status, '')}")
+        return False
+
+    async def probe(self) -> float:
+        """Post an empty batch, which shows whether POST gets through; return the seconds that it took."""
+        async with asyncio.timeout(P1_TIME):
+            stream = self.client.reuse() or await self.client.connect()
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            kind = ("Content-Type", RESPONSE_TYPE)
+            await self._post_once(stream, f"http_responses/{self.name}", b"", EMPTY, kind)
+            return loop.time() - began
+
+
+_POST = f": responses are sent by POST, so that must be allowed below {BACKEND}"
+_REFUSALS = {  # status: what to do about it
+    401: ": it does not know the key any more",
+    403: _POST,
+    405: _POST,
+    408: ": its time limit for requests is too short",
+    411: ": it must take requests with Transfer-Encoding: chunked",
+    413: ": its limit for request bodies is too small (nginx: client_max_body_size 0;)",
+    501: _POST,
+    504: ": its time limit for responses is too short (nginx: proxy_read_timeout 3600s;)",
+}
 
 
 class Link:
@@ -4406,7 +4581,10 @@ class Link:
         self._stopping = workers.stopping
         self._parked: set[Stream] = set()  # P1 that wait for their answer
         self._told = ""
+        self._most_polls = 0  # listeners
+        self._reporting = False
         self._sender = Sender(client, name, key, workers, self._tell)
+        self._sender.on_loss = self._report
 
     async def run(self) -> None:
         """Stay connected until the stop: try again for ever, at first quickly."""
@@ -4417,13 +4595,13 @@ class Link:
         try:
             while not self._stopping.is_set():
                 try:
-                    near = await self._unless_stopped(self._connect())
+                    took = await self._unless_stopped(self._connect())
                     failure: asyncio.Future[Exception] = loop.create_future()
                     began = loop.time()
-                    one_by_one = near or self._sender.original  # an original relay answers an older P1 with 500
-                    self._sender.most_batches = 1 if one_by_one else FAR_BATCHES
-                    for _ in range(1 if one_by_one else FAR_P1):
-                        self._spawn(self._listen(failure))
+                    self._most_polls = 0
+                    self._set_distance(took, failure)
+                    if not self._sender.original:
+                        self._spawn(self._look(took, failure))
                     error = await self._unless_stopped(failure)
                     if loop.time() - began > BACKOFF_MAX:  # it was good for a while, not just for a hello
                         backoff = BACKOFF_MIN
@@ -4481,8 +4659,8 @@ class Link:
 
     # P1
 
-    async def _connect(self) -> bool:
-        """Say hello by a P1 that does not wait; return whether the relay is near."""
+    async def _connect(self) -> float:
+        """Say hello by a P1 that does not wait; return the seconds that it took, without connecting."""
         loop = asyncio.get_running_loop()
         stream = await self.client.connect()
         started = loop.time()
@@ -4490,18 +4668,62 @@ class Link:
         took = loop.time() - started
         self._tell(f"connected to the relay at {self.client.origin.authority} as {self.name}")
         self.connected.set()
-        return took < NEAR
+        return took
 
-    async def _listen(self, failure: asyncio.Future[Exception]) -> None:
-        """Ask the relay again and again, until one of the listeners fails."""
+    async def _look(self, took: float, failure: asyncio.Future[Exception]) -> None:
+        """Try whether POST gets through, and measure how far away the relay is; at times again, until a listener fails.
+
+        The shortest of several round trips counts: one alone may have met a busy moment. `took` is the first.
+        """
+        samples = 1 if took < NEAR else SAMPLES
+        try:
+            while not failure.done():
+                try:
+                    for _ in range(samples):
+                        took = min(took, await self._unless_stopped(self._sender.probe()))
+                except (OSError, ProtocolError) as error:
+                    self._tell(f"cannot post to {self.client.origin.authority}: {describe(error)}")
+                if took < math.inf:
+                    self._set_distance(took, failure)
+                await self._unless_stopped(asyncio.wait({failure}, timeout=LOOK_TIME))
+                took, samples = math.inf, SAMPLES
+        except _Stopped:
+            pass
+
+    def _set_distance(self, took: float, failure: asyncio.Future[Exception]) -> None:
+        """Ask a near relay by one P1, a far one by several; an original relay answers an older P1 with 500."""
+        one_by_one = took < NEAR or self._sender.original
+        self._sender.most_batches = 1 if one_by_one else FAR_BATCHES
+        before, self._most_polls = self._most_polls, 1 if one_by_one else FAR_P1
+        for number in range(before, self._most_polls):
+            self._spawn(self._listen(number, failure))
+
+    def _report(self) -> None:
+        """Send a P1 at once that says which responses were lost: those that are open cannot any more."""
+        if self.connected.is_set() and not self._reporting:
+            self._reporting = True
+            self._spawn(self._report_losses())
+
+    async def _report_losses(self) -> None:
+        """Send such P1 until there is nothing to say; after a failure the next hello says it."""
+        try:
+            while self._sender.lost and not self._stopping.is_set():
+                await self._poll_again(self.client.reuse(), 1)
+        except (OSError, ProtocolError, Refused):
+            pass
+        finally:
+            self._reporting = False
+
+    async def _listen(self, number: int, failure: asyncio.Future[Exception]) -> None:
+        """Ask the relay again and again, until one of the listeners fails or there are too many of them."""
         loop = asyncio.get_running_loop()
         try:
             brought = False
-            while not (failure.done() or self._stopping.is_set()):
+            while number < self._most_polls and not (failure.done() or self._stopping.is_set()):
                 # What brought requests stays free for their responses: it is alive, a new one costs a round trip.
                 stream = self.client.reuse(oldest=True) if self.client.spare > brought else None
                 started = loop.time()
-                brought = await self._poll_again(stream)
+                brought = await self._poll_again(stream, WAIT_TIME)
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
                     raise ConnectionError("the relay answers at once and with nothing")
                 await self._workers.room.wait()
@@ -4509,15 +4731,15 @@ class Link:
             if not failure.done():
                 failure.set_result(error)
 
-    async def _poll_again(self, stream: Stream | None) -> bool:
+    async def _poll_again(self, stream: Stream | None, wait: float) -> bool:
         """Send a P1 on a kept connection, and on a new one if that turns out to be closed."""
         if stream is not None:
             try:
-                return await self._poll(stream, WAIT_TIME)
+                return await self._poll(stream, wait)
             except ConnectionError:
                 if self._stopping.is_set():
                     return False
-        return await self._poll(await self.client.connect(), WAIT_TIME)
+        return await self._poll(await self.client.connect(), wait)
 
     async def _poll(self, stream: Stream, wait: float) -> bool:
         """P1 and P3: ask the relay, take what it has; return whether that was something."""
@@ -4526,6 +4748,12 @@ class Link:
             return False
         fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
         fields.append(("PTTH-Instance", self._instance))
+        lost = [self._sender.lost.popleft() for _ in range(min(len(self._sender.lost), MAX_LOST))]
+        if lost:
+            fields.append(("PTTH-Lost", ", ".join(lost)))
+        at_work = [] if wait else self._workers.ids_from(self._sender)
+        if at_work:
+            fields.append(("PTTH-At-Work", ", ".join(at_work)))
         self._parked.add(stream)
         try:
             await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
@@ -4535,6 +4763,7 @@ class Link:
             body = b"" if status == 204 else await self.client.read_body(stream, headers, limit)
             self.accept(body)
         except BaseException:
+            self._sender.lost.extend(lost)
             self.client.drop(stream)
             raise
         finally:
@@ -5007,6 +5236,11 @@ def stop_event() -> asyncio.Event:
     return event
 
 
+async def wait_for_any(*work: Awaitable[object]) -> None:
+    """Wait until one of these has ended."""
+    await asyncio.wait([asyncio.ensure_future(one) for one in work], return_when=asyncio.FIRST_COMPLETED)
+
+
 async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until a signal."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
@@ -5127,7 +5361,7 @@ async def run_server(args: argparse.Namespace) -> None:
     stop = stop_event()
     announce(f"PTTH server {config.name}: serving {os.path.realpath(config.file_server_root)}")
     running = asyncio.create_task(server.run())
-    await asyncio.wait({running, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    await wait_for_any(stop.wait(), running)
     await server.stop()
     await running
 
@@ -5165,13 +5399,14 @@ async def run_demo(args: argparse.Namespace) -> None:
     handler = server_handler(Site(root, SiteOptions(auth=find_auth())), "demo")
     server = Server(Client(Origin(False, "127.0.0.1", port, "")), "demo", key, handler)
     running = asyncio.create_task(server.run())
-    await server.connected.wait()
-    announce(f"Serving {os.path.realpath(root)} through a relay and a server; open:")
-    announce(f"    http://127.0.0.1:{port}/frontend/servers/demo/files/")
-    await stop.wait()
+    await wait_for_any(server.connected.wait(), stop.wait(), running)
+    if server.connected.is_set():
+        announce(f"Serving {os.path.realpath(root)} through a relay and a server; open:")
+        announce(f"    http://127.0.0.1:{port}/frontend/servers/demo/files/")
+    await wait_for_any(stop.wait(), running)
     await server.stop()
-    await running
     await stop_relay(relay, http)
+    await running
 
 
 def build_parser() -> argparse.ArgumentParser:

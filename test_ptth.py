@@ -2175,6 +2175,98 @@ class TestRelay:
         assert (new.reply(identity, OK), client.answer()[2]) == (200, b"hi")
         assert hand.requests() == []
 
+    def test_what_a_dead_connection_took_is_offered_again_after_a_hello(self, bare_relay: Tunnel, hand: Hand) -> None:
+        clients = []
+        ids = []
+        for method in ("GET", "DELETE", "GET", "GET"):
+            hand.listen(20, "PTTH-Instance: one" if len(ids) < 3 else "PTTH-Instance: two")
+            clients.append(Client(bare_relay.port, f"/{len(ids)}", method=method))
+            ids += [identity for identity, _ in hand.requests()]
+        new = Hand(bare_relay.port)
+        new.listen(0, "PTTH-Instance: one", f"PTTH-At-Work: {ids[2]}, x")
+        assert new.requests() == [(ids[0], "/0")]
+        assert clients[1].answer()[0] == 502
+        new.listen(0, "PTTH-Instance: one", f"PTTH-At-Work: {ids[2]}")
+        assert new.requests() == []  # once more, not for ever
+        assert clients[0].answer()[0] == 502
+        assert [new.reply(ids[2], OK), new.reply(ids[3], OK)] == [200, 200]
+        assert [client.answer()[0] for client in clients[2:]] == [200, 200]
+
+    def test_a_response_that_was_lost_on_its_way_is_502_at_once(self, bare_relay: Tunnel, hand: Hand) -> None:
+        (waiting, begun, other), ids = self.hand_over(bare_relay, hand, (), (), ())
+        post = Hand(bare_relay.port)
+        post.send(
+            "POST", f"http_response/{ids[1]}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
+        )
+        begin = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+        post.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
+        eventually(lambda: len(bare_relay.relay.exchanges) == 2)
+        many = ", ".join(f"{i:032}" for i in range(ptth.MAX_LOST - 2))
+        hand.listen(0, f"PTTH-Lost: {ids[0]}, {ids[1]}, {many}, {ids[2]}")
+        assert waiting.answer()[0] == 502
+        raw = begun.raw()
+        assert b" 200 OK" in raw and raw.endswith(b"\r\n\r\n")
+        assert hand.requests() == []
+        assert hand.reply(ids[2], OK) == 200  # behind more ids than anybody loses at once
+        assert other.answer()[0] == 200
+        assert not bare_relay.relay.servers["n"].exchanges
+
+    def test_a_server_cannot_lose_what_another_one_has(self, bare_relay: Tunnel, hand: Hand) -> None:
+        key = "another-key-than-the-right-one"
+        entries = [ptth.ServerEntry("n", ptth.tripcode(KEY)), ptth.ServerEntry("m", ptth.tripcode(key))]
+        bare_relay.background.loop.call_soon_threadsafe(bare_relay.relay.configure, ptth.RelayConfig(servers=entries))
+        (client,), (identity,) = self.hand_over(bare_relay, hand)
+        other = Hand(bare_relay.port, "m", key)
+        other.listen(0, f"PTTH-Lost: {identity}")
+        assert other.requests() == []
+        assert (hand.reply(identity, OK), client.answer()[0]) == (200, 200)
+
+    def test_responses_that_are_being_sent_are_bounded(
+        self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "MAX_SENDING", 3)
+        monkeypatch.setattr(ptth, "MAX_FROM_ADDRESS", 2)
+        slow = []
+        for i, address in enumerate(("192.0.2.1", "192.0.2.1", "")):
+            hand.listen()
+            sock = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
+            sock.sendall(
+                get(f"/frontend/servers/n/{i}", *([f"X-Forwarded-For: 6.6.6.6, {address}"] if address else []))
+            )
+            ((identity, _),) = hand.requests()
+            post = Hand(bare_relay.port)
+            post.send(
+                "POST", f"http_response/{identity}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
+            )
+            begin = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
+            post.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
+            slow += [(sock, post)]
+        server = bare_relay.relay.servers["n"]
+        eventually(lambda: len(server.exchanges) == 3 and not server.offered)
+        for fields in ((), ("X-Forwarded-For: 192.0.2.9",)):
+            status, headers, _ = one(bare_relay.fetch(get("/frontend/servers/n/", *fields)))
+            assert (status, "retry-after" in headers) == (503, True)
+        slow[2][1].sock.close()
+        eventually(lambda: len(server.exchanges) == 2)
+        assert one(bare_relay.fetch(get("/frontend/servers/n/", "X-Forwarded-For: 192.0.2.1")))[0] == 503
+        (client,), (identity,) = self.hand_over(bare_relay, hand, ("X-Forwarded-For: 192.0.2.9",))
+        assert (hand.reply(identity, OK), client.answer()[0]) == (200, 200)
+        for sock, post in slow:
+            sock.close()
+            post.close()
+        eventually(lambda: not server.exchanges and not server.addresses)
+
+    @pytest.mark.parametrize(
+        ("addresses", "outer"),
+        [
+            ("192.0.2.1", "192.0.2.1"), ("6.6.6.6, 192.0.2.1, 127.0.0.1", "192.0.2.1"), ("127.0.0.1", ""), ("", ""), ("-", ""), ("::1", ""),
+            ("2001:db8:0:1:2::3", "20010db800000001"), ("2001:db8:0:1::4", "20010db800000001"), ("unknown\0", "unknown\0"),
+            ("1.2.3.4, " + "127.0.0.1, " * 9, ""),
+        ],
+    )  # fmt: skip
+    def test_which_address_a_client_has(self, addresses: str, outer: str) -> None:
+        assert ptth.outer_address(addresses) == outer
+
     def test_an_answer_to_head_has_a_length_and_no_body(self, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand, method="HEAD")
         assert hand.reply(identity, OK[:-2]) == 200
@@ -2791,7 +2883,7 @@ class TestServer:
             async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
                 origin = ptth.Origin(False, *relay.sockets[0].getsockname(), "")
                 sender = ptth.Sender(ptth.Client(origin), "n", KEY, ptth.Workers(echo), print)
-                await sender._post("x", b"", ptth.BytesBody(b"the end"))
+                await sender._post(["x"], "x", b"", ptth.BytesBody(b"the end"))
 
         asyncio.run(post())
         assert len(posts) == 2 and posts[0] == posts[1]
@@ -2808,7 +2900,7 @@ class TestServer:
             server, sock = ptth.HTTPServer(keep), ptth.open_socket("127.0.0.1", 0)
             await server.listen(sock)
             client = ptth.Client(ptth.Origin(False, *sock.getsockname(), ""))
-            status = await client.post("/", [], begin, Pieces(), await client.connect())
+            status, _ = await client.post("/", [], begin, Pieces(), await client.connect())
             await server.stop(0.1)
             return b"%d %b" % (status, bodies.pop())
 
@@ -2920,6 +3012,125 @@ class TestServer:
         assert "the body has a fault" in capfd.readouterr().err
         assert one(tunnel.fetch(get("/frontend/servers/n/value")))[0] == 500
         tunnel.close()
+
+    def test_clients_that_do_not_read_keep_no_handler(
+        self, background: Background, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with open(tmp_path / "big", "wb") as file:
+            file.truncate(1 << 28)
+        (tmp_path / "small").write_bytes(HELLO)
+        monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
+        tunnel = Tunnel(background, ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
+        lazy = []
+        for _ in range(5):
+            lazy.append(socket.create_connection(("127.0.0.1", tunnel.port), timeout=20))
+            lazy[-1].sendall(get("/frontend/servers/n/files/big"))
+            assert lazy[-1].recv(15).startswith(b"HTTP/1.1 200 OK")
+        assert one(tunnel.fetch(get("/frontend/servers/n/files/small")))[2] == HELLO
+        tunnel.server.workers.most_sending = 5
+        status, fields, _ = one(tunnel.fetch(get("/frontend/servers/n/files/big")))
+        assert (status, "retry-after" in fields) == (503, True)
+        assert one(tunnel.fetch(get("/frontend/servers/n/files/small")))[2] == HELLO
+        for sock in lazy:
+            sock.close()
+        eventually(lambda: not tunnel.server.workers.sending)
+        tunnel.close()
+
+    def test_one_address_has_half_of_the_places_for_large_responses(self) -> None:
+        workers = ptth.Workers(echo)
+        workers.most_sending = 4
+        workers.sending.update({"192.0.2.1": 2})
+        assert [workers._may_send(address) for address in ("192.0.2.1", "192.0.2.2", "")] == [False, True, True]
+        workers.sending.update({"": 2})
+        assert not workers._may_send("192.0.2.2")
+
+    @pytest.mark.parametrize(
+        ("refusal", "word"),
+        [
+            (b"HTTP/1.1 413 X\r\nServer: front/1 \xe9\r\n", "front/1"), (b"HTTP/1.1 413 X\r\n", "client_max_body_size 0"),
+            (b"HTTP/1.1 405 X\r\n", "POST"), (b"HTTP/1.1 403 X\r\n", "403"), (b"", "closed"),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("size", [5, 3_000_000])
+    def test_a_response_that_is_refused_is_told_to_the_relay(
+        self, size: int, refusal: bytes, word: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        lost: list[str] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"POST"):
+                writer.write(refusal + b"Content-Length: 0\r\nConnection: close\r\n\r\n" if refusal else b"")
+            elif told := re.search(rb"PTTH-Lost: (.*)\r", head):
+                lost.append(told[1].decode())
+                writer.write(p3())
+                done.set()
+            elif b"wait=0" in head:
+                writer.write(p3(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n"))
+            else:
+                await done.wait()
+            await writer.drain()
+            writer.close()
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            return ptth.Response(200, [], ptth.BytesBody(b"x" * size))
+
+        async def attend() -> None:
+            async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
+                client = ptth.Client(ptth.Origin(False, *relay.sockets[0].getsockname(), ""))
+                server = ptth.Server(client, "n", KEY, handler)
+                running = asyncio.create_task(server.run())
+                async with asyncio.timeout(20):
+                    await done.wait()
+                await server.stop(0)
+                await running
+
+        async def run() -> None:
+            nonlocal done
+            done = asyncio.Event()
+            await attend()
+
+        done: asyncio.Event
+        asyncio.run(run())
+        assert lost[0] == "aaaaaaaa"
+        told = capfd.readouterr().err
+        assert word in told and KEY not in told
+
+    def test_the_shortest_of_several_round_trips_counts_and_is_measured_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def measure() -> list[tuple[int, int]]:
+            link = ptth.Link(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, ptth.Workers(echo))
+            samples = iter([0.9, 0.001, 0.9, 0.9, 0.8, 0.7, 0.9, 0.9, OSError("refused"), 0.0, OSError("refused")])
+            seen: list[tuple[int, int]] = []
+            set_distance = link._set_distance
+
+            async def probe() -> float:
+                sample = next(samples, None)
+                if sample is None:
+                    failure.cancel()
+                    return 0.0
+                if isinstance(sample, OSError):
+                    raise sample
+                return sample
+
+            async def listen(number: int, failure: object) -> None:
+                pass
+
+            def look(took: float, failure: object) -> None:
+                set_distance(took, failure)
+                seen.append((link._most_polls, link._sender.most_batches))
+
+            link._sender.probe, link._listen, link._set_distance = probe, listen, look
+            failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+            async with asyncio.TaskGroup() as link._workers.group:
+                await link._look(0.9, failure)
+            return seen
+
+        monkeypatch.setattr(ptth, "LOOK_TIME", 0)
+        near, far = (1, 1), (ptth.FAR_P1, ptth.FAR_BATCHES)
+        # 0.9 and three samples; then three at a time, one of which may fail, and then those before it count
+        assert asyncio.run(measure())[:4] == [near, far, far, near]
 
     def test_an_unexpected_error_and_a_cancellation_end_the_server(self, background: Background) -> None:
         async def attend(fault: bool) -> None:
@@ -3220,6 +3431,20 @@ class TestCommandLine:
         assert one(fetch(demo.port, get("/frontend/servers/demo/files/hello.txt")))[2] == HELLO
         assert demo.end(number) == 0
         assert "Traceback" not in "".join(demo.told)
+
+    def test_the_demo_stops_also_before_it_is_connected(self, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def stopped() -> asyncio.Event:
+            event = asyncio.Event()
+            event.set()
+            return event
+
+        async def never_connected(link: ptth.Link) -> None:
+            await link._stopping.wait()
+
+        monkeypatch.setattr(ptth, "stop_event", stopped)
+        monkeypatch.setattr(ptth.Link, "run", never_connected)
+        args = ptth.build_parser().parse_args(["demo", root, "--port", "0", "-q"])
+        asyncio.run(asyncio.wait_for(args.run(args), 20))
 
     def test_both_families_by_default(self, start: object, root: str) -> None:
         server = start("file-server", root, "--port", "0").listening()
@@ -3847,6 +4072,32 @@ class TestRealPrograms:
                 assert (status, len(body)) == (200, 3_000_000)
             assert sorted(runs) == sorted(asked)  # none ran twice
             background.run(end())
+
+    @needs("nginx")
+    @pytest.mark.parametrize(
+        ("limit", "word"),
+        [("client_max_body_size 1m;", "client_max_body_size 0"), ("limit_except GET { deny all; }", "by POST")],
+    )
+    def test_a_front_that_refuses_responses_is_an_honest_502_at_once(
+        self, limit: str, word: str, start: object, tmp_path: object
+    ) -> None:
+        (tmp_path / "big").write_bytes(os.urandom(3_000_000))
+        relay_port, front = free_port(), free_port()
+        block = f"""server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://127.0.0.1:{relay_port}; {limit}
+            proxy_http_version 1.1; proxy_request_buffering off; proxy_buffering off; }} }}"""
+        write_configs(tmp_path, relay_port, str(tmp_path))
+        start("relay", cwd=tmp_path).listening()
+        with nginx(tmp_path, block):
+            eventually(lambda: self.listens(front))
+            server = start("server", "--relay-url", f"http://127.0.0.1:{front}", cwd=tmp_path)
+            server.wait_for("connected to the relay")
+            if "POST" in word:
+                server.wait_for(word)  # before any client has asked
+            answer = one(fetch(relay_port, get("/frontend/servers/n/files/big"), patience=20))
+            assert answer[0] == 502
+            if "POST" not in word:
+                assert "nginx" in server.wait_for(word)
+                assert one(fetch(relay_port, get("/frontend/servers/n/files/")))[0] == 200
 
     @staticmethod
     def listens(port: int) -> bool:
