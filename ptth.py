@@ -81,6 +81,8 @@ __version__ = "1.0.0"
 MAX_HEAD = 32 * 1024  # bytes; Apache takes 8 K a line, h11 16 K in all, nginx 32 K
 MAX_FIELDS = 100  # as Apache and http.client
 MAX_MEMBERS = 100  # of a list in a field; browsers and caches send twenty
+MAX_LINK = 8 * 1024  # bytes of all Link fields of a response; longer ones do not reach the client
+MAX_CHALLENGES = 2 * 1024  # the same for WWW-Authenticate, of which each member is taken apart
 MAX_REQUEST_LINE = 8 * 1024  # bytes; RFC 9112, 3 recommends to take 8000 at least
 MAX_BLANK_LINES = 4  # before a request line (RFC 9112, 2.2); more is somebody playing
 MAX_INNER_HEAD = 48 * 1024  # bytes; a head grows on its way: the relay adds Via and X-Forwarded-*
@@ -122,9 +124,12 @@ MAX_ACCEPTS = 32  # connections accepted in one turn; fewer than are spare
 HASHES_PER_SECOND = 100  # for keys that are not known yet, all together: behind a proxy all have one address
 MAX_PARKED = 64  # open P1 for one name
 MAX_HANDLERS = 256  # handlers at work at once on a server; other requests wait at the relay
+MAX_ORIGINAL_FIELD = 3 * 1024  # bytes of the original's field of P5; a status and a few fields take 300
 MAX_ORIGINAL = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
 MAX_EVENTS = 1000  # lines of the audit log
 MAX_SHOWN = 200  # of them on its page
+MAX_QUERY = 1000  # characters in which a directory's options are looked for
+MAX_LOGGED = 1000  # characters of a request line, of Referer and of User-Agent in the access log
 MAX_NOTED = 200  # characters of a path or of an address in it
 MAX_UNREGISTERED = 100  # names remembered for /frontend/unregistered_servers
 WAIT_TIME = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
@@ -310,16 +315,20 @@ class Headers(dict[str, str]):
         for name, value in self.pairs:  # twice as fast as handing them to dict()
             self[name.lower()] = value
         if len(self) < len(self.pairs):
-            for name in self:
-                self[name] = ", ".join(self.all(name))
+            values: dict[str, list[str]] = {}
+            for name, value in self.pairs:
+                values.setdefault(name.lower(), []).append(value)
+            for name, several in values.items():
+                self[name] = ", ".join(several)
 
     def all(self, name: str) -> list[str]:
         """Return the value of each field of that name."""
         return [value for key, value in self.pairs if key.lower() == name]
 
     def tokens(self, name: str) -> list[str]:
-        """Return the members of a comma-separated list, in lower case (RFC 9110, 5.6.1)."""
-        return [member for part in self.get(name, "").split(",") if (member := part.strip(" \t").lower())]
+        """Return the members of a comma-separated list, in lower case (RFC 9110, 5.6.1); from MAX_MEMBERS on as one."""
+        parts = self.get(name, "").split(",", MAX_MEMBERS)
+        return [member for part in parts if (member := part.strip(" \t").lower())]
 
 
 class Connection(Protocol):
@@ -731,7 +740,7 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
     To be ignored are unknown units, bad syntax, and what costs more than the whole (RFC 9110, 14.2).
     """
     unit, _, rest = text.partition("=")
-    members = [member for part in rest.split(",") if (member := part.strip(" \t"))]
+    members = [member for part in rest.split(",", MAX_MEMBERS) if (member := part.strip(" \t"))]
     if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES:
         return None
     ranges = []
@@ -762,6 +771,8 @@ def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
     if field_value.strip(" \t") == "*":
         return True
     own_weak, own = tag.startswith("W/"), tag.removeprefix("W/")
+    if own not in field_value:  # so that a long list of others' tags costs nothing
+        return False
     for prefix, opaque in _ENTITY_TAG.findall(field_value):
         if opaque == own and (weak or not (prefix or own_weak)):
             return True
@@ -1729,14 +1740,14 @@ class AccessLog:
         write_error("".join(lines))
 
 
-_PLAIN = re.compile(r"[ !#-\[\]-~]*")
+_LOGGED = {code: f"\\x{code:02x}" for code in (*range(32), *b'"\\', *range(127, 256))}
 
 
 def _quoted(text: str) -> str:
-    """Escape what would end the quotes or the line, or steer a terminal."""
-    if _PLAIN.fullmatch(text):
-        return text
-    return "".join(c if _PLAIN.fullmatch(c) else f"\\x{ord(c):02x}" for c in text)
+    """Cut what is too long, and escape what would end the quotes or the line, or steer a terminal."""
+    if len(text) > MAX_LOGGED:
+        text = f"{text[:MAX_LOGGED]}..."
+    return text.translate(_LOGGED)
 
 
 def file_limit() -> int:
@@ -2606,7 +2617,7 @@ class Site:
         self, request: Request, found: Found, segments: tuple[bytes, ...], as_json: bool
     ) -> Response:
         """Answer with a directory's listing or zip, made in a thread: a large one must not keep others waiting."""
-        wanted = urllib.parse.parse_qs(request.target.partition("?")[2], keep_blank_values=True)
+        wanted = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY], keep_blank_values=True)
         if "zip" in wanted and not as_json:
             name = quote((segments[-1] if segments else b"files") + b".zip")
             fields = [("Content-Type", "application/zip"), NOSNIFF]
@@ -2907,9 +2918,13 @@ _RUNS_NOTHING = re.compile(
 )
 
 
-@functools.lru_cache(256)
 def runs_nothing(kind: str) -> bool:
     """Return whether a browser runs nothing of that Content-Type; no type, two or a malformed one may be anything."""
+    return len(kind) < 256 and _runs_nothing(kind)
+
+
+@functools.lru_cache(256)
+def _runs_nothing(kind: str) -> bool:
     return _RUNS_NOTHING.fullmatch(kind) is not None
 
 
@@ -2931,7 +2946,6 @@ def _passing(headers: Headers, dropped: set[str]) -> Fields:
     ]
 
 
-@functools.lru_cache(1024)
 def _may_reach_client(name: str) -> bool:
     """Return whether a field of that name, in lower case, may go from a server to a client."""
     if name in _HOP_BY_HOP or name.startswith(_NOT_TO_CLIENT):
@@ -3140,9 +3154,9 @@ def passing_response(status: int, headers: Headers, *, sandbox: bool = True, ser
         if not _may_reach_client(lower) or lower in named or status == 304 and lower in _NOT_IN_304:
             continue
         if lower == "link":
-            value = _safe_links(value)
+            value = _safe_links(value) if len(headers[lower]) <= MAX_LINK else ""
         elif lower == "www-authenticate" and server:
-            value = name_realms(value, server)
+            value = name_realms(value, server) if len(headers[lower]) <= MAX_CHALLENGES else ""
         if value or lower not in ("link", "www-authenticate"):
             fields.append((name, value))
     via = headers.get("via", "")
@@ -3174,9 +3188,9 @@ def climbs(path: str) -> bool:
     if ".." not in text:
         return False
     text = _PATH_PARAMETER.sub("", text)
-    for separator in _SEPARATORS:
+    for segments in {tuple(separator.split(text)) for separator in _SEPARATORS}:
         depth = 0
-        for segment in separator.split(text):
+        for segment in segments:
             if segment == "..":
                 depth -= 1
                 if depth < 0:
@@ -3359,6 +3373,8 @@ def pack_original_response(response: Response) -> str:
 
 def unpack_original_response(text: str) -> tuple[int, Headers]:
     """Parse the value of the original's field of P5; ProtocolError 502."""
+    if len(text) > MAX_ORIGINAL_FIELD:
+        raise ProtocolError(502, f"the original's form of a head is larger than {MAX_ORIGINAL_FIELD} bytes")
     try:
         value = unpack_value(base64.b64decode(text, validate=True))
         if not isinstance(value, list) or len(value) != 2:

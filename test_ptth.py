@@ -44,6 +44,7 @@ import asyncio
 import base64
 import contextlib
 import errno
+import functools
 import hashlib
 import http.client
 import json
@@ -1130,6 +1131,106 @@ class TestHTTPServer:
             r'192\.0\.2\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d \+0000\] "GET /7ZSFUKGV/http_listen/n HTTP/1\.1" 200 5 '
             r'"r" "\\x22\\x9b\\x5c"\n', line,
         )  # fmt: skip
+
+    def test_what_is_too_long_is_cut_before_it_is_escaped(self, capfd: pytest.CaptureFixture[str]) -> None:
+        async def talk() -> None:
+            log = ptth.AccessLog()
+            head = f"GET /{'x' * 5000} HTTP/1.1\r\nHost: a\r\nReferer: {chr(34) * 20_000}\r\nUser-Agent: {'y' * ptth.MAX_LOGGED}\r\n\r\n"
+            log.add(ptth.parse_request_head(head.encode()), 200, 5)
+            log.flush()
+
+        asyncio.run(talk())
+        _, what, _, referer, _, agent, _ = capfd.readouterr().err.split('"')
+        assert what == "GET /" + "x" * (ptth.MAX_LOGGED - 5) + "..."
+        assert referer == "\\x22" * ptth.MAX_LOGGED + "..." and agent == "y" * ptth.MAX_LOGGED
+
+    HOSTILE = (
+        '"', "a,", ",", ";q=1,", '"",', 'W/"a", ', ',"a', "0-1,", "\\", "\xff", ";", "close, ", "text/html;q=0,", "gzip ,", "<a,", "%", "=\t", "x,y;z=\"",
+    )  # fmt: skip
+    FIELDS = (
+        "Accept", "Accept-Encoding", "Authorization", "Connection", "Content-Length", "Cookie", "Expect", "Host", "If-Match", "If-Modified-Since",
+        "If-None-Match", "If-Range", "Max-Forwards", "Prefer", "PTTH-Instance", "Range", "Referer", "Transfer-Encoding", "User-Agent", "Via",
+        "X-ApiKey", "X-Forwarded-For", "X-Forwarded-Host", "X-Whatever",
+    )  # fmt: skip
+
+    @staticmethod
+    def steps(work: object) -> int:
+        """How many steps Python takes for it: the same on every machine, where the time is not."""
+        count = 0
+
+        def trace(frame: object, event: str, argument: object) -> object:
+            nonlocal count
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            count += 1
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            work()
+        finally:
+            sys.settrace(before)
+        return count
+
+    @pytest.mark.parametrize("field", FIELDS)
+    def test_no_request_head_is_much_work(self, field: str, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ptth, "write_error", lambda text: None)
+        site = ptth.guard(ptth.site_handler(ptth.Site(root)), ptth.SiteOptions(auth="me:secret"), "n")
+        server = ptth.HTTPServer(site, log=ptth.AccessLog())
+        many = "".join(f"F{i}: x\r\n" for i in range(90))
+
+        async def talk(data: bytes) -> None:
+            await server._converse(reader_of(data), FakeWriter())
+
+        for hostile in self.HOSTILE:
+            value = (hostile * 31_000)[:30_000]
+            lines = "" if field == "Host" else "Host: a\r\n"
+            head = f"OPTIONS /big HTTP/1.1\r\n{lines}{field}: {value}\r\n{many}\r\n".encode("latin-1")
+            assert self.steps(lambda data=head: asyncio.run(talk(data))) < 100_000, hostile
+            try:
+                request = ptth.parse_request_head(head)
+            except ptth.ProtocolError:
+                continue
+            assert self.steps(functools.partial(self.go_round, request)) < 100_000, hostile
+
+    @staticmethod
+    def go_round(request: ptth.Request) -> None:
+        """What relay and server do with a head on its way."""
+        with contextlib.suppress(ptth.ProtocolError):
+            list(ptth.unpack_requests(ptth.pack_request("0" * 32, request, request.target)))
+        ptth.wants_json(request.headers)
+        ptth.parse_wait(request.headers.get("prefer", ""))
+        ptth.known_client(request)
+        ptth.choose("GET", request.headers, '"a"', 0, 9, 0)
+
+    @pytest.mark.parametrize(
+        "field",
+        [
+            "Connection",
+            "Content-Length",
+            "Content-Type",
+            "Link",
+            "Set-Cookie",
+            "Via",
+            "WWW-Authenticate",
+            "www-authenticate: x\r\nX",
+        ],
+    )
+    def test_no_response_head_is_much_work(self, field: str) -> None:
+        many = "".join(f"X-{i}: x\r\nWWW-Authenticate: {'a b=c,' * (i % 5)}\r\n" for i in range(60))
+        for hostile in (*self.HOSTILE, "a b=c, ", 'a realm="b",'):
+            for more in (many, ""):
+                value = (hostile * 45_000)[: 45_000 - len(more)]
+                head = f"HTTP/1.1 401 No\r\n{field}: {value}\r\n{more}\r\n".encode("latin-1")
+                status, headers = ptth.parse_inner_response(head)
+                assert self.steps(functools.partial(ptth.passing_response, status, headers, server="n")) < 100_000, (
+                    hostile
+                )
+
+    def test_a_target_of_dot_segments_is_not_much_work(self) -> None:
+        for hostile in ("/a/..", "/", "%2e%2f", ";%2e", "/../", "\\..", "%25", "a%5c.."):
+            for target in (hostile * 9000, "/a" * 2000 + "/.." * 1300):
+                assert self.steps(functools.partial(ptth.climbs, target[:8190])) < 100_000
 
 
 class TestHTTPClient:
