@@ -3627,6 +3627,47 @@ def parse_ids(text: str) -> list[str]:
     return [identity.strip() for identity in text.split(",", MAX_LOST)[:MAX_LOST]]
 
 
+class Keys:
+    """Verifies API keys by their tripcodes, in constant time.
+
+    That a key belongs to its tripcode stays true for ever, so it is remembered: one key for each configured tripcode.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._known: dict[str, bytes] = {}  # a key by its tripcode
+        self._hashed = -math.inf  # the time up to which the budget of hashes is used up
+
+    def configure(self, codes: Iterable[str]) -> None:
+        """Forget the keys whose tripcodes are not configured any more."""
+        configured = set(codes)
+        self._known = {code: key for code, key in self._known.items() if code in configured}
+
+    def find(self, key: str, codes: Iterable[str]) -> tuple[str, bool]:
+        """Return the tripcode of `key`, and whether it is one of `codes`; ProtocolError 503 above the budget."""
+        wanted = tuple(codes)
+        shown = key.encode("utf-8", "surrogateescape")
+        for code in wanted:
+            known = self._known.get(code)
+            if known is not None and is_same_secret(known, shown):
+                return code, True
+        found = self._hash(key)
+        matches = [is_same_secret(found.encode(), code.encode()) for code in wanted]
+        if not any(matches):
+            return found, False
+        self._known[found] = shown
+        return found, True
+
+    def _hash(self, key: str) -> str:
+        """Return the tripcode of a key that is not known yet, as long as the budget of hashes lasts."""
+        now = self._loop.time()
+        used = max(self._hashed, now - 1) + 1 / HASHES_PER_SECOND  # what a second did not use is lost
+        if used > now:
+            raise ProtocolError(503, "too many unknown keys", headers=[NO_STORE, ("Retry-After", "1")])
+        self._hashed = used
+        return tripcode(key)
+
+
 class TunnelBody(Body):
     """The body of P5 as it becomes the client's: nothing of it is kept here, so a slow client slows the server.
 
@@ -3655,6 +3696,187 @@ class TunnelBody(Body):
             await super().write_to(connection)
 
 
+class Desk:
+    """Shows a relay's state: its pages, the audit log, metrics and the rest of the scraper API. Changes nothing."""
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self._started = relay.loop.time()
+        with open(__file__, "rb") as file:
+            self._source = file.read()  # now: the file may be replaced while the program runs
+        self._pages: dict[str, Callable[[Request], Response]] = {
+            "/": lambda request: text_response(302, "see frontend/servers/\n", [("Location", "./frontend/servers/")]),
+            "/frontend/servers": lambda request: text_response(301, "see servers/\n", [("Location", "./servers/")]),
+            "/frontend/servers/": self._server_list,
+            "/frontend/unregistered_servers": self._unregistered_servers,
+            "/frontend/audit_log": self._audit_log,
+            "/frontend/debug/": self._debug,
+            "/frontend/relay_up_check": lambda request: text_response(200, "Relay is up\n", [NO_STORE]),
+            "/ptth.py": lambda request: Response(
+                200,
+                [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff")],
+                BytesBody(self._source),
+            ),
+        }
+        self._scraper_pages: dict[str, Callable[[], Response]] = {
+            "test": lambda: text_response(200, "You're valid!", [NO_STORE]),
+            "server_list": lambda: json_response({"servers": [self._server_info(one) for one in self._servers()]}),
+            "metrics": self._metrics_response,
+        }
+
+    def show(self, request: Request, path: str) -> Response:
+        """Answer a request for a page of the relay's; ProtocolError 404, 405."""
+        show = self._pages.get(path)
+        if show is None:
+            raise ProtocolError(404, "there is nothing here")
+        self._check_method(request)
+        return show(request)
+
+    def show_scraper(self, request: Request, what: str) -> Response:
+        """Answer the part of the scraper API that does not go to a server; ProtocolError 404, 405."""
+        self._check_method(request)
+        show = self._scraper_pages.get(what)
+        if show is None:
+            raise ProtocolError(404, "there is nothing here")
+        return show()
+
+    @staticmethod
+    def _check_method(request: Request) -> None:
+        if request.method not in ("GET", "HEAD"):
+            raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", "GET, HEAD")])
+
+    def _servers(self) -> list[Registered]:
+        return sorted(self.relay.servers.values(), key=lambda server: server.name)
+
+    # the scraper API
+
+    def _server_info(self, server: Registered) -> dict[str, object]:
+        """Return what the scraper API tells of a server."""
+        seen = None
+        if server.last_seen is not None:
+            seen = format_time(time.time() - (0 if server.present else self.relay.loop.time() - server.last_seen))
+        return {
+            "name": server.name,
+            "display_name": server.entry.display_name or None,
+            "last_seen": seen,
+            "connected": server.present,
+        }
+
+    def _metrics_response(self) -> Response:
+        response = text_response(200, self._metrics(), [NO_STORE])
+        response.headers[0] = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        return response
+
+    def _metrics(self) -> str:
+        """Return what is counted, in Prometheus' text format; labels are of registered servers only."""
+        servers = self._servers()
+
+        def each(value: Callable[[Registered], float]) -> list[tuple[str, float]]:
+            return [(f'{{server="{server.name}"}}', value(server)) for server in servers]
+
+        refused = [(f'{{api="{api}"}}', count) for api, count in self.relay.refused.items()]
+        answered = [
+            (f'{{server="{server.name}",status="{status}"}}', count)
+            for server in servers
+            for status, count in sorted(server.statuses.items())
+        ]
+        families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
+            ("connections", "gauge", "Open connections.", [("", self.relay.connections())]),
+            ("keys_refused_total", "counter", "Keys that were refused.", refused),
+            ("server_connected", "gauge", "Whether the server is connected.", each(lambda server: server.present)),
+            (
+                "requests_waiting",
+                "gauge",
+                "Requests that wait for the server.",
+                each(lambda server: len(server.waiting)),
+            ),
+            ("body_bytes_total", "counter", "Bytes of bodies sent to clients.", each(lambda server: server.body_bytes)),
+            ("requests_total", "counter", "Requests answered.", answered),
+        ]
+        lines = []
+        for name, kind, text, samples in families:
+            lines += [f"# HELP ptth_{name} {text}", f"# TYPE ptth_{name} {kind}"]
+            lines += [f"ptth_{name}{labels} {count:.0f}" for labels, count in samples]
+        return "\n".join(lines) + "\n"
+
+    # pages
+
+    def _server_list(self, request: Request) -> Response:
+        """Show the servers: whether they are connected, and what they have done."""
+        now = self.relay.loop.time()
+        rows = []
+        for server in self._servers():
+            if server.present:
+                state = "connected" + (f" ({len(server.instances)} servers)" if len(server.instances) > 1 else "")
+            elif server.last_seen is None:
+                state = "never seen"
+            else:
+                state = f"last seen {format_age(now - server.last_seen)}"
+            shown = escape(server.entry.display_name or server.name)
+            link = f'<a class="d" href="./{server.name}/">{shown}</a>'
+            state = f'<span class="{"on" if server.present else "q"}">{state}</span>'
+            requests = f"{sum(server.statuses.values()):,}"
+            rows.append((link, state, requests, format_size(server.body_bytes), str(server.transfers)))
+        content = "<h1>Servers</h1>\n"
+        if self.relay.config.news_url:
+            content += f'<p><a href="{escape(self.relay.config.news_url)}">News</a></p>\n'
+        columns = {"Name": "", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
+        content += table(columns, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
+        return self._page("Servers", content, "../../")
+
+    def _page(self, title: str, content: str, top: str) -> Response:
+        """Make a page of the relay's; `top` leads from it to the root."""
+        links = [("servers/", "Servers"), ("unregistered_servers", "Unregistered servers"), ("audit_log", "Audit log")]
+        links += [("debug/", "Debug")] if self.relay.config.dev_mode else []
+        ways = " &middot; ".join(f'<a href="{top}frontend/{path}">{text}</a>' for path, text in links)
+        footer = f"<footer>{ways}<br>{VERSION_LINE.format(top)}</footer>"
+        return html_response(200, page(title, f"<main>\n{content}\n</main>\n{footer}"), [NO_STORE])
+
+    def _audit_log(self, request: Request) -> Response:
+        """Show who came, was refused and was served, the newest first; as JSON for whoever asks for that."""
+        if wants_json(request.headers):
+            names = ("time", "event", "server", "client", "method", "path", "status", "bytes")
+            newest_first = ((format_time(event[0]), *event[1:]) for event in reversed(self.relay.events))
+            return json_response([dict(zip(names, values, strict=True)) for values in newest_first])
+        rows = []
+        for event in itertools.islice(reversed(self.relay.events), MAX_SHOWN):
+            what = f"{event.method} {event.path}" if event.method else event.event
+            end = f"{event.status}, {format_size(event.size)}" if event.status else ""
+            day, _, second = format_time(event.time).removesuffix("Z").partition("T")
+            when = f'<span class="w">{day} </span>{second}'
+            rows.append((when, *map(escape, (event.server, event.client, what, end))))
+        columns = {"Time (UTC)": "t", "Server": "", "Client": "w", "What": "b", "Answer": "n"}
+        content = "<h1>Audit log</h1>\n" + (table(columns, rows) if rows else "<p>Nothing has happened.</p>")
+        return self._page("Audit log", content, "../")
+
+    def _debug(self, request: Request) -> Response:
+        """Show build and state, in dev mode."""
+        if not self.relay.config.dev_mode:
+            raise ProtocolError(404, "there is nothing here")
+        values = {
+            "Version": __version__,
+            "Python": sys.version,
+            "System": sys.platform,
+            "Up": format_age(self.relay.loop.time() - self._started).removesuffix(" ago"),
+            "Connections": str(self.relay.connections()),
+            "Requests not answered": str(len(self.relay.exchanges)),
+        }
+        rows = [(name, escape(value)) for name, value in values.items()]
+        return self._page("Debug", "<h1>Debug</h1>\n" + table({"Name": "", "Value": "b"}, rows), "../../")
+
+    def _unregistered_servers(self, request: Request) -> Response:
+        """Show who tried to connect under a name that nobody has, with the block that would register them."""
+        now = time.time()
+        rows = [
+            (f'<pre>[[servers]]\nname = "{escape(name)}"\ntripcode = "{code}"</pre>', format_age(now - seen))
+            for (name, code), seen in reversed(self.relay.unregistered.items())
+        ]
+        content = "<h1>Unregistered servers</h1>\n<p>These tried to connect. Anybody can: before pasting a block into "
+        content += "ptth_relay.toml, compare its tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
+        content += table({"To register": "", "Tried": "n"}, rows) if rows else "<p>Nobody has tried.</p>"
+        return self._page("Unregistered servers", content, "../")
+
+
 _BACKEND_ACTIONS = {
     "http_listen": ("GET", _NAME),
     "http_response": ("POST", _ID),
@@ -3676,29 +3898,14 @@ class Relay:
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
         self.answer_time = answer_time
         self.stopping = False
-        self._verified: set[tuple[str, str]] = set()  # (key, tripcode) that belong together
-        self._hashed = -math.inf  # the time up to which the budget of hashes is used up
+        self.keys = Keys()  # of servers
+        self.scraper_keys = Keys()
+        self.desk = Desk(self)
         self._refusals: dict[str, float] = {}  # when the last one was told, by name
         self._delivered: dict[Connection, list[Exchange]] = {}  # by the connection that took the P3
         self._started = self.loop.time()
         self._watcher = self.loop.create_task(self._watch())
-        with open(__file__, "rb") as file:
-            self._source = file.read()  # now: the file may be replaced while the program runs
         self.configure(config)
-        self._pages: dict[str, Callable[[Request], Response]] = {
-            "/": lambda request: text_response(302, "see frontend/servers/\n", [("Location", "./frontend/servers/")]),
-            "/frontend/servers": lambda request: text_response(301, "see servers/\n", [("Location", "./servers/")]),
-            "/frontend/servers/": self._server_list,
-            "/frontend/unregistered_servers": self._unregistered_servers,
-            "/frontend/audit_log": self._audit_log,
-            "/frontend/debug/": self._debug,
-            "/frontend/relay_up_check": lambda request: text_response(200, "Relay is up\n", [NO_STORE]),
-            "/ptth.py": lambda request: Response(
-                200,
-                [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff")],
-                BytesBody(self._source),
-            ),
-        }
 
     def configure(self, config: RelayConfig) -> None:
         """Take over a configuration: servers come, go and change without touching the others.
@@ -3718,11 +3925,12 @@ class Relay:
             else:
                 server.entry = new
         self.servers |= {name: Registered(entry) for name, entry in entries.items()}
-        self._verified.clear()
+        self.keys.configure(entry.tripcode for entry in config.servers)
+        self.scraper_keys.configure(key.hash for key in config.scraper_keys)
 
-    def note(self, event: str, server: str, **facts: Any) -> None:
+    def note(self, event: str, server: str, **details: Any) -> None:
         """Add a line to the audit log."""
-        self.events.append(Event(time.time(), event, server, **facts))
+        self.events.append(Event(time.time(), event, server, **details))
 
     async def handle(self, request: Request) -> Response:
         """Answer any request to the relay.
@@ -3745,12 +3953,7 @@ class Relay:
             return await self._scrape(request, target.removeprefix("/scraper/"))
         if path.startswith(BACKEND):
             return await self._backend(request, path.removeprefix(BACKEND))
-        show = self._pages.get(path)
-        if show is None:
-            raise ProtocolError(404, "there is nothing here")
-        if request.method not in ("GET", "HEAD"):
-            raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", "GET, HEAD")])
-        return show(request)
+        return self.desk.show(request, path)
 
     def _known(self, name: str) -> Registered:
         """Return the server of that name; ProtocolError 404."""
@@ -3859,11 +4062,8 @@ class Relay:
         key = request.headers.get("x-apikey", "")
         if not key or len(key) > MAX_KEY:
             return False
-        if server and (key, server.entry.tripcode) in self._verified:
-            return True
-        code = self._hash(key)
-        if server and is_same_secret(code.encode(), server.entry.tripcode.encode()):
-            self._verified.add((key, code))
+        code, right = self.keys.find(key, [server.entry.tripcode] if server else [])
+        if right:
             return True
         self._refuse("backend", request, name, "wrong key" if server else "unknown name")
         if not server and _NAME.fullmatch(name):
@@ -3872,15 +4072,6 @@ class Relay:
             while len(self.unregistered) > MAX_UNREGISTERED:
                 self.unregistered.popitem(last=False)
         return False
-
-    def _hash(self, key: str) -> str:
-        """Return the tripcode of a key that is not known yet, as long as the budget of hashes lasts."""
-        now = self.loop.time()
-        used = max(self._hashed, now - 1) + 1 / HASHES_PER_SECOND  # what a second did not use is lost
-        if used > now:
-            raise ProtocolError(503, "too many unknown keys", headers=[NO_STORE, ("Retry-After", "1")])
-        self._hashed = used
-        return tripcode(key)
 
     def _refuse(self, api: str, request: Request, name: str, why: str) -> None:
         """Keep account of a key that was refused; tell it once a minute for each name, and for all that nobody has."""
@@ -3903,88 +4094,30 @@ class Relay:
             raise ProtocolError(404, "there is nothing here")
         self._verify_scraper(request)
         what = rest.partition("?")[0]
-        if what.startswith("server/"):
-            name, slash, below = rest.removeprefix("server/").partition("/")
-            if not slash or "?" in name:
-                raise ProtocolError(404, "there is nothing here")
-            return await self._forward(request, self._known(name), "/" + below)
-        if request.method not in ("GET", "HEAD"):
-            raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", "GET, HEAD")])
-        if what == "test":
-            return text_response(200, "You're valid!", [NO_STORE])
-        if what == "server_list":
-            return json_response({"servers": [self._facts(server) for server in self._sorted()]})
-        if what == "metrics":
-            response = text_response(200, self._metrics(), [NO_STORE])
-            response.headers[0] = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            return response
-        raise ProtocolError(404, "there is nothing here")
+        if not what.startswith("server/"):
+            return self.desk.show_scraper(request, what)
+        name, slash, below = rest.removeprefix("server/").partition("/")
+        if not slash or "?" in name:
+            raise ProtocolError(404, "there is nothing here")
+        return await self._forward(request, self._known(name), "/" + below)
 
     def _verify_scraper(self, request: Request) -> None:
         """Return when the request shows a scraper's key that is valid now; only the log learns why another is not."""
         key = request.headers.get("x-apikey")
-        why, name = "no key", "-"
+        why, name, now = "no key", "-", time.time()
         if key and len(key) > MAX_KEY:
             why = "a key that is too long"
         elif key:
-            code = next((code for known, code in self._verified if known == key), None) or self._hash(key)
             why = "unknown key"
+            code, _ = self.scraper_keys.find(key, [entry.hash for entry in self.config.scraper_keys])
             for entry in self.config.scraper_keys:
                 if is_same_secret(code.encode(), entry.hash.encode()):
-                    self._verified.add((key, code))
                     name = entry.name
-                    if entry.not_before <= time.time() <= entry.not_after:
+                    if entry.not_before <= now <= entry.not_after:
                         return
-                    why = "a key that is not yet valid" if time.time() < entry.not_before else "a key that has expired"
+                    why = "a key that is not yet valid" if now < entry.not_before else "a key that has expired"
         self._refuse("scraper", request, name, why)
         raise ProtocolError(403, "this needs a valid X-ApiKey", headers=[NO_STORE])
-
-    def _sorted(self) -> list[Registered]:
-        return sorted(self.servers.values(), key=lambda server: server.name)
-
-    def _facts(self, server: Registered) -> dict[str, object]:
-        """Return what the scraper API tells of a server."""
-        seen = None
-        if server.last_seen is not None:
-            seen = format_time(time.time() - (0 if server.present else self.loop.time() - server.last_seen))
-        return {
-            "name": server.name,
-            "display_name": server.entry.display_name or None,
-            "last_seen": seen,
-            "connected": server.present,
-        }
-
-    def _metrics(self) -> str:
-        """Return what is counted, in Prometheus' text format; labels are of registered servers only."""
-        servers = self._sorted()
-
-        def each(value: Callable[[Registered], float]) -> list[tuple[str, float]]:
-            return [(f'{{server="{server.name}"}}', value(server)) for server in servers]
-
-        refused = [(f'{{api="{api}"}}', count) for api, count in self.refused.items()]
-        answered = [
-            (f'{{server="{server.name}",status="{status}"}}', count)
-            for server in servers
-            for status, count in sorted(server.statuses.items())
-        ]
-        families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
-            ("connections", "gauge", "Open connections.", [("", self.connections())]),
-            ("keys_refused_total", "counter", "Keys that were refused.", refused),
-            ("server_connected", "gauge", "Whether the server is connected.", each(lambda server: server.present)),
-            (
-                "requests_waiting",
-                "gauge",
-                "Requests that wait for the server.",
-                each(lambda server: len(server.waiting)),
-            ),
-            ("body_bytes_total", "counter", "Bytes of bodies sent to clients.", each(lambda server: server.body_bytes)),
-            ("requests_total", "counter", "Requests answered.", answered),
-        ]
-        lines = []
-        for name, kind, text, samples in families:
-            lines += [f"# HELP ptth_{name} {text}", f"# TYPE ptth_{name} {kind}"]
-            lines += [f"ptth_{name}{labels} {count:.0f}" for labels, count in samples]
-        return "\n".join(lines) + "\n"
 
     async def _listen(self, request: Request, server: Registered) -> Response:
         """P1: answer with what waits, or wait for it."""
@@ -4219,84 +4352,6 @@ class Relay:
             for exchange in list(self.exchanges.values()):
                 exchange.fail(503, "the relay is stopping")
         self._watcher.cancel()
-
-    # pages
-
-    def _server_list(self, request: Request) -> Response:
-        """Show the servers: whether they are connected, and what they have done."""
-        now = self.loop.time()
-        rows = []
-        for server in self._sorted():
-            if server.present:
-                state = "connected" + (f" ({len(server.instances)} servers)" if len(server.instances) > 1 else "")
-            elif server.last_seen is None:
-                state = "never seen"
-            else:
-                state = f"last seen {format_age(now - server.last_seen)}"
-            shown = escape(server.entry.display_name or server.name)
-            link = f'<a class="d" href="./{server.name}/">{shown}</a>'
-            state = f'<span class="{"on" if server.present else "q"}">{state}</span>'
-            requests = f"{sum(server.statuses.values()):,}"
-            rows.append((link, state, requests, format_size(server.body_bytes), str(server.transfers)))
-        content = "<h1>Servers</h1>\n"
-        if self.config.news_url:
-            content += f'<p><a href="{escape(self.config.news_url)}">News</a></p>\n'
-        columns = {"Name": "", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
-        content += table(columns, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
-        return self._show("Servers", content, "../../")
-
-    def _show(self, title: str, content: str, top: str) -> Response:
-        """Make a page of the relay's; `top` leads from it to the root."""
-        links = [("servers/", "Servers"), ("unregistered_servers", "Unregistered servers"), ("audit_log", "Audit log")]
-        links += [("debug/", "Debug")] if self.config.dev_mode else []
-        ways = " &middot; ".join(f'<a href="{top}frontend/{path}">{text}</a>' for path, text in links)
-        footer = f"<footer>{ways}<br>{VERSION_LINE.format(top)}</footer>"
-        return html_response(200, page(title, f"<main>\n{content}\n</main>\n{footer}"), [NO_STORE])
-
-    def _audit_log(self, request: Request) -> Response:
-        """Show who came, was refused and was served, the newest first; as JSON for whoever asks for that."""
-        if wants_json(request.headers):
-            names = ("time", "event", "server", "client", "method", "path", "status", "bytes")
-            return json_response(
-                [dict(zip(names, (format_time(event[0]), *event[1:]), strict=True)) for event in reversed(self.events)]
-            )
-        rows = []
-        for event in itertools.islice(reversed(self.events), MAX_SHOWN):
-            what = f"{event.method} {event.path}" if event.method else event.event
-            end = f"{event.status}, {format_size(event.size)}" if event.status else ""
-            day, _, second = format_time(event.time).removesuffix("Z").partition("T")
-            when = f'<span class="w">{day} </span>{second}'
-            rows.append((when, *map(escape, (event.server, event.client, what, end))))
-        columns = {"Time (UTC)": "t", "Server": "", "Client": "w", "What": "b", "Answer": "n"}
-        content = "<h1>Audit log</h1>\n" + (table(columns, rows) if rows else "<p>Nothing has happened.</p>")
-        return self._show("Audit log", content, "../")
-
-    def _debug(self, request: Request) -> Response:
-        """Show build and state, in dev mode."""
-        if not self.config.dev_mode:
-            raise ProtocolError(404, "there is nothing here")
-        facts = {
-            "Version": __version__,
-            "Python": sys.version,
-            "System": sys.platform,
-            "Up": format_age(self.loop.time() - self._started).removesuffix(" ago"),
-            "Connections": str(self.connections()),
-            "Requests not answered": str(len(self.exchanges)),
-        }
-        rows = [(name, escape(value)) for name, value in facts.items()]
-        return self._show("Debug", "<h1>Debug</h1>\n" + table({"Fact": "", "Value": "b"}, rows), "../../")
-
-    def _unregistered_servers(self, request: Request) -> Response:
-        """Show who tried to connect under a name that nobody has, with the block that would register them."""
-        now = time.time()
-        rows = [
-            (f'<pre>[[servers]]\nname = "{escape(name)}"\ntripcode = "{code}"</pre>', format_age(now - seen))
-            for (name, code), seen in reversed(self.unregistered.items())
-        ]
-        content = "<h1>Unregistered servers</h1>\n<p>These tried to connect. Anybody can: before pasting a block into "
-        content += "ptth_relay.toml, compare its tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
-        content += table({"To register": "", "Tried": "n"}, rows) if rows else "<p>Nobody has tried.</p>"
-        return self._show("Unregistered servers", content, "../")
 
 
 # -- 12. Server --

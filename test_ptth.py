@@ -2807,7 +2807,9 @@ class TestOperator:
         assert one(tunnel.fetch(get("/scraper/v1/test")))[::2] == (403, b"this needs a valid X-ApiKey\n")
         told = capfd.readouterr().err
         assert "scraper key refused" in told and self.SCRAPER not in told
-        assert b'keys_refused_total{api="scraper"} 2' in tunnel.relay._metrics().encode()
+        self.configure(tunnel, self.key())
+        metrics = one(tunnel.fetch(get("/scraper/v1/metrics", f"X-ApiKey: {self.SCRAPER}")))[2].decode()
+        assert 'keys_refused_total{api="scraper"} 2' in metrics
 
     def test_metrics_are_counted(self, tunnel: Tunnel) -> None:
         self.configure(tunnel, self.key())
