@@ -1462,11 +1462,12 @@ th button:focus-visible{outline:2px solid var(--link);outline-offset:2px}
 td{padding:.42rem .5rem;vertical-align:baseline;overflow-wrap:break-word}
 td:first-child,.b{overflow-wrap:anywhere}tbody tr:hover{background:var(--over)}
 .n,.t{white-space:nowrap;font-variant-numeric:tabular-nums}.n{text-align:right}td.n,td.t{color:var(--quiet);font-size:.9rem}
-td>a{display:block;white-space:pre-wrap;unicode-bidi:isolate;padding-left:1.7rem;position:relative}
-td>a::before{content:"";position:absolute;left:.2rem;top:.2rem;width:.8rem;height:1rem;
-border:1.5px solid var(--quiet);border-radius:2px;opacity:.6}
-td>a.d::before,td>a.d::after{content:"";position:absolute;left:.05rem;top:.4rem;width:1.1rem;height:.82rem;
-border:0;border-radius:2px;background:var(--link);opacity:1}td>a.d::after{top:.22rem;width:.5rem;height:.4rem}
+td>a,td>i{display:block;white-space:pre-wrap;unicode-bidi:isolate;padding-left:1.7rem;position:relative}
+td>a::before,td>i::before{content:"";position:absolute;left:.2rem;top:.2rem;width:.8rem;height:1rem;
+border:1.5px solid var(--quiet);border-radius:2px;opacity:.6}td>i{font-style:normal;color:var(--quiet)}
+.d>*::before,.d>*::after{content:"";position:absolute;left:.05rem;top:.4rem;width:1.1rem;height:.82rem;
+border:0;border-radius:2px;background:var(--link);opacity:1}.d>*::after{top:.22rem;width:.5rem;height:.4rem}
+.d>i::before,.d>i::after{background:var(--quiet)}
 .on::before{content:"";display:inline-block;width:.5rem;height:.5rem;margin-right:.45rem;border-radius:50%;background:var(--on)}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:.75rem;background:var(--over)}
 @media(min-width:36.01rem){.l th.n{width:7rem}.l th.w{width:11rem}}
@@ -1553,6 +1554,7 @@ class Entry(NamedTuple):
     is_dir: bool
     size: int  # bytes; 0 for a directory
     mtime: int  # POSIX time in nanoseconds
+    error: str = ""  # why the file system does not tell size and time: it cannot be read
 
 
 # What would hide in a name, or turn it round: controls, marks of direction, and what has no width.
@@ -1561,15 +1563,30 @@ _UNSEEN = re.compile(
 )
 
 
+def name_text(name: bytes) -> str:
+    """Return a file's name as valid Unicode: U+FFFD in the place of what is not UTF-8."""
+    return name.decode("utf-8", "replace")
+
+
 def show_name(name: bytes) -> str:
     """Return a file's name as text that shows every character of it."""
-    return _UNSEEN.sub("\ufffd", name.decode("utf-8", "replace"))
+    return _UNSEEN.sub("\ufffd", name_text(name))
+
+
+def entry_link(entry: Entry) -> str:
+    """Return the URL of an entry, relative to its directory's URL.
+
+    It has no "./" in front, which several programs that read listings do not understand. It needs none, because a
+    colon, which would make a scheme of what is before it, is escaped.
+    """
+    return quote(entry.name) + ("/" if entry.is_dir else "")
 
 
 LISTING_SCRIPT = """
 const box=document.getElementById("filter"),count=document.getElementById("count"),all=count.textContent;
-const rows=[...document.querySelectorAll("tbody tr:not(.up)")].map(row=>[row,row.cells[0].textContent.toLowerCase()]);
-box.hidden=false;box.oninput=()=>{const word=box.value.toLowerCase();let shown=0;
+const fold=text=>text.normalize("NFKC").toUpperCase().normalize("NFKC");
+const rows=[...document.querySelectorAll("tbody tr:not(.up)")].map(row=>[row,fold(row.cells[0].textContent)]);
+box.hidden=false;box.oninput=()=>{const word=fold(box.value);let shown=0;
 for(const [row,name] of rows)shown+=!(row.hidden=!name.includes(word));
 count.textContent=word?shown+" of "+rows.length+" match":all};
 """
@@ -1579,14 +1596,19 @@ def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> b
     """Show a directory: `path` is below the root, `order` is how the entries are sorted.
 
     All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
+    Programs read the page, too, by simple patterns. So a row is one line, `href` is its link's only attribute, and the
+    size stands last. The links to the folders above have no quotes: programs that take all links for entries look for
+    quotes, and would read the same folders again and again.
     """
-    names = [show_name(name) for name in path]
-    crumbs = "<i>/</i>".join(
-        f'<a href="{"../" * (len(path) - i) or "./"}">{escape(name)}</a>' for i, name in enumerate(["Files", *names])
-    )
-    folders = sum(entry.is_dir for entry in entries)
-    facts = [count_of(n, noun) for n, noun in ((folders, "folder"), (len(entries) - folders, "file")) if n]
-    facts.append(format_size(sum(entry.size for entry in entries)) if entries else "Empty folder")
+    names = ["Files", *map(show_name, path)]
+    above = [f"<a href={'../' * (len(path) - i)}>{escape(name)}</a>" for i, name in enumerate(names[:-1])]
+    crumbs = "<i>/</i>".join([*above, f'<span aria-current="page">{escape(names[-1])}</span>'])
+    readable = [entry for entry in entries if not entry.error]
+    folders = sum(entry.is_dir for entry in readable)
+    facts = [count_of(n, noun) for n, noun in ((folders, "folder"), (len(readable) - folders, "file")) if n]
+    facts.append(format_size(sum(entry.size for entry in readable)) if entries else "Empty folder")
+    if len(readable) < len(entries):
+        facts.append(f"{len(entries) - len(readable):,} not readable")
     controls = (
         '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
         '<form><button name="zip" value="">Download as .zip</button></form>'
@@ -1594,7 +1616,7 @@ def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> b
     headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
     rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
     return page(
-        "/" + "/".join(names),
+        "/" + "/".join(names[1:]),
         f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span id="count" aria-live="polite">{", ".join(facts)}</span>\n'
         f'{controls if entries else ""}</div>\n<form>\n<table class="l">\n<thead><tr>{headings}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody>\n</table>\n</form>\n</main>\n"
@@ -1602,10 +1624,10 @@ def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> b
     )
 
 
-_SORT_KEYS = (("name", "Name"), ("size", "Size"), ("time", "Modified (UTC)"))
+_SORT_KEYS = (("name", "Name"), ("time", "Modified (UTC)"), ("size", "Size"))
 _PARENT_ROW = (
-    '<tr class="up"><td><a class="d" href="../" aria-label="Folder above">..</a></td>'
-    '<td class="n"></td><td class="n w"></td></tr>\n'
+    '<tr class="up"><td class="d"><a href="../" aria-label="Folder above">..</a></td>'
+    '<td class="n w"></td><td class="n"></td></tr>\n'
 )
 
 
@@ -1622,14 +1644,16 @@ def _sort_heading(key: str, label: str, order: str) -> str:
 
 def _entry_row(entry: Entry) -> str:
     """Make one row of a listing."""
-    name = escape(show_name(entry.name))
-    when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
-    if entry.is_dir:
-        link, size = f'<a class="d" href="./{quote(entry.name)}/">{name}/</a>', ""
+    name = escape(show_name(entry.name)) + ("/" if entry.is_dir else "")
+    column = '<td class="d">' if entry.is_dir else "<td>"
+    if entry.error:
+        link, when = f"<i>{name}</i>", ""
+        size = f' title="{escape(entry.error)}">not readable'
     else:
-        link = f'<a href="./{quote(entry.name)}">{name}</a>'
-        size = f'<span title="{count_of(entry.size, "byte")}">{format_size(entry.size)}</span>'
-    return f'<tr><td>{link}</td><td class="n">{size}</td><td class="n w">{when}</td></tr>\n'
+        link = f'<a href="{entry_link(entry)}">{name}</a>'
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
+        size = ">" if entry.is_dir else f' title="{count_of(entry.size, "byte")}">{format_size(entry.size)}'
+    return f'<tr>{column}{link}</td><td class="n w">{when}</td><td class="n"{size}</td></tr>\n'
 
 
 # -- 7. HTTP server --
@@ -2441,8 +2465,26 @@ def file_error(error: OSError) -> ProtocolError:
     return ProtocolError(404, "there is nothing here")
 
 
+_DIGITS = re.compile("0*([0-9]+)")
+_LETTERS = str.maketrans(
+    dict(zip("\u00f8\u0142\u0111\u0127\u0131\u00e6\u0153", ("o", "l", "d", "h", "i", "ae", "oe"), strict=True))
+)
+
+
+def natural_order(name: bytes) -> tuple[str, bytes]:
+    """Return the key that sorts names as people do: 2 before 10, and letters with accents beside those without."""
+    text = name_text(name).casefold()
+    if not text.isascii():
+        import unicodedata
+
+        parts = unicodedata.normalize("NFKD", text).translate(_LETTERS)
+        text = "".join(c for c in parts if not unicodedata.combining(c))
+    # A number becomes 0, how many digits it has as one character, and the digits: of two, the longer is the greater.
+    return _DIGITS.sub(lambda match: f"0{chr(len(match[1]))}{match[1]}", text), name
+
+
 ORDERS: dict[str, Callable[[Entry], Any]] = {
-    "name": lambda entry: (entry.name.lower(), entry.name),
+    "name": lambda entry: natural_order(entry.name),
     "size": lambda entry: entry.size,
     "time": lambda entry: entry.mtime,
 }
@@ -2639,7 +2681,9 @@ class Site:
         import json
 
         rows = [
-            {"name": os.fsdecode(e.name), "size": e.size, "is_dir": e.is_dir, "mtime": e.mtime // 1_000_000_000}
+            {"name": name_text(e.name), "size": e.size, "is_dir": e.is_dir, "mtime": e.mtime // 1_000_000_000}
+            | {"href": entry_link(e)}
+            | ({"error": e.error} if e.error else {})
             for e in entries
         ]
         fields = [("Content-Type", "application/json; charset=UTF-8"), ("Vary", "Accept"), NOSNIFF]

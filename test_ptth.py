@@ -61,6 +61,7 @@ import statistics
 import textwrap
 import threading
 import time
+import urllib.parse
 import urllib.request
 
 import ptth
@@ -1536,20 +1537,116 @@ class TestFileServer:
 
     def test_a_listing_shows_what_can_be_fetched_and_nothing_else(self, root: str, files_tunnel: Tunnel) -> None:
         _, fields, body = self.both(root, files_tunnel, "/", ["Accept: application/json"])
-        names = {entry["name"].encode("utf-8", "surrogateescape") for entry in json.loads(body)["entries"]}
+        names = {ptth.parse_path("/" + entry["href"])[0][0] for entry in json.loads(body)["entries"]}
         hidden = {b".secret", b".git", b"outside", b"outdir", b"dangling", b"loop", b"fifo", b"up"}
         assert names == {name for name in os.listdir(os.fsencode(root)) if name not in hidden}
         page = self.both(root, files_tunnel, "/", [])[2].decode()
-        links = set(re.findall(r'<td><a[^>]*href="\./([^"]+)"', page))
+        links = set(re.findall(r'<td[^>]*><a href="([^"]+)"', page))
         assert {ptth.parse_path("/" + link)[0][0] for link in links} == names
         for link in links:
             assert self.both(root, files_tunnel, "/" + link, [])[0] == 200
 
     def test_json_tells_name_size_kind_and_time(self, root: str, files_tunnel: Tunnel) -> None:
         entries = json.loads(self.both(root, files_tunnel, "/sub/", ["Accept: application/json"])[2])
-        assert entries == {"entries": [{"name": "file", "size": 7, "is_dir": False, "mtime": MTIME}]}
+        assert entries == {"entries": [{"name": "file", "size": 7, "is_dir": False, "mtime": MTIME, "href": "file"}]}
         original = one(files_tunnel.fetch(get("/frontend/servers/n/api/v1/dir/sub/")))
         assert json.loads(original[2]) == entries and original[1]["content-type"] == "application/json; charset=UTF-8"
+
+    ODD_NAMES = [
+        "a:b",
+        "c:",
+        "...",
+        "..a",
+        "~",
+        " ",
+        "  x",
+        "%41",
+        "%2e%2e",
+        "q\"u'o",
+        "<i>",
+        "a&b",
+        "x?y=z",
+        "#",
+        "httpx",
+        "&amp;",
+        "+;",
+    ]
+    READERS = {  # how programs find the entries in a listing, one pattern for each line and one for the whole page
+        "Kodi 21": r'(?m)<a href="([^"]*)"[^>]*>\s*(.*?)\s*</a>(.+?)(?=<a|</tr|$)',
+        "Kodi 13": r'<a href="(.*)">(.*)</a>()',
+        "fsspec": r"""<(?:a|A)\s+(?:[^>]*?\s+)?(?:href|HREF)=["']([^"']+)()()""",
+        "a shell script": r'href="([^"]*)"()()',
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("reader", READERS)
+    def test_programs_find_the_entries_of_a_listing_and_nothing_else(self, reader: str, tmp_path: object) -> None:
+        import html
+
+        folder = tmp_path / "one" / "two"
+        folder.mkdir(parents=True)
+        for name in self.ODD_NAMES:
+            (folder / name).write_text("0123456789" * 200)
+        (folder / "sub dir").mkdir()
+        page = one(say(self.site(tmp_path, hidden=True), get("/one/two/")))[2].decode()
+        found = []
+        for link, text, rest in re.findall(self.READERS[reader], page):
+            name = os.fsdecode(urllib.parse.unquote_to_bytes(link.removesuffix("/")))
+            if not reader.startswith("Kodi") or html.unescape(text).strip().removesuffix("/") == name.strip():
+                found.append((link, name))
+                assert (
+                    not rest or link[-1] == "/" or re.search(r"> *([0-9.]+) *(B|K|M|G| )(iB)?</td>", rest)[1] == "2.0"
+                )
+        assert sorted(name for _, name in found if name != "..") == sorted([*self.ODD_NAMES, "sub dir"])
+        for link, _ in found:
+            assert urllib.parse.urljoin("http://h/one/two/", link).startswith("http://h/one/two/") or link == "../"
+
+    def test_a_listing_links_to_the_folders_above_and_not_to_itself(self, tmp_path: object) -> None:
+        from html.parser import HTMLParser
+
+        class Links(HTMLParser):
+            found: list[str | None] = []
+
+            def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+                if tag == "a":
+                    self.found.append(dict(attributes)["href"])
+
+        (tmp_path / "one" / "two").mkdir(parents=True)
+        for path, links in (
+            ("/", ["one/"]),
+            ("/one/", ["../", "../", "two/"]),
+            ("/one/two/", ["../../", "../", "../"]),
+        ):
+            Links.found = []
+            Links().feed(one(say(self.site(tmp_path), get(path)))[2].decode())
+            assert Links.found == links
+
+    def test_every_entry_of_the_json_has_a_link_that_works_and_a_valid_name(
+        self, root: str, files_tunnel: Tunnel
+    ) -> None:
+        for base in ("/frontend/servers/n/api/v1/dir/", "/frontend/servers/n/files/"):
+            body = one(files_tunnel.fetch(get(base, "Accept: application/json")))[2]
+            for entry in json.loads(body)["entries"]:
+                entry["name"].encode()  # a lone surrogate is an error here
+                target = urllib.parse.urljoin(base, entry["href"])
+                assert target.startswith(base) and target.endswith("/") is entry["is_dir"]
+                assert one(files_tunnel.fetch(get(target)))[0] == 200
+
+    ORDER = [  # each row is sorted already
+        ["a1", "a2", "a10", "a11"], ["1", "2", "10", "11"], ["v1.9.2", "v1.10.0", "v1.10.1"], ["file.txt", "file1.txt", "file2.txt"],
+        ["Apfel", "\u00c4pfel", "Birne", "\u00e9clair", "Elch", "Zebra"], ["a\u0301b", "\u00e1c", "ad"], ["\u0141\u00f3d\u017a", "lodz2", "\u00d8rsted", "Oz"],
+        ["stra\u00dfe 2", "STRASSE 10"], ["x" + "9" * 200, "x1" + "0" * 200], ["0" * 250, "1"], ["007", "7", "08", "8"], ["a", "a1", "a1b", "ab"], ["", "a"],
+        ["x\u00b2", "x2", "x\uff13"],
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("names", ORDER, ids=lambda names: names[0][:20])
+    def test_names_are_sorted_as_people_do(self, names: list[str]) -> None:
+        for turn in range(5):
+            mixed = random.Random(turn).sample(names, len(names))
+            assert sorted(mixed, key=lambda name: ptth.natural_order(name.encode())) == sorted(
+                names, key=lambda name: (ptth.natural_order(name.encode())[0], name.encode())
+            )
+        keys = [ptth.natural_order(name.encode()) for name in names]
+        assert sorted(key[0] for key in keys) == [key[0] for key in keys] and len(set(keys)) == len(keys)
 
     def test_names_are_escaped(self, root: str, files_tunnel: Tunnel) -> None:
         page = self.both(root, files_tunnel, "/", [])[2].decode()
@@ -1583,7 +1680,7 @@ class TestFileServer:
             (tmp_path / name).mkdir()
             os.utime(tmp_path / name, (when, when))
         page = one(say(ptth.site_handler(ptth.Site(str(tmp_path))), get("/" + query)))[2].decode()
-        shown = re.findall(r'<td><a[^>]*href="\./([^/"]+)/?"', page)
+        shown = re.findall(r'<td[^>]*><a href="([^/"]+)/?"', page)
         assert shown == names.split()
 
     def test_a_listing_is_small_and_needs_no_script(self, root: str) -> None:
@@ -4479,6 +4576,14 @@ class TestRealPrograms:
             assert browser.run(names)[-1] == "big"
             browser.type("#filter", "HELLO")
             eventually(lambda: browser.run(names) == ["hello.txt"])
+            for text in (
+                "\u00dcML\u00c4",
+                "U\u0308mla\u0308",
+                "\u00fcMLA\u0308",
+            ):  # composed, and decomposed as a Mac has it
+                browser.run("document.querySelector('#filter').value = ''")
+                browser.type("#filter", text)
+                eventually(lambda: browser.run(names) == ["\u00fcml\u00e4ut.txt"])
             browser.run("document.querySelector('button[name=zip]').click()")
             eventually(lambda: (tmp_path / "files.zip").exists())
             browser.close()
@@ -4506,7 +4611,7 @@ class TestRealPrograms:
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
                    "--disable-component-update", "--disable-quic", f"--user-data-dir={tmp_path}", "--dump-dom", url]  # fmt: skip
         shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        assert '<a href="./hello.txt">hello.txt</a>' in shown
+        assert '<a href="hello.txt">hello.txt</a>' in shown
 
 
 if __name__ == "__main__":
