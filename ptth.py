@@ -61,8 +61,10 @@ import select
 import signal
 import socket
 import stat
+import struct
 import time
 import urllib.parse
+import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -2660,13 +2662,11 @@ class Site:
     ) -> Response:
         """Answer with a directory's listing or zip, made in a thread: a large one must not keep others waiting."""
         wanted = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY], keep_blank_values=True)
-        if "zip" in wanted and not as_json:
-            name = quote((segments[-1] if segments else b"files") + b".zip")
-            fields = [("Content-Type", "application/zip"), NOSNIFF]
-            fields.append(("Content-Disposition", f"attachment; filename*=UTF-8''{name}"))
-            return Response(200, fields, ZipBody(self.zip_pieces(found)))
+        order = wanted.get("sort", [""])[-1]
         try:
-            return await asyncio.to_thread(self._list, segments, found, wanted.get("sort", [""])[-1], as_json)
+            if "zip" in wanted and not as_json:
+                return await asyncio.to_thread(self._zip, segments, found)
+            return await asyncio.to_thread(self._list, segments, found, order, as_json)
         except OSError as error:
             raise file_error(error) from None
 
@@ -2690,17 +2690,23 @@ class Site:
         return Response(200, fields, BytesBody(json.dumps({"entries": rows}, separators=(",", ":")).encode()))
 
     def entries(self, place: bytes) -> Iterator[Entry]:
-        """Yield what is served of a directory: files and directories, not hidden, not leaving the root."""
+        """Yield what is served of a directory: files and directories, not hidden, not leaving the root.
+
+        An entry about which the file system refuses to tell anything has its reason in `error`.
+        """
         with os.scandir(place) as items:
             for item in items:
+                if is_hidden(item.name) and not self.options.hidden:
+                    continue
                 try:
-                    if is_hidden(item.name) and not self.options.hidden:
-                        continue
                     if item.is_symlink():
                         self._follow(item.path)
                     facts = item.stat()
-                except OSError:
-                    continue  # a link that leads nowhere or outside, a file that has gone meanwhile
+                except OSError as error:
+                    # A link that leads nowhere, outside or in a circle, or a file that has gone meanwhile, is nothing.
+                    if not isinstance(error, FileNotFoundError | NotADirectoryError) and error.errno != errno.ELOOP:
+                        yield Entry(item.name, _is_plain_dir(item), 0, 0, error.strerror or "not readable")
+                    continue
                 is_dir = stat.S_ISDIR(facts.st_mode)
                 if not is_dir and not stat.S_ISREG(facts.st_mode):
                     continue
@@ -2708,89 +2714,265 @@ class Site:
                     continue
                 yield Entry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
 
+    def _zip(self, segments: tuple[bytes, ...], found: Found) -> Response:
+        """Make the response with a directory's zip.  OSError when the directory itself cannot be read."""
+        pieces = self.zip_pieces(found)
+        first = next(pieces)
+        fields = [
+            ("Content-Type", "application/zip"),
+            NOSNIFF,
+            attachment(show_name((segments or (b"files",))[-1]) + ".zip"),
+        ]
+        return Response(200, fields, ZipBody(itertools.chain([first], pieces)))
+
     def zip_pieces(self, top: Found) -> Iterator[bytes]:
-        """Yield a zip of all that is served below a directory, stored, piece by piece; nothing of it is kept."""
-        import zipfile
+        """Yield a zip of all that is served below a directory, not compressed, piece by piece; it is kept nowhere.
 
-        sink = _Sink()
+        What cannot be read is told in a member of its own.  OSError when that is the directory itself.
+        """
+        archive = ZipWriter()
         failed: list[str] = []
-        with zipfile.ZipFile(sink, "w") as archive:
-            for place, name, entry in self._walk(top, failed):
-                when = max((1980, 1, 1, 0, 0, 0), min(time.gmtime(clamp(entry.mtime))[:6], (2107, 12, 31, 0, 0, 0)))
-                info = zipfile.ZipInfo(name.decode("utf-8", "replace") + ("/" if entry.is_dir else ""), when)
-                info.file_size = entry.size  # tells zipfile whether it takes the large form
-                info.external_attr = (
-                    (stat.S_IFDIR | 0o755) << 16 | 0x10 if entry.is_dir else (stat.S_IFREG | 0o644) << 16
-                )
-                if entry.is_dir:
-                    archive.writestr(info, b"")
-                    continue
+        taken: dict[str, int] = {}  # the names in the top folder
+        for place, name, entry in self._walk(top, taken, failed):
+            if entry.is_dir:
+                archive.add(name + "/", stat.S_IFDIR | 0o755, entry.mtime)
+            else:
                 try:
-                    found = self._open(place, ())
+                    yield from self._zip_file(archive, place, name)
                 except OSError as error:
-                    failed.append(f"{info.filename}: {error.strerror or 'not readable'}\n")
-                    continue
-                if found.fd is None:
-                    continue
-                with open(found.fd, "rb", buffering=0) as file, archive.open(info, "w", force_zip64=True) as part:
-                    try:
-                        while data := file.read(SENDFILE_SLICE):
-                            part.write(data)
-                            yield sink.take()
-                    except OSError as error:
-                        failed.append(f"{info.filename}: incomplete: {error.strerror}\n")
-            if failed:
-                archive.writestr("could-not-be-read.txt", "".join(failed))
-        yield sink.take()
+                    failed.append(f"{name}: {error.strerror or 'not readable'}")
+            if archive.waiting >= SENDFILE_SLICE:
+                yield archive.take()
+        if failed:
+            text = "".join(f"{line}\n" for line in failed)
+            note = distinct("could-not-be-read.txt", taken)
+            archive.add(note, stat.S_IFREG | 0o644, time.time_ns(), text.encode())
+        yield from archive.finish()
 
-    def _walk(self, top: Found, failed: list[str]) -> Iterator[tuple[bytes, bytes, Entry]]:
+    def _zip_file(self, archive: ZipWriter, place: bytes, name: str) -> Iterator[bytes]:
+        """Add a file to a zip; yield what of the zip is then ready.  OSError with what went wrong."""
+        found = self._open(place, ())
+        if found.fd is None:
+            raise FileNotFoundError(errno.ENOENT, "not a file any more")
+        facts = found.facts
+        # The size which it has now is the limit: a log may grow without end. A size of 0 says nothing: /proc has such.
+        limit = facts.st_size or ZIP32_MAX
+        member = (name, stat.S_IFREG | 0o644 | facts.st_mode & 0o111, facts.st_mtime_ns)
+        with open(found.fd, "rb") as file:
+            data = file.read(min(SENDFILE_SLICE, limit))
+            if len(data) < SENDFILE_SLICE:
+                archive.add(*member, data)
+            else:
+                pieces = itertools.chain([data], _read_pieces(file, limit - len(data)))
+                yield from archive.add_large(*member, limit, pieces)
+            now = os.fstat(file.fileno())
+        if now.st_size < facts.st_size or now.st_size == facts.st_size and now.st_mtime_ns != facts.st_mtime_ns:
+            raise OSError(errno.EIO, "the file changed while it was read")
+
+    def _walk(self, top: Found, taken: dict[str, int], failed: list[str]) -> Iterator[tuple[bytes, str, Entry]]:
         """Yield (place, name below the top, entry) of all that is served below a directory, folders before their files.
 
-        A linked folder that holds itself is passed over: it would never end.
+        Each name is given once only: names that are not UTF-8 may be the same when they are text.  `taken` gets those
+        in the top folder, and `failed` a line for each entry that cannot be read.  A linked folder that holds itself
+        is passed over: it would never end.
         """
-        stack = [(top.place, b"", frozenset({(top.facts.st_dev, top.facts.st_ino)}))]
+        stack = [(top.place, "", frozenset({(top.facts.st_dev, top.facts.st_ino)}))]
         while stack:
-            place, name, above = stack.pop()
+            place, prefix, above = stack.pop()
             try:
-                entries = sorted(self.entries(place), key=lambda entry: entry.name)
+                # Names that a zip can hold come first: these stay as they are.
+                entries = sorted(self.entries(place), key=lambda e: (member_name(e.name).encode() != e.name, e.name))
             except OSError as error:
-                failed.append(f"{name.decode('utf-8', 'replace')}: {error.strerror}\n")
+                if not prefix:
+                    raise
+                failed.append(f"{prefix[:-1]}: {error.strerror}")
                 continue
+            names = {} if prefix else taken
             for entry in entries:
-                below, below_name = os.path.join(place, entry.name), name + entry.name
-                if entry.is_dir:
-                    try:
-                        facts = os.stat(below)
-                    except OSError as error:  # it has gone meanwhile
-                        failed.append(f"{below_name.decode('utf-8', 'replace')}: {error.strerror}\n")
-                        continue
-                    identity = (facts.st_dev, facts.st_ino)
-                    if identity in above:
-                        continue
-                    stack.append((below, below_name + b"/", above | {identity}))
-                yield below, below_name, entry
+                below, name = os.path.join(place, entry.name), prefix + distinct(member_name(entry.name), names)
+                reason, inode = entry.error, None
+                if entry.is_dir and not reason:
+                    reason, inode = _look_at(below)
+                if reason:
+                    failed.append(f"{name}: {reason}")
+                elif inode is None or inode not in above:
+                    if inode:
+                        stack.append((below, name + "/", above | {inode}))
+                    yield below, name, entry
 
 
-class _Sink(io.RawIOBase):
-    """A file that cannot seek, from which what was written is taken away."""
+def _look_at(place: bytes) -> tuple[str, tuple[int, int] | None]:
+    """Return why a folder cannot be read, or "" and its device and inode."""
+    try:
+        facts = os.stat(place)
+    except OSError as error:  # it has gone meanwhile
+        return error.strerror or "not readable", None
+    return "", (facts.st_dev, facts.st_ino)
+
+
+def _is_plain_dir(item: os.DirEntry[bytes]) -> bool:
+    """Return whether an entry that cannot be looked at is known to be a directory."""
+    try:
+        return item.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def _read_pieces(file: io.BufferedReader, limit: int) -> Iterator[bytes]:
+    """Yield the rest of a file, `limit` bytes at most.  OSError."""
+    try:
+        while data := file.read(min(SENDFILE_SLICE, limit)):
+            limit -= len(data)
+            yield data
+    except OSError as error:
+        raise OSError(error.errno, f"incomplete: {error.strerror}") from None
+
+
+def attachment(name: str) -> tuple[str, str]:
+    """Return the Content-Disposition for a download that is to be saved as `name` (RFC 6266, appendix D)."""
+    plain = re.sub(r'[^ -~]|["%\\/]', "_", name)  # what old clients read, without what they take for an escape
+    return "Content-Disposition", f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name.encode())}"
+
+
+# What programs that unpack leave out of a name, or take for a separator or a drive.
+_NOT_IN_ZIP = re.compile(r"[\x00-\x1f\x7f\\]|(?<=^[A-Za-z]):")
+
+
+def member_name(name: bytes) -> str:
+    """Return the name of a file or a folder as it stands in a zip."""
+    return _NOT_IN_ZIP.sub("_", name_text(name))
+
+
+def distinct(name: str, taken: dict[str, int]) -> str:
+    """Return `name`, with a number when it is taken, and note it in `taken`: names, and the last number for each."""
+    stem, extension = os.path.splitext(name)
+    found = name
+    while found in taken:
+        taken[name] += 1
+        found = f"{stem} ({taken[name]}){extension}"
+    taken[found] = 1
+    return found
+
+
+ZIP32_MAX = 0xFFFFFFFF - 1024 * 1024  # bytes; a larger file may need more than 32 bits for its sizes in a zip
+_ZIP_LOCAL = struct.Struct("<4s5H3I2H")
+_ZIP_CENTRAL = struct.Struct("<4s6H3I5H2I")
+
+
+class _Member(NamedTuple):
+    """What both heads of a zip's member say, and where the first one is."""
+
+    name: bytes
+    mode: int
+    stamp: bytes  # extended timestamp: POSIX time of the last change, which every time zone reads alike
+    form: tuple[int, int, int, int, int]  # version needed, flags, method, time, date
+    offset: int
+
+
+class ZipWriter:
+    """Makes the bytes of a zip that can be unpacked while it arrives (APPNOTE.TXT 6.3).
+
+    The module zipfile cannot: to a stream it writes each member's size behind the member.  Here a small one is
+    stored, and its size and checksum are in front.  A large one is deflated without compression: the deflate format
+    tells its own end, and size and checksum, which are known only then, come behind it.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._pieces: list[bytes] = []
-
-    def writable(self) -> bool:
-        """Return True: that much zipfile wants to know."""
-        return True
-
-    def write(self, data: Any) -> int:  # whatever has bytes in it
-        self._pieces.append(bytes(data))
-        return len(self._pieces[-1])
+        self.waiting = 0  # bytes that `take` returns
+        self._pieces: list[bytes | memoryview] = []
+        self._taken = 0
+        self._directory = bytearray()
+        self._count = 0
 
     def take(self) -> bytes:
-        """Return what was written since the last time."""
+        """Return what was made since the last time."""
         data = b"".join(self._pieces)
         self._pieces.clear()
+        self._taken += self.waiting
+        self.waiting = 0
         return data
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._pieces.append(data)
+        self.waiting += len(data)
+
+    def _head(self, name: str, mode: int, mtime: int, version: int, flags: int, method: int) -> _Member:
+        seconds = mtime // 1_000_000_000
+        stamp = struct.pack("<2HBi", 0x5455, 5, 1, seconds) if -(2**31) <= seconds < 2**31 else b""
+        # Readers that do not know the stamp take this one for local time, and usually live where the server does.
+        year, month, day, hour, minute, second = max(
+            time.localtime(min(clamp(mtime), 2**32 - 1))[:6], (1980, 1, 1, 0, 0, 0)
+        )
+        form = (hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day)
+        # Flag 0x800: the name is UTF-8.
+        return _Member(name.encode(), mode, stamp, (version, flags | 0x800, method, *form), self._taken + self.waiting)
+
+    def add(self, name: str, mode: int, mtime: int, data: bytes = b"") -> None:
+        """Add a member: `mode` is its st_mode, `mtime` in nanoseconds.  A folder's name ends in a slash."""
+        member = self._head(name, mode, mtime, 20, 0, 0)
+        checksum, size = zlib.crc32(data), len(data)
+        self._put_local(member, checksum, size)
+        self._put(data)
+        self._list(member, checksum, size, size)
+
+    def add_large(self, name: str, mode: int, mtime: int, size: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Add a member of about `size` bytes that comes in pieces, none of them empty; yield what is ready.
+
+        When `pieces` raises an error, the member ends there, and the zip can be continued.
+        """
+        large = size > ZIP32_MAX
+        member = self._head(name, mode, mtime, 45 if large else 20, 0x008, 8)
+        self._put_local(member, 0, 0xFFFFFFFF if large else 0, struct.pack("<2H2Q", 1, 16, 0, 0) if large else b"")
+        checksum = size = 0
+        begin = self._taken + self.waiting
+        try:
+            for piece in pieces:
+                checksum, size = zlib.crc32(piece, checksum), size + len(piece)
+                view = memoryview(piece)
+                for at in range(0, len(piece), 0xFFFF):  # blocks of deflate's type "stored" (RFC 1951, 3.2.4)
+                    block = view[at : at + 0xFFFF]
+                    self._put(struct.pack("<BHH", 0, len(block), len(block) ^ 0xFFFF))
+                    self._put(block)
+                yield self.take()
+        finally:
+            self._put(struct.pack("<BHH", 1, 0, 0xFFFF))  # the last block, empty
+            packed = self._taken + self.waiting - begin
+            self._put(struct.pack("<4sIQQ" if large else "<4sIII", b"PK\7\10", checksum, packed, size))
+            self._list(member, checksum, packed, size)
+
+    def _put_local(self, member: _Member, checksum: int, size: int, extra: bytes = b"") -> None:
+        extra += member.stamp
+        lengths = (len(member.name), len(extra))
+        self._put(_ZIP_LOCAL.pack(b"PK\3\4", *member.form, checksum, size, size, *lengths) + member.name + extra)
+
+    def _list(self, member: _Member, checksum: int, packed: int, size: int) -> None:
+        """Note a member for the directory at the end."""
+        extra = member.stamp
+        large = [number for number in (size, packed, member.offset) if number >= 0xFFFFFFFF]
+        if large:
+            extra += struct.pack(f"<2H{len(large)}Q", 1, 8 * len(large), *large)
+        version, *form = member.form
+        attributes = member.mode << 16 | (0x10 if stat.S_ISDIR(member.mode) else 0)
+        small = [min(number, 0xFFFFFFFF) for number in (packed, size, member.offset)]
+        self._directory += _ZIP_CENTRAL.pack(
+            b"PK\1\2", 3 << 8 | 45, 45 if large else version, *form, checksum, *small[:2],
+            len(member.name), len(extra), 0, 0, 0, attributes, small[2],
+        )  # fmt: skip
+        self._directory += member.name + extra
+        self._count += 1
+
+    def finish(self) -> Iterator[bytes]:
+        """Yield the rest: what was not taken yet, and the directory."""
+        yield self.take()
+        begin, size, count = self._taken, len(self._directory), self._count
+        for at in range(0, size, SENDFILE_SLICE):
+            yield bytes(self._directory[at : at + SENDFILE_SLICE])
+        last = b""
+        if count >= 0xFFFF or begin + size >= 0xFFFFFFFF:
+            last = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 3 << 8 | 45, 45, 0, 0, count, count, size, begin)
+            last += struct.pack("<4sIQI", b"PK\6\7", 0, begin + size, 1)
+        count, size, begin = min(count, 0xFFFF), min(size, 0xFFFFFFFF), min(begin, 0xFFFFFFFF)
+        yield last + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, size, begin, 0)
 
 
 class ZipBody(Body):

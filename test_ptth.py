@@ -58,11 +58,13 @@ import signal
 import socket
 import ssl
 import statistics
+import struct
 import textwrap
 import threading
 import time
 import urllib.parse
 import urllib.request
+import zlib
 
 import ptth
 
@@ -1710,7 +1712,7 @@ class TestFileServer:
         (base / os.fsdecode(b"\xff")).write_text("bytes")
         status, fields, body = one(say(self.site(base), get("/?zip")))
         assert (status, fields["content-type"]) == (200, "application/zip")
-        assert fields["content-disposition"] == "attachment; filename*=UTF-8''files.zip"
+        assert fields["content-disposition"] == "attachment; filename=\"files.zip\"; filename*=UTF-8''files.zip"
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             assert archive.testzip() is None
             expected = {*files, "sub/", "sub/deep/", "empty/", "\u00fcml\u00e4ut/", "in", "\ufffd"}
@@ -1718,6 +1720,247 @@ class TestFileServer:
             assert {name: archive.read(name) for name in files} == files
         assert fields["content-disposition"] != one(say(self.site(base), get("/sub/?zip=")))[1]["content-disposition"]
         assert say(self.site(base), get("/sub/?zip", method="HEAD")).endswith(b"\r\n\r\n")
+
+    @staticmethod
+    def unpack(data: bytes) -> dict[str, bytes]:
+        """The members of a zip, read from front to back as from a pipe, before its directory is seen."""
+        members: dict[str, bytes] = {}
+        while data[:4] == b"PK\3\4":
+            version, flags, method, _, _, checksum, packed, size, name_length, extra_length = struct.unpack_from(
+                "<5H3I2H", data, 4
+            )
+            name = data[30 : 30 + name_length].decode()
+            large = data[30 + name_length :][:4] == b"\1\0\20\0"
+            data = data[30 + name_length + extra_length :]
+            assert name not in members and flags & ~8 == 0x800 and version == (45 if large else 20)
+            if flags & 8:
+                assert method == 8, "the end of a stored member cannot be found"
+                inflate = zlib.decompressobj(-15)
+                before, content = len(data), inflate.decompress(data)
+                data = inflate.unused_data
+                form = struct.Struct("<4sIQQ" if large else "<4sIII")  # Java takes the long form for what is long, only
+                mark, checksum, packed, size = form.unpack_from(data)
+                assert (mark, packed) == (b"PK\7\10", before - len(data))
+                data = data[form.size :]
+            else:
+                assert (method, packed) == (0, size)
+                content, data = data[:size], data[size:]
+            assert (zlib.crc32(content), len(content)) == (checksum, size)
+            members[name] = content
+        assert data[:4] in (b"PK\1\2", b"PK\5\6")
+        return members
+
+    @pytest.mark.parametrize("limit", [ptth.ZIP32_MAX, 1_000_000], ids=["", "large"])
+    def test_a_zip_can_be_unpacked_while_it_arrives(
+        self, limit: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import io
+        import zipfile
+
+        monkeypatch.setattr(ptth, "ZIP32_MAX", limit)
+        sizes = (0, 1, 65535, 65536, ptth.SENDFILE_SLICE - 1, ptth.SENDFILE_SLICE, ptth.SENDFILE_SLICE + 1, 2_500_000)
+        files = {f"f{size}": random.Random(size).randbytes(size) for size in sizes}
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+        (tmp_path / "sub").mkdir()
+        body = one(say(self.site(tmp_path), get("/?zip")))[2]
+        assert self.unpack(body) == {**files, "sub/": b""}
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            assert {name: archive.read(name) for name in archive.namelist()} == {**files, "sub/": b""}
+        (tmp_path / "none").mkdir()
+        empty = one(say(self.site(tmp_path), get("/none/?zip")))[2]
+        assert self.unpack(empty) == {} and zipfile.ZipFile(io.BytesIO(empty)).namelist() == []
+
+    @needs("busybox")
+    def test_busybox_unpacks_small_files_from_a_pipe(self, tmp_path: object) -> None:
+        (tmp_path / "from").mkdir()
+        for name in "abc":
+            (tmp_path / "from" / name).write_text(name * 100_000)
+        body = one(say(self.site(tmp_path / "from"), get("/?zip")))[2]
+        subprocess.run(["busybox", "unzip", "-q", "-"], input=body, cwd=tmp_path, check=True, timeout=60)
+        assert [(tmp_path / name).read_text() for name in "abc"] == [name * 100_000 for name in "abc"]
+
+    def test_a_zip_of_more_members_than_16_bits_count(self) -> None:
+        import io
+        import zipfile
+
+        archive = ptth.ZipWriter()
+        for i in range(65_536):
+            archive.add(f"{i}", 0o100644, 0)
+        with zipfile.ZipFile(io.BytesIO(b"".join(archive.finish()))) as read:
+            assert len(read.namelist()) == 65_536
+
+    SAME = [  # (the names of files, the names of their members in the zip)
+        ([b"caf\xe9", b"caf\xe8", b"caf\xea", b"na\xefve.tar", b"na\xeeve.tar"], ["caf\ufffd", "caf\ufffd (2)", "caf\ufffd (3)", "na\ufffdve (2).tar", "na\ufffdve.tar"]),
+        ([b"\xff", "\ufffd".encode(), b"\xfe"], ["\ufffd", "\ufffd (2)", "\ufffd (3)"]),
+        ([b"\xff", "\ufffd (2)".encode(), b"\xfe"], ["\ufffd", "\ufffd (2)", "\ufffd (3)"]),
+        ([b"\xff/x", b"\xfe/x"], None), ([b"\xff/x", b"\xfe"], None),
+        ([b"a\\b", b"a/b", b"a_b"], None), ([b"d\\", b"d/x"], None), ([b"a\nb", b"ab"], None), ([b"a:b", b"b", b"a_b"], None),
+        ([b"could-not-be-read.txt"], ["could-not-be-read.txt"]), ([b"could-not-be-read.txt/x", b"could-not-be-read (2).txt"], None),
+        (["\u00e4".encode(), "a\u0308".encode(), "\u2215\uff0f".encode()], ["a\u0308", "\u00e4", "\u2215\uff0f"]),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("names", "members"), SAME)
+    @pytest.mark.filterwarnings("error")
+    def test_every_file_has_a_name_of_its_own_in_the_zip(
+        self, names: list[bytes], members: list[str] | None, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for i, name in enumerate(names):
+            path = os.path.join(os.fsencode(tmp_path), name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                file.write(str(i))
+        site = ptth.Site(str(tmp_path))
+        found = self.unpack(one(say(ptth.site_handler(site), get("/?zip")))[2])
+        files = {name: data for name, data in found.items() if name[-1] != "/"}
+        assert sorted(files.values()) == sorted(str(i).encode() for i in range(len(names)))
+        assert not re.search(r"[\x00-\x1f\\]", "".join(found)) and len({name.strip("/") for name in found}) == len(
+            found
+        )
+        assert members is None or sorted(files) == members
+        monkeypatch.setattr(
+            site, "_zip_file", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+        )
+        notes = self.unpack(one(say(ptth.site_handler(site), get("/?zip")))[2])
+        note = [data for name, data in notes.items() if name[-1] != "/"]
+        assert len(note) == 1 and note[0].count(b": Permission denied\n") == len(names)
+
+    def test_as_many_names_that_are_not_utf8_as_one_likes(self) -> None:
+        taken: dict[str, int] = {}
+        assert len({ptth.distinct("x", taken) for _ in range(20_000)}) == 20_000
+
+    @needs("unzip")
+    def test_times_and_permission_to_execute_survive_in_another_time_zone(self, tmp_path: object) -> None:
+        (tmp_path / "from").mkdir()
+        times = {"script": 1_700_000_001, "summer": 1_689_000_001, "old": 1, "future": 2**31 - 1}
+        for name, when in times.items():
+            (tmp_path / "from" / name).write_text("#!/bin/sh\n")
+            os.utime(tmp_path / "from" / name, (when, when))
+        (tmp_path / "from" / "script").chmod(0o750)
+        (tmp_path / "x.zip").write_bytes(one(say(self.site(tmp_path / "from"), get("/?zip")))[2])
+        zone = {**os.environ, "TZ": "XXX-9YYY"}
+        subprocess.run(["unzip", "-q", "x.zip", "-d", "to"], cwd=tmp_path, check=True, env=zone, timeout=60)
+        assert {name: int((tmp_path / "to" / name).stat().st_mtime) for name in times} == times
+        modes = [(tmp_path / "to" / name).stat().st_mode & 0o111 for name in ("script", "summer")]
+        assert modes == [0o110, 0]
+
+    @pytest.mark.parametrize("nanoseconds", [-(2**62), -1, 2**31 * 10**9, 2**62])
+    def test_a_time_that_a_zip_cannot_hold_is_no_error(self, nanoseconds: int) -> None:
+        archive = ptth.ZipWriter()
+        archive.add("x", 0o100644, nanoseconds)
+        assert self.unpack(b"".join(archive.finish())) == {"x": b""}
+
+    DISPOSITIONS = [  # (name, what stands in quotes, what stands behind UTF-8'')
+        ("dir.zip", "dir.zip", "dir.zip"), ("a b.zip", "a b.zip", "a%20b.zip"), ("\u00c4pfel.zip", "_pfel.zip", "%C3%84pfel.zip"),
+        ('q"u\\o.zip', "q_u_o.zip", "q%22u%5Co.zip"), ("100%25.zip", "100_25.zip", "100%2525.zip"), ("it's.zip", "it's.zip", "it%27s.zip"),
+        ("a;b=c.zip", "a;b=c.zip", "a%3Bb%3Dc.zip"), ("x\r\ny\x7f.zip", "x__y_.zip", "x%0D%0Ay%7F.zip"), ("\U0001f600.zip", "_.zip", "%F0%9F%98%80.zip"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("name", "plain", "coded"), DISPOSITIONS)
+    def test_the_name_of_a_download_for_old_and_new_clients(self, name: str, plain: str, coded: str) -> None:
+        value = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{coded}"
+        assert ptth.attachment(name) == ("Content-Disposition", value)
+
+    def test_a_zip_of_a_folder_with_an_odd_name(self, tmp_path: object) -> None:
+        (tmp_path / os.fsdecode(b'\xff"\n')).mkdir()
+        fields = one(say(self.site(tmp_path), get("/%FF%22%0A/?zip")))[1]
+        assert fields["content-disposition"].startswith('attachment; filename="___.zip"; filename*=UTF-8')
+
+    def test_what_cannot_be_read_is_told_in_the_listing_the_json_and_the_zip(
+        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("good", "bad&name", "gone", "circle"):
+            (tmp_path / name).write_text("x")
+        for name in ("closed", "locked"):
+            (tmp_path / name).mkdir()
+        errors = {"bad&name": errno.EACCES, "gone": errno.ENOENT, "circle": errno.ELOOP, "locked": errno.EIO}
+        real = os.scandir
+
+        class Item:
+            def __init__(self, item: object) -> None:
+                self.item, self.name, self.path = item, item.name, item.path
+                self.is_symlink, self.is_dir = item.is_symlink, item.is_dir
+
+            def stat(self) -> os.stat_result:
+                number = errors.get(os.fsdecode(self.name))
+                if number:
+                    raise OSError(number, os.strerror(number))
+                return self.item.stat()
+
+        @contextlib.contextmanager
+        def scandir(place: bytes) -> object:
+            if place.endswith(b"closed"):
+                raise PermissionError(13, "Permission denied")
+            with real(place) as items:
+                yield map(Item, items)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        handler = self.site(tmp_path)
+        page = one(say(handler, get("/")))[2].decode()
+        assert "1 folder, 1 file, 1 B, 2 not readable" in page and page.count("not readable</td>") == 2
+        assert 'title="Permission denied"' in page and ">bad&amp;name</i>" in page and ">locked/</i>" in page
+        assert set(re.findall(r'href="([^"]+)"', page)) == {"closed/", "good"}
+        entries = json.loads(one(say(handler, get("/", "Accept: application/json")))[2])["entries"]
+        told = {entry["name"]: (entry["is_dir"], entry.get("error")) for entry in entries}
+        bad = {"bad&name": (False, "Permission denied"), "locked": (True, os.strerror(errno.EIO))}
+        assert told == {"good": (False, None), "closed": (True, None), **bad}
+        members = self.unpack(one(say(handler, get("/?zip")))[2])
+        note = members.pop("could-not-be-read.txt").decode().splitlines()
+        assert members == {"good": b"x", "closed/": b""}
+        assert sorted(note) == [
+            "bad&name: Permission denied",
+            "closed: Permission denied",
+            f"locked: {os.strerror(errno.EIO)}",
+        ]
+        for fields in ([], ["Accept: application/json"]):
+            assert one(say(handler, get("/closed/", *fields)))[0] == 403
+        assert one(say(handler, get("/closed/?zip")))[0] == 403
+
+    CHANGES = {  # what happens to a file of 3 MiB while it is zipped: (what the member holds then, what is noted)
+        "it grows": (3 << 20, ""), "it shrinks": (1 << 20, "changed"), "it is written again": (3 << 20, "changed"),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_a_file_that_changes_while_it_is_zipped(self, change: str, tmp_path: object) -> None:
+        path = tmp_path / "x"
+        path.write_bytes(bytes(3 << 20))
+        site = ptth.Site(str(tmp_path))
+        pieces = site.zip_pieces(site.open(()))
+        data = next(pieces)
+        with open(path, "r+b", buffering=0) as file:
+            if change == "it grows":
+                file.seek(0, os.SEEK_END)
+                file.write(b"more")
+            elif change == "it shrinks":
+                file.truncate(1 << 20)
+            elif change == "it is written again":
+                file.seek(2 << 20)
+                file.write(b"other")
+                os.utime(path, (1, 1))
+        data += b"".join(pieces)
+        size, word = self.CHANGES[change]
+        members = self.unpack(data)
+        assert len(members["x"]) == size and word in members.get("could-not-be-read.txt", b"").decode()
+        assert ("could-not-be-read.txt" in members) is bool(word)
+
+    def test_a_disk_that_fails_ends_the_member_and_not_the_zip(self) -> None:
+        class File:
+            def __init__(self) -> None:
+                self.pieces = [b"x" * ptth.SENDFILE_SLICE]
+
+            def read(self, count: int) -> bytes:
+                if not self.pieces:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                return self.pieces.pop()
+
+        archive = ptth.ZipWriter()
+        part = archive.add_large("x", 0o100644, 0, 1 << 22, ptth._read_pieces(File(), 1 << 22))
+        data = next(part)
+        with pytest.raises(OSError, match="incomplete: "):
+            next(part)
+        archive.add("y", 0o100644, 0, b"y")
+        data += b"".join(archive.finish())
+        assert self.unpack(data) == {"x": b"x" * ptth.SENDFILE_SLICE, "y": b"y"}
 
     def test_a_file_that_cannot_be_read_is_noted_in_the_zip(
         self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
@@ -1780,8 +2023,8 @@ class TestFileServer:
             (tmp_path / name).mkdir()
         site = ptth.Site(str(tmp_path))
         failed: list[str] = []
-        walk = site._walk(site.open(()), failed)
-        assert next(walk)[1] == b"a"
+        walk = site._walk(site.open(()), {}, failed)
+        assert next(walk)[1] == "a"
         (tmp_path / "b").rmdir()
         assert [name for _, name, _ in walk] == [] and "b: " in failed[0]
 
@@ -4547,7 +4790,7 @@ class TestRealPrograms:
             while stream.readline() != b"\r\n":
                 pass
             with open(tmp_path / "x.zip", "wb") as file:
-                while piece := stream.read(1 << 20):
+                while piece := stream.read(1 << 14):  # less than the blocks of deflate, whose heads are not zeros
                     if piece.count(0) == len(piece):
                         file.seek(len(piece), os.SEEK_CUR)  # a sparse copy, too
                     else:
