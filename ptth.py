@@ -67,7 +67,7 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -116,6 +116,9 @@ MAX_RANGES = 64  # of one request; more gets the whole file, which is cheaper fo
 MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are hashed
 MAX_BATCH = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
+MAX_BATCHES_BYTES = (
+    8 * 1024 * 1024
+)  # bytes of one server's batches that the relay reads at once: eight servers' of a name
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
 MAX_FROM_ADDRESS = 500  # requests of one client's address that one server may have waiting or being answered
@@ -3044,8 +3047,7 @@ def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
         else:
             response = await answer(handler, request)
         given = {name.lower() for name, _ in fields} - {"vary"}  # two of that add up
-        response.headers = [pair for pair in response.headers if pair[0].lower() not in given] + fields
-        return response
+        return replace(response, headers=[pair for pair in response.headers if pair[0].lower() not in given] + fields)
 
     return guarded
 
@@ -3743,6 +3745,7 @@ class Registered:
         self.addresses: Counter[str] = Counter()  # how many of them each client's address has
         self.parked: deque[Parked] = deque()
         self.answering = 0  # P5 under way
+        self.batch_bytes = 0  # of batches that are being read
         self.transfers = 0  # clients that are being served
         self.statuses: dict[int, int] = {}  # how many requests were answered with each
         self.body_bytes = 0
@@ -4514,8 +4517,7 @@ class Relay:
 
         What is foreign or was answered before is passed over: a repeat does no harm.
         """
-        body = request.body
-        data = await body.read_all(MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL) if isinstance(body, IncomingBody) else b""
+        data = await self._read_batch(request.body, server)
         server.last_seen = self.loop.time()
         for identity, status, headers, content, error in unpack_responses(data):
             exchange = self.exchanges.get(identity)
@@ -4529,6 +4531,25 @@ class Relay:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
             self._forget(exchange)
         return Response(200, [NO_STORE])
+
+    async def _read_batch(self, body: Body, server: Registered) -> bytes:
+        """Return a batch's bytes, which must come before its clients have got 504, and fit in the server's share."""
+        if not isinstance(body, IncomingBody):
+            return b""
+        most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL
+        size = most if body.length is None else min(body.length, most)
+        if server.batch_bytes + size > MAX_BATCHES_BYTES:
+            retry = ("Retry-After", "1")
+            raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
+        server.batch_bytes += size
+        try:
+            async with asyncio.timeout(self.answer_time):
+                return await body.read_all(most)
+        except TimeoutError:
+            reason = f"the batch took longer than {self.answer_time:.0f} seconds"
+            raise ProtocolError(408, reason, close=True, headers=[NO_STORE]) from None
+        finally:
+            server.batch_bytes -= size
 
     # time, and the end
 

@@ -2054,6 +2054,19 @@ class TestFileServer:
         status, fields, _ = one(say(handler, get("/hello.txt")))
         assert (status, fields["x-mine"], fields["content-type"]) == (200, "1", "text/x")
 
+    def test_a_handlers_response_stays_as_it_made_it(self) -> None:
+        made = ptth.text_response(200, "hi", [("Vary", "A")])
+        before = list(made.headers)
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            return made
+
+        guarded = ptth.guard(handler, ptth.SiteOptions(headers=(("Vary", "B"), ("X-Y", "z"))), "n")
+        request = ptth.parse_request_head(get("/"))
+        for _ in range(2):
+            assert asyncio.run(guarded(request)).headers == [*before, ("Vary", "B"), ("X-Y", "z")]
+        assert made.headers == before
+
     def test_a_vary_of_the_operator_adds_to_ours(self, tmp_path: object) -> None:
         for name in ("x", "x.gz"):
             (tmp_path / name).write_text(name)
@@ -2848,6 +2861,35 @@ class TestRelay:
         hand.send("POST", "http_responses/n", good + b"HTTP/1.1 200 OK\r\n\r\n")
         assert hand.answer()[0] == 400
         assert client.answer()[2] == b"hi"
+
+    @staticmethod
+    def begin_batch(port: int, framing: str) -> Hand:
+        """A server that sends the first byte of a batch, and no more."""
+        hand = Hand(port)
+        lines = ("POST /7ZSFUKGV/http_responses/n HTTP/1.1", "Host: r", f"X-ApiKey: {KEY}", framing, "", "1")
+        hand.sock.sendall("\r\n".join(lines).encode() + (b"\r\nx" if framing.endswith("chunked") else b""))
+        return hand
+
+    def test_batches_without_their_end_take_no_more_than_their_share_of_memory(self, bare_relay: Tunnel) -> None:
+        server = bare_relay.relay.servers["n"]
+        most = ptth.MAX_BATCHES_BYTES // 400_000
+        hands = [self.begin_batch(bare_relay.port, "Content-Length: 400000") for _ in range(most)]
+        eventually(lambda: server.batch_bytes == most * 400_000)
+        for framing in ("Content-Length: 400000", "Transfer-Encoding: chunked"):
+            refused = self.begin_batch(bare_relay.port, framing)
+            assert refused.answer()[0] == 503
+            refused.close()
+        for hand in hands:
+            hand.close()
+        eventually(lambda: server.batch_bytes == 0)
+
+    @pytest.mark.parametrize("framing", ["Content-Length: 400000", "Transfer-Encoding: chunked"])
+    def test_a_batch_that_takes_longer_than_its_clients_wait_is_408(self, framing: str, background: Background) -> None:
+        relay = Tunnel(background, None, answer_time=0.05)
+        hand = self.begin_batch(relay.port, framing)
+        assert (hand.answer()[0], relay.relay.servers["n"].batch_bytes) == (408, 0)
+        hand.close()
+        relay.close()
 
     def test_a_client_that_does_not_read_holds_up_nobody_in_its_batch(self, bare_relay: Tunnel, hand: Hand) -> None:
         lazy = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
