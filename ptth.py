@@ -2526,7 +2526,7 @@ class Site:
             return text_response(301, "it is a directory\n", [("Location", location)])
         as_json = as_json or self.options.listing and wants_json(request.headers)
         if not as_json:
-            index = self._open_if_there((*segments, b"index.html"), 403, 503)
+            index = self._open_index(segments, found.place)
             if index is not None:
                 return self._respond_file(request, index, (*segments, b"index.html"), "Accept")
         if not self.options.listing:
@@ -2672,6 +2672,22 @@ class Site:
             return await asyncio.to_thread(self._list, segments, found, order, as_json)
         except OSError as error:
             raise file_error(error) from None
+
+    def _open_index(self, segments: tuple[bytes, ...], place: bytes) -> Found | None:
+        """Open a folder's index.html, if there is one.  ProtocolError 403 when it cannot be read, 503."""
+        try:
+            return self._open_if_there((*segments, b"index.html"), 403, 503)
+        except ProtocolError as error:
+            # In a folder without x permission nothing can be opened, but its names may be read: then they tell.
+            if error.status == 503 or os.access(place, os.X_OK):
+                raise
+            try:
+                names = os.listdir(place)
+            except OSError:
+                raise error from None
+            if b"index.html" in names:
+                raise
+            return None
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool) -> Response:
         """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""

@@ -2018,6 +2018,23 @@ class TestFileServer:
         monkeypatch.setattr(os, "open", open_)
         assert one(say(self.site(tmp_path), get("/")))[0] == status
 
+    @pytest.mark.parametrize(("index", "status"), [(False, 200), (True, 403)])
+    def test_a_folder_whose_files_cannot_be_opened_shows_their_names(
+        self, index: bool, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / ("index.html" if index else "other")).write_text("x")
+        real = os.open
+
+        def open_(path: bytes, *args: object) -> int:
+            if path.endswith(b"index.html"):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, *args)
+
+        monkeypatch.setattr(os, "open", open_)
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.X_OK)
+        answer = one(say(self.site(tmp_path), get("/")))
+        assert (answer[0], b"other" in answer[2]) == (status, not index)
+
     def test_a_folder_that_vanishes_does_not_break_the_zip(self, tmp_path: object) -> None:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
