@@ -92,6 +92,7 @@ MAX_INNER_HEAD = 48 * 1024  # bytes; a head grows on its way: the relay adds Via
 MAX_INNER_FIELDS = 128
 MAX_CHUNK_LINE = 4 * 1024  # bytes; a size and its extensions
 MAX_CHUNK_WASTE = 64 * 1024  # bytes of extensions and trailers in one body that nobody will read
+MAX_INTERIM = 64  # interim responses before one response; more is an error of the peer
 MAX_DRAIN = 64 * 1024  # bytes of an unwanted body that are read to keep the connection
 
 IDLE_TIME = 75.0  # seconds a kept connection may be silent; as nginx
@@ -943,14 +944,20 @@ class Stream:
         return data[:end]
 
     async def read_response_head(self, patience: float) -> tuple[int, Headers]:
-        """Return status and fields of the next response that is not an interim one (RFC 9110, 15.2)."""
-        while True:
-            while (end := self.held.find(b"\r\n\r\n") + 4) < 4:
-                if len(self.held) > MAX_HEAD:
-                    raise ProtocolError(502, "the response head is too large", close=True)
-                if not await self.fill(patience):
+        """Return status and fields of the next response that is not an interim one (RFC 9110, 15.2); 101 is returned.
+
+        TimeoutError when it has not arrived after `patience` seconds, interim responses included. ConnectionError when
+        the connection ends before. ProtocolError 502 for what is not a response, and after MAX_INTERIM interim ones.
+        """
+        end_time = self.loop.time() + patience
+        for _ in range(MAX_INTERIM + 1):
+            while (end := self.held.find(b"\r\n\r\n") + 4) < 4 and len(self.held) <= MAX_HEAD:
+                left = end_time - self.loop.time()
+                if left <= 0:  # a peer that sends a byte now and then wakes the reader before its deadline
+                    raise TimeoutError("the peer sends the response head too slowly")
+                if not await self.fill(left):
                     raise ConnectionError("the connection was closed instead of an answer")
-            if end > MAX_HEAD:
+            if not 4 <= end <= MAX_HEAD:
                 raise ProtocolError(502, "the response head is too large", close=True)
             status, headers = parse_response_head(self.held[:end])
             self.held = self.held[end:]
@@ -959,6 +966,7 @@ class Stream:
             if status >= 200 or status == 101:
                 self.closing = self.closing or "close" in headers.tokens("connection")
                 return status, headers
+        raise ProtocolError(502, f"more than {MAX_INTERIM} interim responses", close=True)
 
     async def send(self, data: bytes) -> None:
         """Send `data`; returns when the connection can take more. ConnectionError when the peer is gone or stalls."""
@@ -1099,7 +1107,6 @@ class Stream:
             async with asyncio.timeout(self.stall_time):
                 await ready
         except TimeoutError:
-            self.stalled = True
             raise ConnectionResetError("the peer stalls") from None
         finally:
             remove(fd)
