@@ -2455,6 +2455,27 @@ class TestOriginalMessages:
         with pytest.raises(ptth.ProtocolError):
             ptth.unpack_value(bytes.fromhex(data))
 
+    HUGE = [  # (what is repeated, how many of them fill 4 MiB)
+        (b"\x90", 1 << 22), (b"\x91\x91\x91\xc0", 1 << 20), (b"\xcc\xff", 1 << 21), (b"\xa1a", 1 << 21), (b"\x80", 1 << 22), (b"\xc0", 1 << 22), (b"\x81\x01\xc0", 1 << 20),
+        (ptth.pack_value(["a" * 8, [{0: None}, "/", {}]]), 240_000),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("member", "count"), HUGE, ids=range(len(HUGE)))
+    def test_a_message_of_many_values_is_refused_at_once(self, member: bytes, count: int) -> None:
+        data = b"\xdd" + count.to_bytes(4, "big") + member * count
+        begin = time.process_time()
+        with pytest.raises(ptth.ProtocolError, match="values in a message"):
+            ptth.unpack_value(data)
+        with pytest.raises(ptth.ProtocolError):  # many small arrays, not one large one
+            ptth.unpack_value(b"\x9f" + (b"\xdc\xff\xff" + b"\xc0" * 65535) * 15)
+        assert time.process_time() - begin < 0.5  # without the limit several seconds
+
+    def test_large_values_of_fields_are_taken(self) -> None:
+        fields = {"host": list(b"a"), "cookie": list(b"x" * 8000), "x-name": list("\u00fc".encode() * 100)}
+        packed = ptth.pack_value([[f"{i:026}", [{0: None}, "/", fields]] for i in range(64)])
+        unpacked = list(ptth.unpack_original_requests(packed))
+        assert len(unpacked) == 64 and unpacked[-1][1].headers["x-name"] == "\u00c3\u00bc" * 100
+
     BAD_REQUESTS = [
         [{2: None}, "/", {}], [{0: 1}, "/", {}], [{}, "/", {}], ["Get", "/", {}], [{0: None}, "", {}], [{0: None}, "/ x", {}], [{0: None}, "/\r\nX: y", {}],
         [{0: None}, "/", {"host": [256]}], [{0: None}, "/", {"host": "a"}], [{0: None}, "/", {"ho st": [97]}], [{0: None}, "/", {"x": [13, 10]}],
