@@ -31,11 +31,10 @@ This file is the whole program.  It reads from top to bottom; each section uses 
     8  HTTP client            kept-alive connections to one origin
     9  File server            a path to a file or a listing
     10 Tunnel messages        requests and responses as they cross the tunnel; pure
-    11 Web app                a local web app as a handler
-    12 Relay                  P2 to P1, P5 to P6
-    13 Server                 P1, P4, P5
-    14 Configuration          TOML to dataclasses
-    15 Command line           demo, relay, server, file-server
+    11 Relay                  P2 to P1, P5 to P6
+    12 Server                 P1, P4, P5
+    13 Configuration          TOML to dataclasses
+    14 Command line           demo, relay, server, file-server
 
 Start with `Handler` in section 3.  A file server is a handler given to an HTTP server; a PTTH server is the same
 handler given to `Server`; a relay is a handler that asks somebody else.
@@ -68,7 +67,7 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -118,9 +117,6 @@ MAX_RANGES = 64  # of one request; more gets the whole file, which is cheaper fo
 MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are hashed
 MAX_BATCH = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
-MAX_BATCHES_BYTES = (
-    8 * 1024 * 1024
-)  # bytes of one server's batches that the relay reads at once: eight servers' of a name
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
 MAX_FROM_ADDRESS = 500  # requests of one client's address that one server may have waiting or being answered
@@ -146,11 +142,10 @@ ABSENT_TIME = 10.0  # seconds that a request waits for a server that may be reco
 AWAY_TIME = 2.0  # seconds without any of its connections after which a server is shown as away
 RECENT_TIME = 60.0  # seconds after which a silent server counts as away
 REUSE_TIME = 20.0  # seconds; an idle connection older than this may be dead behind a NAT
-APP_RESPONSE_TIME = 300.0  # seconds for the head of an app's response
-APP_WAIT = 2.0  # seconds in which a connection to an app is tried again: it may be restarting
 CONNECT_TIME = 10.0  # seconds to open a connection
+CONNECT_DELAY = 0.25  # seconds before the next address of a name is tried, too (RFC 8305, 5)
 BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0  # seconds between two attempts to reach the relay
-REFUSED_TIME = 5.0  # seconds between two attempts with a key that the relay does not know
+REFUSED_TIME = 5.0  # seconds before the next attempt when somebody must change something first: a key, a proxy
 NEAR = 0.005  # seconds to the relay; nearer than this one P1 is best, further away eight
 SAMPLES = 3  # round trips of which the shortest tells how far away the relay is
 LOOK_TIME = 300.0  # seconds after which the server measures that again
@@ -192,6 +187,10 @@ def describe(error: BaseException) -> str:
         return error.reason
     if isinstance(error, OSError) and error.errno and type(error).__module__ == "builtins":
         return os.strerror(error.errno).lower()  # what asyncio and socket add repeats the address
+    if numbers := re.findall(r"\[Errno ([0-9]+)\]", str(error)):  # asyncio's, of several addresses
+        return ", ".join(dict.fromkeys(os.strerror(int(number)).lower() for number in numbers))
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer in time"
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
@@ -852,7 +851,6 @@ class Stream:
         self.read_deadline = self.write_deadline = math.inf
         self.stall_time = STALL_TIME
         self.silence_time = STALL_TIME  # seconds without a byte after which reading a body ends
-        self.stalled = False  # the peer has taken or sent nothing for `stall_time`
         self._unsent = 0  # bytes in the transport's buffer when the write deadline was set
         self.closing = False
         self.written = 0  # bytes that were sent on it
@@ -886,7 +884,6 @@ class Stream:
             if unsent < self._unsent:
                 self._wait_for_writing()  # slow, but alive
             else:
-                self.stalled = True
                 self.abort()
         if self.waiting and (self.transport.is_closing() or self.is_reset()):
             self.waiting.cancel()
@@ -2047,8 +2044,15 @@ async def end_task(task: asyncio.Task[None] | None) -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
+class Refused(ConnectionError):
+    """Trying again is useless before somebody changes something; the text says who has to change what."""
+
+
 class Origin(NamedTuple):
-    """Where a URL points: scheme, host, port, and the path in front of everything."""
+    """Where a URL points: scheme, host, port, and the path in front of everything.
+
+    `host` is what gets resolved: a name in ASCII, or an address without brackets, perhaps with a zone: fe80::1%eth0.
+    """
 
     tls: bool
     host: str
@@ -2056,54 +2060,185 @@ class Origin(NamedTuple):
     path: str
 
     @property
+    def name(self) -> str:
+        """The host without a zone, which means something on this machine only (RFC 6874, 1)."""
+        return self.host.partition("%")[0]
+
+    @property
+    def place(self) -> str:
+        """Host and port, for messages."""
+        return f"{bracket(self.host)}:{self.port}"
+
+    @property
     def authority(self) -> str:
         """The Host field's value."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = bracket(self.name)
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The URL, without a slash at its end."""
+        return f"http{'s' if self.tls else ''}://{self.authority}{self.path}"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to connect to. Names below localhost are this machine (RFC 6761, 6.3), as curl has it."""
+        local = re.fullmatch(r"(?:.*\.)?localhost\.?", self.host)
+        return "localhost" if local else self.host, self.port
+
+
+def bracket(host: str) -> str:
+    """Put brackets around an IPv6 address, as URLs demand."""
+    return f"[{host}]" if ":" in host else host
 
 
 def parse_origin(url: str) -> Origin:
-    """Parse an http or https URL; ValueError when it is something else."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("it must begin with http:// or https://")
-    if not parts.hostname or not is_host(parts.netloc):
-        raise ValueError("it has no valid host")
-    if not re.fullmatch("[!-~]*", url) or parts.port == 0:
-        raise ValueError("it has a character or a port that no URL has")
-    if parts.query or parts.fragment:
+    """Parse an http or https URL, in the forms that curl accepts.
+
+    Raises ValueError, whose text does not quote the URL: any part of it may turn out to be part of a password.
+    """
+    match = re.fullmatch(r"(?i:http(s?)):/{1,3}([^/?#]*)([^?#]*)(.*)", url.strip(), re.DOTALL)
+    if not match:
+        raise ValueError("it must begin with https:// or http://")
+    authority, path = match[2], match[3].rstrip("/")
+    if "@" in authority:
+        raise ValueError("it must not have a user or a password")
+    if match[4]:
         raise ValueError("it must not have a query or a fragment")
-    parts.hostname.encode("idna")  # a label that is empty or too long: UnicodeError, which is a ValueError
-    tls = parts.scheme == "https"
-    return Origin(tls, parts.hostname, parts.port or (443 if tls else 80), parts.path.rstrip("/"))
+    if not re.fullmatch("[!-~]*", path):
+        raise ValueError("its path has a character that no URL has: percent-encode it")
+    place = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([0-9]*))?", authority)
+    if not place or not place[1]:
+        raise ValueError("it has no valid host and port; an IPv6 address needs brackets, as in http://[::1]:4000")
+    port = int(place[2] or (443 if match[1] else 80))
+    if not 0 < port < 65536:
+        raise ValueError("its port is not a number from 1 to 65535")
+    return Origin(bool(match[1]), parse_host(place[1]), port, path)
+
+
+def parse_host(text: str) -> str:
+    """Return a URL's host in the form that can be resolved; ValueError that does not quote it."""
+    import ipaddress
+
+    try:
+        if text.startswith("["):  # a zone is written %25eth0 (RFC 6874), and by users, as by curl, %eth0
+            address, percent, zone = text[1:-1].partition("%")
+            zone = zone.removeprefix("25") or zone
+            if not re.fullmatch(r"[\w.~:-]+" if percent else "", zone, re.ASCII):
+                raise ValueError
+            return f"{ipaddress.IPv6Address(address)}{percent}{zone}"
+        labels = re.split(
+            "[.\u3002\uff0e\uff61]", urllib.parse.unquote(text, errors="strict").lower()
+        )  # dots, RFC 3490, 3.1
+        host = ".".join(map(_ascii_label, labels))
+        if re.fullmatch(r"0x[0-9a-f]*|[0-9]+", host.removesuffix(".").rpartition(".")[2]):
+            return socket.inet_ntoa(socket.inet_aton(host.removesuffix(".")))  # also 127.1 and 0x7f000001
+        if len(host) > 254 or not re.fullmatch(r"(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?", host):
+            raise ValueError
+    except (ValueError, OSError):
+        raise ValueError("it has a host that is neither a valid name nor an address") from None
+    return host
+
+
+def _ascii_label(label: str) -> str:
+    """Return a part of a domain name in ASCII (IDNA); UnicodeError, which is a ValueError."""
+    if label.isascii():
+        return label
+    if re.search(
+        "[\u00df\u03c2]", label
+    ):  # IDNA 2008, and so curl, keeps them; Python's codec is older and replaces them
+        return f"xn--{label.encode('punycode').decode('ascii')}"
+    return label.encode("idna").decode("ascii")
 
 
 class ForwardProxy(NamedTuple):
-    """A proxy that the network demands: where it is, and what it is told first."""
+    """A proxy that the network demands: where it is, and the fields that log in to it."""
 
     origin: Origin
     fields: Fields
 
+    def refusal(self, status: int, headers: Headers) -> Refused:
+        """Return the error for a status of the proxy's own, in words for the operator."""
+        if status == 407:
+            schemes = re.findall(rf"(?:\A|,)\s*({TOKEN})(?=\s|,|\Z)", headers.get("proxy-authenticate", "Basic"))
+            if "basic" not in map(str.lower, schemes):
+                why = f"it takes {', '.join(schemes)[:80]} only, but PTTH can only do Basic; a helper such as cntlm can"
+            elif self.fields:
+                why = "it does not accept this user and password"
+            else:
+                why = "it wants a login: write http://USER:PASSWORD@HOST:PORT as its URL"
+        elif status == 403:
+            why = "it forbids this; ask who runs it to allow the relay's host and port"
+        elif status >= 500:
+            why = "it does not reach the relay"
+        else:
+            why = "is it an HTTP proxy that allows CONNECT?"
+        return Refused(f"the proxy at {self.origin.place} answers {status}: {why}")
+
 
 def parse_proxy(url: str) -> ForwardProxy:
-    """Parse a proxy's URL, with or without USER:PASSWORD@; ValueError."""
-    parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme != "http":
+    """Parse a proxy's URL, with or without http:// and USER:PASSWORD@; ValueError that does not quote it."""
+    match = re.fullmatch(r"(?:([a-z][a-z0-9+.-]*):/{1,3})?(.*)", url.strip(), re.DOTALL | re.IGNORECASE)
+    assert match  # it matches everything
+    scheme = (match[1] or "http").lower()
+    if scheme == "https":
+        raise ValueError("a proxy that is itself reached by TLS is not supported; most take http:// on the same port")
+    if scheme.startswith("socks"):
+        raise ValueError("SOCKS is not supported: use an HTTP proxy, http://HOST:PORT")
+    if scheme != "http":
         raise ValueError("a proxy must begin with http://")
+    login, _, place = match[2].rpartition("@")
+    if re.search("[/?#]", login):  # elsewhere they would end the host, and the password would be looked up as one
+        raise ValueError("a / ? or # in its user or password must be written as %2F %3F or %23")
+    origin = parse_origin(f"http://{place}")
+    if origin.path:
+        raise ValueError("a proxy has no path; of a PAC file, write the HOST:PORT that it names")
     fields = []
-    if parts.username is not None:
-        secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-        fields.append(("Proxy-Authorization", f"Basic {base64.b64encode(secret.encode()).decode('ascii')}"))
-    return ForwardProxy(parse_origin(f"http://{parts.netloc.rpartition('@')[2]}"), fields)
+    if login:
+        user, _, password = map(urllib.parse.unquote_to_bytes, login.partition(":"))
+        secret = base64.b64encode(user + b":" + password).decode("ascii")
+        fields.append(("Proxy-Authorization", f"Basic {secret}"))
+    return ForwardProxy(origin, fields)
 
 
 def proxy_from_environment(origin: Origin) -> str:
-    """Return the URL of the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY say, or ""."""
+    """Return the URL of the proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY say for this origin, or ""."""
     from urllib.request import getproxies, proxy_bypass
 
-    if proxy_bypass(origin.host):
-        return ""
-    return getproxies().get("https" if origin.tls else "http", "")
+    proxies = getproxies()  # in lower case, too; on macOS and Windows the system's settings, when there are none
+    exempt = is_exempt(origin, proxies["no"]) if "no" in proxies else proxy_bypass(origin.host)
+    return "" if exempt else proxies.get("https" if origin.tls else "http") or proxies.get("all", "")
+
+
+def is_exempt(origin: Origin, exceptions: str) -> bool:
+    """Return whether NO_PROXY names this origin.
+
+    Each entry is "*", a domain (with all names below it), an address or a network (10.0.0.0/8), perhaps with a port.
+    """
+    import ipaddress
+
+    host = origin.name.removesuffix(".")
+    for entry in exceptions.lower().replace(",", " ").split():
+        if entry == "*":
+            return True
+        place, port = entry, ""
+        if match := re.fullmatch(r"(\[.+\]|[^:]+):([0-9]+)", entry):
+            place, port = match.groups()
+        place = re.sub(r"[\[\]]|%[^/\]]*", "", place)  # brackets, and a zone
+        try:
+            matches = ipaddress.ip_address(host) in ipaddress.ip_network(place, strict=False)
+        except ValueError:
+            try:
+                name = parse_host(place.removeprefix("*").strip("."))
+            except ValueError:
+                continue
+            matches = f".{host}".endswith(f".{name}")
+        if matches and port in ("", str(origin.port)):
+            return True
+    return False
+
+
+USER_AGENT = ("User-Agent", f"ptth/{__version__}")  # some firewalls refuse requests without one
 
 
 class Client:
@@ -2113,7 +2248,6 @@ class Client:
         self.origin = origin
         self.proxy = proxy
         self.pace = pace
-        self.silence_time = STALL_TIME  # of its connections
         self.streams: set[Stream] = set()
         self._idle: deque[tuple[Stream, float]] = deque()  # the freshest last
         self._tls: ssl.SSLContext | None = None
@@ -2123,55 +2257,53 @@ class Client:
             self._tls = ssl.create_default_context()
 
     async def connect(self) -> Stream:
-        """Open a connection; OSError when that is not possible within CONNECT_TIME."""
-        origin = self.origin
+        """Open a connection; every address of the host is tried, each CONNECT_DELAY after the one before (RFC 8305).
+
+        CONNECT_TIME for the connection, and as much for a proxy's answer and for TLS. OSError, and Refused for what is
+        the proxy's fault.
+        """
+        proxy, tls = self.proxy, self._tls
+        first = proxy.origin if proxy else self.origin
         try:
             async with asyncio.timeout(CONNECT_TIME):
-                if self.proxy and origin.tls:
-                    sock = await self._connect_through(self.proxy)
-                    reader, writer = await asyncio.open_connection(
-                        sock=sock, ssl=self._tls, server_hostname=origin.host, limit=SLICE
-                    )
-                else:
-                    tls, host, port, _ = self.proxy.origin if self.proxy else origin
-                    reader, writer = await asyncio.open_connection(
-                        host, port, ssl=self._tls if tls else None, limit=SLICE
-                    )
-        except TimeoutError:
-            raise ConnectionError(f"{origin.host}:{origin.port} does not answer") from None
+                reader, writer = await asyncio.open_connection(
+                    *first.address, limit=SLICE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
+                )
+        except OSError as error:
+            if not proxy:
+                raise
+            raise Refused(f"the proxy at {first.place} cannot be reached: {describe(error)}") from None
+        try:
+            if proxy and tls:
+                await self._open_way(Stream(reader, writer), proxy)
+            async with asyncio.timeout(CONNECT_TIME):
+                if tls:
+                    await writer.start_tls(tls, server_hostname=self.origin.name.removesuffix("."))
+        except BaseException:
+            writer.transport.abort()
+            raise
         stream = Stream(reader, writer, self.pace)
         stream.stall_time = RELAY_STALL_TIME
-        stream.silence_time = self.silence_time
         tune(stream.sock)
         self.streams.add(stream)
         stream.ended.append(lambda: self.streams.discard(stream))
         return stream
 
-    async def _connect_through(self, proxy: ForwardProxy) -> socket.socket:
-        """Return a socket on which a proxy has opened a way to the origin (RFC 9110, 9.3.6)."""
-        loop = asyncio.get_running_loop()
-        host, port = proxy.origin.host, proxy.origin.port
-        family, kind, _, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
-        sock = socket.socket(family, kind)
+    async def _open_way(self, stream: Stream, proxy: ForwardProxy) -> None:
+        """Make the proxy connect to the origin; Refused. A 2xx has no content, whatever it says (RFC 9110, 9.3.6)."""
+        target = f"{bracket(self.origin.name)}:{self.origin.port}"
         try:
-            sock.setblocking(False)
-            await loop.sock_connect(sock, address)
-            authority = f"{self.origin.authority.removesuffix(f':{self.origin.port}')}:{self.origin.port}"
-            head = format_request_head("CONNECT", authority, [("Host", authority), *proxy.fields])
-            await loop.sock_sendall(sock, head)
-            answer = b""
-            while not answer.endswith(b"\r\n\r\n"):  # byte by byte: what follows is TLS's
-                piece = await loop.sock_recv(sock, 1)
-                answer += piece
-                if not piece or len(answer) > MAX_HEAD:
-                    raise ConnectionError(f"the proxy {proxy.origin.authority} did not answer CONNECT")
-            status, _ = parse_response_head(answer)
-            if status != 200:
-                raise ConnectionError(f"the proxy {proxy.origin.authority} answers {status} to CONNECT")
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+            async with asyncio.timeout(CONNECT_TIME):
+                fields = [("Host", target), USER_AGENT, *proxy.fields]
+                await stream.send(format_request_head("CONNECT", target, fields))
+                status, headers = await stream.read_response_head(CONNECT_TIME)
+        except (OSError, ProtocolError) as error:
+            why = describe(error)
+            raise Refused(f"the proxy at {proxy.origin.place} does not answer CONNECT {target}: {why}") from None
+        if not 200 <= status < 300:
+            raise proxy.refusal(status, headers)
+        if stream.held:
+            raise Refused(f"the proxy at {proxy.origin.place} sends bytes of its own after its answer to CONNECT")
 
     def reuse(self, *, oldest: bool = False) -> Stream | None:
         """Take an idle connection, the freshest or the oldest; None when there is no good one."""
@@ -2230,7 +2362,7 @@ class Client:
                 return await self._exchange(stream, request, timeout)
             except BaseException as error:
                 stream.abort()
-                if fresh or not repeatable or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
+                if fresh or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
                     raise
                 stream = None
 
@@ -2308,8 +2440,8 @@ class Client:
         """Format the head of a request to this origin; in the absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
         target, length = self.origin.path + request.target, request.body.length
         fields = request.headers.pairs
-        if "host" not in request.headers:
-            fields = [("Host", self.origin.authority), *fields]
+        if "host" not in request.headers:  # a request of this program's own
+            fields = [("Host", self.origin.authority), USER_AGENT, *fields]
         if self.proxy and not self.origin.tls:
             target = f"http://{self.origin.authority}{target}"
             fields = [*fields, *self.proxy.fields]
@@ -2323,12 +2455,10 @@ class Client:
 
     def head(self, method: str, path: str, fields: Fields) -> bytes:
         """Format a request head to this origin; in the absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
-        target, host = self.origin.path + path, ("Host", self.origin.authority)
+        fields = [("Host", self.origin.authority), USER_AGENT, *fields]
         if self.proxy and not self.origin.tls:
-            return format_request_head(
-                method, f"http://{self.origin.authority}{target}", [host, *self.proxy.fields, *fields]
-            )
-        return format_request_head(method, target, [host, *fields])
+            return format_request_head(method, self.origin.url + path, [*fields, *self.proxy.fields])
+        return format_request_head(method, self.origin.path + path, fields)
 
     async def read_body(self, stream: Stream, headers: Headers, limit: int) -> bytes:
         """Read a response's body to its end, `limit` bytes at most."""
@@ -2541,7 +2671,7 @@ class Site:
             return text_response(301, "it is a directory\n", [("Location", location)])
         as_json = as_json or self.options.listing and wants_json(request.headers)
         if not as_json:
-            index = self._open_index(segments, found.place)
+            index = self._open_if_there((*segments, b"index.html"), 403, 503)
             if index is not None:
                 return self._respond_file(request, index, (*segments, b"index.html"), "Accept")
         if not self.options.listing:
@@ -2687,22 +2817,6 @@ class Site:
             return await asyncio.to_thread(self._list, segments, found, order, as_json)
         except OSError as error:
             raise file_error(error) from None
-
-    def _open_index(self, segments: tuple[bytes, ...], place: bytes) -> Found | None:
-        """Open a folder's index.html, if there is one.  ProtocolError 403 when it cannot be read, 503."""
-        try:
-            return self._open_if_there((*segments, b"index.html"), 403, 503)
-        except ProtocolError as error:
-            # In a folder without x permission nothing can be opened, but its names may be read: then they tell.
-            if error.status == 503 or os.access(place, os.X_OK):
-                raise
-            try:
-                names = os.listdir(place)
-            except OSError:
-                raise error from None
-            if b"index.html" in names:
-                raise
-            return None
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool) -> Response:
         """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""
@@ -3078,7 +3192,8 @@ def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
         else:
             response = await answer(handler, request)
         given = {name.lower() for name, _ in fields} - {"vary"}  # two of that add up
-        return replace(response, headers=[pair for pair in response.headers if pair[0].lower() not in given] + fields)
+        response.headers = [pair for pair in response.headers if pair[0].lower() not in given] + fields
+        return response
 
     return guarded
 
@@ -3652,178 +3767,7 @@ def unpack_original_response(text: str) -> tuple[int, Headers]:
     return parse_inner_response(head)
 
 
-# -- 11. Web app --
-# An app on this machine or beside it as a handler. Does not use the tunnel.
-
-REFUSALS = (400, 403, 421)  # how an app refuses a Host or Origin that it does not know
-
-
-class App:
-    """A local web app as a handler: it gets each request over HTTP, and its response goes back.
-
-    `host_mode` decides what the app is told of its own name: "public" (Host and Origin as the visitor sent them),
-    "local" (the app's own authority), a name of the operator's instead of that, or "auto": public, until the app
-    refuses that and accepts the local way.
-    """
-
-    def __init__(self, client: Client, host_mode: str = "auto") -> None:
-        self.client = client
-        client.silence_time = math.inf  # an event stream may be silent for hours
-        self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
-        self._local = host_mode not in ("auto", "public")
-        self._fixed = host_mode != "auto"
-        self._asked = self._fixed  # whether a first request has shown the mode
-        self._logged = ""
-
-    async def handle(self, request: Request) -> Response:
-        """Answer a request by the app's response. ProtocolError 502 when there is none, 504 when it comes too late."""
-        safe = request.method in ("GET", "HEAD")
-        if not self._asked and not safe:
-            await self._probe(request)
-        response = await self._send(request, self._local)
-        refused = REFUSALS if safe else (421,)
-        self._asked = self._asked or response.status not in refused
-        if (
-            self._fixed
-            or self._local
-            or response.status not in refused
-            or request.body.data is None
-            and not request.upgrade
-        ):
-            return response
-        again = await self._send(request, True)
-        if again.status in refused:
-            await again.body.aclose()
-            return response
-        await response.body.aclose()
-        self._stay_local(response.status)
-        return again
-
-    async def _probe(self, request: Request) -> None:
-        """Learn by GET / which Host the app accepts, before a request that must not be sent twice."""
-        first = Request("GET", "/", request.headers, connection=request.connection)
-        statuses = []
-        for local in (False, True):
-            response = await self._send(first, local)
-            await response.body.aclose()
-            statuses.append(response.status)
-            if response.status not in REFUSALS:
-                break
-        self._asked = True
-        if statuses[-1] not in REFUSALS and len(statuses) > 1:
-            self._stay_local(statuses[0])
-
-    def _stay_local(self, status: int) -> None:
-        self._local = True
-        tell(
-            f"ptth server: the app answers {status} to its public name, so from now on it is told that its name is "
-            f'{self._authority}; app_host = "local" or "public" decides that beforehand'
-        )
-
-    async def _send(self, request: Request, local: bool) -> Response:
-        """Send the request to the app, under its local name or its public one."""
-        public = f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', '')}"
-        own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
-        fields = self._request_fields(request, public, own) if local else _passing(request.headers, _HOP_BY_HOP)
-        if request.body.expects:
-            fields.append(("Expect", "100-continue"))
-        outgoing = Request(request.method, request.target, Headers(fields), body=request.body, upgrade=request.upgrade)
-        response = await self._ask(outgoing)
-        response.headers = self._response_fields(response, public, own if local else "")
-        return response
-
-    async def _ask(self, request: Request) -> Response:
-        """Return the app's response to a request that is ready to be sent."""
-        stream = None
-        try:
-            if request.method in ("GET", "HEAD") and request.body is EMPTY:
-                stream = self.client.reuse()
-            stream = stream or await self._connect()
-            return await self.client.handle(request, timeout=APP_RESPONSE_TIME, stream=stream)
-        except BrokenBody:
-            raise
-        except TimeoutError:
-            raise ProtocolError(504, "the app did not answer in time") from None
-        except OSError as error:
-            if stream and stream.stalled:
-                raise ProtocolError(504, "the app does not take the request") from None
-            self._log(f"the app closed the connection without a response: {describe(error)}")
-            raise ProtocolError(502, "the app closed the connection without a response") from None
-
-    async def _connect(self) -> Stream:
-        """Open a connection to the app.
-
-        One that cannot be opened is tried again for APP_WAIT, which is safe for any request, as nothing was sent yet.
-        """
-        loop = asyncio.get_running_loop()
-        end = loop.time() + APP_WAIT
-        while True:
-            try:
-                stream = await self.client.connect()
-            except OSError as error:
-                if loop.time() < end:
-                    await asyncio.sleep(0.1)
-                    continue
-                self._log(
-                    f"the app at {self.client.origin.authority} cannot be reached: {describe(error)}; visitors get 502"
-                )
-                retry = [("Retry-After", "2")]
-                raise ProtocolError(502, "the app behind this server is not running", headers=retry) from None
-            if self._logged:
-                self._log("")
-                tell(f"ptth server: the app at {self.client.origin.authority} answers again")
-            return stream
-
-    def _log(self, line: str) -> None:
-        """Log a change of the app's state, once."""
-        if line and line != self._logged:
-            tell(f"ptth server: {line}")
-        self._logged = line
-
-    @staticmethod
-    def _request_fields(request: Request, public: str, own: str) -> Fields:
-        """Return the fields of a request for an app that knows itself by `own` only.
-
-        Origin, Referer and Destination are mapped when they name this server's own public origin. A foreign Origin
-        stays: the app's defence against requests of other sites relies on it.
-        """
-        fields = [("Host", own.partition("//")[2])]
-        for name, value in _passing(request.headers, _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}):
-            if name.lower() in ("origin", "referer", "destination"):
-                value = move_origin(value, public, own)
-            fields.append((name, value))
-        return fields
-
-    @staticmethod
-    def _response_fields(response: Response, public: str, own: str) -> Fields:
-        """Return the fields of the app's response; what names its `own` origin, unless "", names the public one."""
-        kept = {"upgrade"} if response.status in (101, 426) else set()
-        fields = []
-        for name, value in _passing(Headers(response.headers), _HOP_BY_HOP - kept):
-            lower = name.lower()
-            if lower == "location" or own and lower == "access-control-allow-origin":
-                value = move_origin(value, own, public) if own else value
-                if public.startswith("https:"):
-                    value = move_origin(value, f"http{public[5:]}", public)
-            fields.append((name, value))
-        return fields
-
-
-def move_origin(url: str, old: str, new: str) -> str:
-    """Return `url` with the origin `new` if its origin is `old` (RFC 6454, 5), else as it is."""
-    match = re.match(r"(https?://[^/?#\s]*)(?=[/?#]|\Z)", url, re.IGNORECASE)
-    if match and normal_origin(match[1]) == normal_origin(old):
-        return new + url[match.end() :]
-    return url
-
-
-def normal_origin(origin: str) -> str:
-    """Return an origin in lower case and without its scheme's own port, to compare it."""
-    scheme, _, authority = origin.lower().partition("://")
-    return f"{scheme}://{authority.removesuffix({'http': ':80', 'https': ':443'}.get(scheme, ':'))}"
-
-
-# -- 12. Relay --
+# -- 11. Relay --
 # P2 to P1 and P5 to P6. Sees heads and passes bodies on; has never heard of files.
 
 NAME = r"[A-Za-z0-9._-]{1,64}"
@@ -3955,7 +3899,6 @@ class Registered:
         self.addresses: Counter[str] = Counter()  # how many of them each client's address has
         self.parked: deque[Parked] = deque()
         self.answering = 0  # P5 under way
-        self.batch_bytes = 0  # of batches that are being read
         self.transfers = 0  # clients that are being served
         self.statuses: dict[int, int] = {}  # how many requests were answered with each
         self.body_bytes = 0
@@ -4727,7 +4670,8 @@ class Relay:
 
         What is foreign or was answered before is passed over: a repeat does no harm.
         """
-        data = await self._read_batch(request.body, server)
+        body = request.body
+        data = await body.read_all(MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL) if isinstance(body, IncomingBody) else b""
         server.last_seen = self.loop.time()
         for identity, status, headers, content, error in unpack_responses(data):
             exchange = self.exchanges.get(identity)
@@ -4741,25 +4685,6 @@ class Relay:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
             self._forget(exchange)
         return Response(200, [NO_STORE])
-
-    async def _read_batch(self, body: Body, server: Registered) -> bytes:
-        """Return a batch's bytes, which must come before its clients have got 504, and fit in the server's share."""
-        if not isinstance(body, IncomingBody):
-            return b""
-        most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL
-        size = most if body.length is None else min(body.length, most)
-        if server.batch_bytes + size > MAX_BATCHES_BYTES:
-            retry = ("Retry-After", "1")
-            raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
-        server.batch_bytes += size
-        try:
-            async with asyncio.timeout(self.answer_time):
-                return await body.read_all(most)
-        except TimeoutError:
-            reason = f"the batch took longer than {self.answer_time:.0f} seconds"
-            raise ProtocolError(408, reason, close=True, headers=[NO_STORE]) from None
-        finally:
-            server.batch_bytes -= size
 
     # time, and the end
 
@@ -4811,11 +4736,11 @@ class Relay:
         self._watcher.cancel()
 
 
-# -- 13. Server --
+# -- 12. Server --
 # P1, P4 and P5: brings a relay's requests to a handler, and its responses back. Has never heard of clients.
 
 
-class Refused(Exception):
+class KeyRefused(Refused):
     """The relay does not know this name with this key."""
 
 
@@ -5134,8 +5059,12 @@ class Link:
                     if loop.time() - began > BACKOFF_MAX:  # it was good for a while, not just for a hello
                         backoff = BACKOFF_MIN
                     raise error
-                except Refused:
-                    self._tell_refused()
+                except Refused as error:
+                    self._tell(
+                        self._registration_needed()
+                        if isinstance(error, KeyRefused)
+                        else f"{error}; trying again every {REFUSED_TIME:.0f} seconds"
+                    )
                     pause = REFUSED_TIME
                 except (OSError, ProtocolError) as error:
                     self._tell(f"no connection to {self.client.origin.authority}: {describe(error)}; trying again")
@@ -5166,8 +5095,8 @@ class Link:
             for part in f"ptth server: {line}".split("\n"):
                 tell(part)
 
-    def _tell_refused(self) -> None:
-        self._tell(
+    def _registration_needed(self) -> str:
+        return (
             f"the relay refuses the name {self.name} with this key (401). If the key is right, add this to the relay's "
             f"ptth_relay.toml and restart it, or send it SIGHUP; trying again:\n{registration(self.name, self._key)}"
         )
@@ -5255,7 +5184,7 @@ class Link:
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
                     raise ConnectionError("the relay answers at once and with nothing")
                 await self._workers.room.wait()
-        except (OSError, ProtocolError, Refused) as error:
+        except (OSError, ProtocolError) as error:
             if not failure.done():
                 failure.set_result(error)
 
@@ -5286,7 +5215,7 @@ class Link:
         try:
             await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
             status, headers = await stream.read_response_head(P1_TIME)
-            self._sender.original = check_listen_answer(status, headers)
+            self._sender.original = check_listen_answer(status, headers, self.client)
             limit = MAX_ORIGINAL if self._sender.original else MAX_BATCH_BYTES + MAX_INNER_HEAD
             body = b"" if status == 204 else await self.client.read_body(stream, headers, limit)
             self.accept(body)
@@ -5365,20 +5294,58 @@ class _Stopped(Exception):
     """The server has been asked to stop."""
 
 
-def check_listen_answer(status: int, headers: Headers) -> bool:
-    """Return whether this P3 is the original's; raise Refused, or a ConnectionError that says what is no P3 at all."""
+def check_listen_answer(status: int, headers: Headers, client: Client) -> bool:
+    """Return whether this P3 is the original's; otherwise raise KeyRefused, Refused or ConnectionError, saying why."""
     kind = headers.get("content-type", "")
+    if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refused(f"a proxy in front of the relay compresses its answers: switch that off for {BACKEND}")
     if status == 200 and kind.partition(";")[0].strip().lower() == "application/http":
         return False
     if status == 204 or status == 200 and not kind:
         return True
-    if status == 401:
-        raise Refused
+    challenge = headers.get("www-authenticate", "")
+    if status == 401 and ("x-apikey" in challenge.lower() or not challenge and "html" not in kind):
+        raise KeyRefused
+    if status == 407 and client.proxy:
+        raise client.proxy.refusal(status, headers)
+    through = f", or the proxy at {client.proxy.origin.place}," if client.proxy and not client.origin.tls else ""
+    if status >= 500 and status != 511:
+        raise ConnectionError(f"the relay, or a proxy in front of it,{through} answers {status}")
     if 300 <= status < 400:
-        raise ConnectionError(f"relay_url leads to a redirect to {headers.get('location')!r}: use that instead")
-    if status >= 500:
-        raise ConnectionError(f"the relay, or a proxy in front of it, answers {status}")
-    raise ConnectionError(f"what answers at relay_url is no relay ({status}, {kind or 'no type'}): a portal?")
+        raise Refused(f"relay_url leads to a redirect ({status}): {_redirect_advice(client.origin, headers)}")
+    advice = _NO_RELAY.get(status, "a wrong relay_url, or a captive portal: log in to this network in a browser")
+    what = f"{status}, {challenge.partition(' ')[0] or kind or 'no type'}"[:80]
+    raise Refused(f"what answers at {client.origin.url}{through} is no relay ({what}): {advice}")
+
+
+_NO_RELAY = {
+    400: "if this port is for TLS, relay_url must begin with https://",
+    401: f"it asks for a login; let {BACKEND} pass without one, since servers show their keys there",
+    403: f"the proxy in front of the relay, or a firewall, forbids {BACKEND}; allow it there",
+    404: f"relay_url must be the relay's URL without /frontend/, and the proxy in front must pass {BACKEND} on",
+    407: "this network demands a proxy: set proxy_url, or HTTPS_PROXY in the environment",
+    429: f"the proxy in front of the relay limits requests; except {BACKEND} from that",
+    511: "log in to this network in a browser first",
+}
+
+
+def _redirect_advice(origin: Origin, headers: Headers) -> str:
+    """Say which relay_url a redirect of P1 means, if any."""
+    try:
+        target = urllib.parse.urljoin(f"{origin.url}{BACKEND}http_listen/", headers["location"])
+        base, ours, _ = re.split(r"[?#]", target)[0].partition(f"{BACKEND}http_listen/")
+        there = parse_origin(base)
+    except (KeyError, ValueError):
+        return "it has no Location that can be used; a captive portal?"
+    if there == origin and ours:
+        return "to the same URL; the proxy in front of the relay does not know that this is https already"
+    if origin.tls and not there.tls:
+        return f"to {there.url}, which would send the key without TLS; set relay_url to what is right"
+    if there.host == origin.host and there.tls and not origin.tls:  # some drop the path
+        there, ours = there._replace(path=there.path if ours else origin.path), "yes"
+    if ours:
+        return f'write relay_url = "{there.url}"'
+    return f"to {there.url[:200]}, where no relay is to be expected; a login page, or a captive portal?"
 
 
 def registration(name: str, key: str) -> str:
@@ -5386,7 +5353,7 @@ def registration(name: str, key: str) -> str:
     return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
 
 
-# -- 14. Configuration --
+# -- 13. Configuration --
 # TOML to dataclasses. All that is wrong with a file is said at once.
 
 
@@ -5621,9 +5588,14 @@ def parse_relay_url(url: str) -> Origin:
     if not url:
         raise ValueError('is missing: set relay_url = "https://..." or give --relay-url')
     try:
-        return parse_origin(url.rstrip("/").removesuffix(BACKEND.rstrip("/")))
+        origin = parse_origin(url)
     except ValueError as error:
-        raise ValueError(f"= {url!r} cannot be used: {error}") from None
+        shown = "" if re.search("[@?#]", url) else f"= {url!r} "  # a URL may hold a password
+        advice = str(error)
+        if shown and not re.match("[A-Za-z]+:/", url.strip()):
+            advice = f'write "https://{url.strip()}", or http:// for a relay without TLS'
+        raise ValueError(f"{shown}cannot be used: {advice}") from None
+    return origin._replace(path=origin.path.removesuffix(BACKEND.rstrip("/")))
 
 
 def read_site(table: Table) -> SiteOptions:
@@ -5674,7 +5646,7 @@ def find_proxy(config: ServerConfig) -> ForwardProxy | None:
     try:
         return parse_proxy(url) if url else None
     except ValueError as error:
-        where = f"{config.path}: proxy_url" if config.proxy_url else "HTTP_PROXY or HTTPS_PROXY"
+        where = f"{config.path}: proxy_url" if config.proxy_url else "the proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
         raise UserError(f"{where} cannot be used: {error}") from None
 
 

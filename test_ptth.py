@@ -62,6 +62,7 @@ import struct
 import textwrap
 import threading
 import time
+import traceback
 import urllib.parse
 import urllib.request
 import zlib
@@ -112,6 +113,43 @@ class FakeWriter:
 
     def abort(self) -> None:
         self.closed = self.aborted = True
+
+
+class FakeProxy:
+    """A forward proxy, or a relay, that gives every request the same answer, on 127.0.0.1."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.port = self.sock.getsockname()[1]
+        self.answer = answer
+        self.connections = 0
+        self.asked: list[bytes] = []
+        self.tls = False  # what came after the answer was TLS
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self.sock.accept()
+            with connection, contextlib.suppress(ConnectionError):
+                data = b""
+                while not data.endswith(b"\r\n\r\n") and (piece := connection.recv(1 << 16)):
+                    data += piece
+                if data == b"stop\r\n\r\n":
+                    return
+                self.connections += 1
+                self.asked += [data] if data else []
+                connection.sendall(self.answer)
+                if self.answer:
+                    connection.settimeout(20)
+                    self.tls = connection.recv(1) == b"\x16"
+
+    def close(self) -> None:
+        """Stop, after all connections that were made before."""
+        with socket.create_connection(("127.0.0.1", self.port)) as last:
+            last.sendall(b"stop\r\n\r\n")
+            self._thread.join(20)
+        self.sock.close()
 
 
 def say(handler: ptth.Handler, *pieces: bytes) -> bytes:
@@ -1416,6 +1454,274 @@ ETAG = f'"{MTIME * 10**9:x}-{len(HELLO):x}"'
 TEXT = {"content-type": "text/plain; charset=utf-8", "etag": ETAG, "last-modified": DATE, "accept-ranges": "bytes"}
 
 
+class TestConnecting:
+    URLS = [  # (URL, what is connected to, the Host field, path)
+        ("https://r.example", ("r.example", 443), "r.example", ""), ("HTTP://R.Example:80/", ("r.example", 80), "r.example", ""),
+        ("http://r.example:0008080/a/", ("r.example", 8080), "r.example:8080", "/a"), ("https://r.example:/", ("r.example", 443), "r.example", ""),
+        ("http:/r.example", ("r.example", 80), "r.example", ""), (" https:///r.example\n", ("r.example", 443), "r.example", ""),
+        ("http://[::1]:4000/", ("::1", 4000), "[::1]:4000", ""), ("http://[FE80::1%25eth0]", ("fe80::1%eth0", 80), "[fe80::1]", ""),
+        ("http://[fe80::1%en0.5]:1", ("fe80::1%en0.5", 1), "[fe80::1]:1", ""), ("http://[fe80::1%252]", ("fe80::1%2", 80), "[fe80::1]", ""),
+        ("http://[fe80::1%25]", ("fe80::1%25", 80), "[fe80::1]", ""), ("http://[0:0::0:1]", ("::1", 80), "[::1]", ""),
+        ("http://[2001:DB8:0::1]", ("2001:db8::1", 80), "[2001:db8::1]", ""), ("https://relay.example.", ("relay.example.", 443), "relay.example.", ""),
+        ("https://b\u00fccher.example", ("xn--bcher-kva.example", 443), "xn--bcher-kva.example", ""),
+        ("https://STRA\u1e9eE\uff61example", ("xn--strae-oqa.example", 443), "xn--strae-oqa.example", ""),
+        ("http://my_box-1/", ("my_box-1", 80), "my_box-1", ""), ("http://rel%61y.example", ("relay.example", 80), "relay.example", ""),
+        ("http://127.1:5", ("127.0.0.1", 5), "127.0.0.1:5", ""), ("http://0x7f000002", ("127.0.0.2", 80), "127.0.0.2", ""),
+        ("http://demo.localhost:1", ("localhost", 1), "demo.localhost:1", ""), ("http://localhost.", ("localhost", 80), "localhost.", ""),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("url", "address", "authority", "path"), URLS)
+    def test_addresses_in_the_forms_of_curl(
+        self, url: str, address: tuple[str, int], authority: str, path: str
+    ) -> None:
+        origin = ptth.parse_origin(url)
+        assert (origin.address, origin.authority, origin.path) == (address, authority, path)
+        assert origin.tls is url.strip().lower().startswith("https")
+
+    NO_URLS = [
+        "ftp://a", "a.example", "http://", "http:////a", "http://a b", "http://a/?q", "http://a/#f", "http://a:x", "http://a:0", "http://a:65536", "http://a..b",
+        f"http://{'a' * 80}.b", f"http://{'a.' * 127}b", "http://.", "http://.a", "http://::1:80/", "http://[::1", "http://[1.2.3.4]", "http://[v1.x]", "http://[::1]x:1",
+        "http://[fe80::1%]", "http://[fe80::1%e h]", "http://u:p@a", "http://a\\b", "http://a%2fb", "http://a%00b", "http://256.1.1.1", "http://1.2.3.4.5", "http://a/\u00e4",
+        "http://a/ b", "http://-\u2260.\u00fc..b", "https:r.example", "http://a%zz", "http://a\x00", "http://a$b",
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("url", NO_URLS)
+    def test_a_url_that_cannot_be_used_is_refused(self, url: str) -> None:
+        with pytest.raises(ValueError, match=r"^its? "):
+            ptth.parse_origin(url)
+
+    PROXIES = [
+        ("http://p:3128", "p:3128", None), ("p:3128", "p:3128", None), ("HTTP://P/", "p:80", None), ("http://u:p%40@[::1]:1/", "[::1]:1", b"u:p@"),
+        ("u:p@p:1", "p:1", b"u:p"), ("u@p:1", "p:1", b"u:"), ("http://DOM\\u:p:q@p:1", "p:1", b"DOM\\u:p:q"), ("http://u:a@b@p:1", "p:1", b"u:a@b"),
+        ("http://u:%2f%3F%23%ff@p", "p:80", b"u:/?#\xff"), ("http://u:5%@p", "p:80", b"u:5%"), ("http://\u00fc:\u00e4@p", "p:80", "\u00fc:\u00e4".encode()),
+        ("http://[fe80::1%25eth0]:3128", "[fe80::1%eth0]:3128", None), (" p:1\n", "p:1", None), ("http://@p:1", "p:1", None),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("url", "place", "login"), PROXIES)
+    def test_a_proxys_url(self, url: str, place: str, login: bytes | None) -> None:
+        proxy = ptth.parse_proxy(url)
+        basic = [] if login is None else [("Proxy-Authorization", f"Basic {base64.b64encode(login).decode()}")]
+        assert (proxy.origin.place, proxy.fields) == (place, basic)
+
+    NO_PROXIES = [
+        ("http://alice:80#hunter2@proxy:3128", "%23"), ("http://alice:hun/ter2@p:1", "%2F"), ("http://alice:hun?ter2@p", "%3F"), ("alice:/hunter2@p:1", "http://"),
+        ("http://alice:hun@ter2/@p", "%2F"), ("https://u:hunter2@p", "TLS"), ("socks5h://u:hunter2@p:1", "SOCKS"), ("SOCKS4://p", "SOCKS"), ("ftp://hunter2@p", "http://"),
+        ("http://p:hunter2", "port"), ("http://u:hunter2", "port"), ("http://p:1/hunter2.pac", "PAC"), ("http://p:1?hunter2", "query"), ("http://", "host"),
+        ("http://u:p@[hunter2]:1", "host"), ("http://u:hunter2@:1", "host"), ("http://u:p@hunter2:99999", "port"), ("http://u:p@\u2100hunter2", "host"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("url", "word"), NO_PROXIES)
+    def test_a_proxys_url_that_cannot_be_used_is_refused_without_its_password(self, url: str, word: str) -> None:
+        config = ptth.ServerConfig("s.toml", proxy_url=url)
+        with pytest.raises(ptth.UserError) as caught:
+            ptth.find_proxy(config)
+        assert word in caught.value.args[0] and "s.toml: proxy_url" in caught.value.args[0]
+        assert not re.search(
+            "alice|hun|ter2", "".join(traceback.format_exception(caught.value)).split("UserError", 1)[1]
+        )
+        assert caught.value.__suppress_context__
+
+    EXEMPT = [  # (NO_PROXY, URL, whether no proxy is used)
+        ("*", "http://a.example", True), ("b, *", "http://a.example", True), ("a.example", "http://A.example.", True), (".example", "http://a.example", True),
+        (".example.", "http://example", True), ("*.example", "http://a.b.example", True), ("example", "http://a.badexample", False), ("A.Example", "http://a.example", True),
+        ("b\tc a.example", "http://a.example", True), ("a.example:80", "http://a.example", True), ("a.example:81", "http://a.example", False), (":80", "http://a.example", False),
+        ("10.0.0.0/8", "http://10.1.2.3", True), ("10.0.0.0/8", "http://11.1.2.3", False), ("10.1.2.3", "http://10.1.2.3:9", True), ("0.0.1", "http://10.0.0.1", False),
+        ("10.0.0.0/8:80", "http://10.0.0.1:80", True), ("10.0.0.1:81", "http://10.0.0.1", False), ("[::1]", "http://[::1]", True), ("::1", "http://[0::1]:80", True),
+        ("[::1]:81", "http://[::1]", False), ("[::1]:80", "http://[::1]", True), ("fe80::/10", "http://[fe80::1%25eth0]", True), ("[fe80::]/10", "http://[fe80::1%eth0]", True),
+        ("fe80::1%eth0", "http://[fe80::1%eth0]", True), ("b\u00fccher.example", "http://b\u00fccher.example", True), ("", "http://a.example", False), (" ,, ", "http://a.example", False),
+        ("10.0.0.0/99,a..b,[,/,:,.", "http://a.example", False), ("0.0.0.0/0", "http://[::1]", False), ("127.1", "http://127.0.0.1", True),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("exceptions", "url", "exempt"), EXEMPT)
+    def test_no_proxy(self, exceptions: str, url: str, exempt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HTTP_PROXY", "http://p:1")
+        monkeypatch.setenv("NO_PROXY", exceptions)
+        assert ptth.proxy_from_environment(ptth.parse_origin(url)) == ("" if exempt else "http://p:1")
+
+    VARIABLES = [  # (environment, the proxy of an https relay)
+        ({"HTTPS_PROXY": "a"}, "a"), ({"https_proxy": "a", "HTTPS_PROXY": "b"}, "a"), ({"HTTP_PROXY": "a"}, ""), ({"ALL_PROXY": "a"}, "a"), ({"all_proxy": "a", "https_proxy": "b"}, "b"),
+        ({"all_proxy": "a", "no_proxy": "r.example"}, ""), ({"HTTPS_PROXY": "a", "no_proxy": "b", "NO_PROXY": "r.example"}, "a"), ({}, ""),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("variables", "url"), VARIABLES)
+    def test_the_variables_of_a_proxy(
+        self, variables: dict[str, str], url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert ptth.proxy_from_environment(ptth.parse_origin("https://r.example")) == url
+
+    @staticmethod
+    def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+        """Let the names below .example have these addresses."""
+        real = socket.getaddrinfo
+
+        def getaddrinfo(host: str, port: int, *args: int, **options: int) -> list[object]:
+            if not str(host).endswith(".example"):
+                return real(host, port, *args, **options)
+            return [found for address in addresses for found in real(address, port, type=socket.SOCK_STREAM)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    @contextlib.contextmanager
+    def swallowing(self, address: str, port: int) -> object:
+        """An address that swallows packets: its queue is full."""
+        with socket.socket() as full, contextlib.ExitStack() as clients:
+            full.bind((address, port))
+            full.listen(0)
+            for _ in range(4):
+                client = clients.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex((address, port))
+            yield
+
+    @pytest.mark.parametrize("through", ["direct", "proxy", "CONNECT"])
+    @pytest.mark.parametrize("first", ["refuses", "swallows"])
+    @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 and full queues are Linux's")
+    def test_every_address_is_tried(self, first: str, through: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.resolve(monkeypatch, "127.0.0.2", "127.0.0.1")
+        monkeypatch.setattr(ptth, "CONNECT_DELAY", 0.01)
+        proxy = FakeProxy(b"HTTP/1.1 200 OK\r\n\r\n")
+        there = ptth.parse_origin(f"http://two.example:{proxy.port}")
+        client = (
+            ptth.Client(there)
+            if through == "direct"
+            else ptth.Client(ptth.parse_origin("http://r"), ptth.ForwardProxy(there, []))
+        )
+
+        async def connect() -> None:
+            if through == "CONNECT":
+                client._tls = ssl.create_default_context()
+            with contextlib.suppress(OSError):  # the proxy does not speak TLS
+                (await client.connect()).close()
+
+        with self.swallowing("127.0.0.2", proxy.port) if first == "swallows" else contextlib.nullcontext():
+            asyncio.run(connect())
+        proxy.close()
+        assert proxy.connections == 1
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is Linux's")
+    def test_what_no_address_takes_is_said_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.resolve(monkeypatch, "127.0.0.2", "127.0.0.3")
+        with pytest.raises(OSError) as caught:
+            asyncio.run(ptth.Client(ptth.parse_origin(f"http://two.example:{free_port()}")).connect())
+        assert ptth.describe(caught.value) == "connection refused"
+
+    TLS = "TLS begins"
+    ANSWERS = [  # (a proxy's answer to CONNECT, words of the error)
+        (b"HTTP/1.1 200 OK\r\n\r\n", TLS), (b"HTTP/1.0 200 Connection established\r\n\r\n", TLS), (b"HTTP/1.1 299 Fine\r\nContent-Length: 9\r\n\r\n", TLS),
+        (b"HTTP/1.1 201 Made\r\nTransfer-Encoding: chunked\r\n\r\n", TLS), (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hint\r\nA: b\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", TLS),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "bytes of its own"), (b"HTTP/1.1 101 Switch\r\n\r\n", "101"), (b"HTTP/1.1 304 Not\r\n\r\n", "304"),
+        (b"HTTP/1.1 407 No\r\nProxy-Authenticate: Basic realm=x\r\nContent-Length: 0\r\n\r\n", "USER:PASSWORD"), (b"HTTP/1.1 407 No\r\n\r\n", "USER:PASSWORD"),
+        (b"HTTP/1.1 407 No\r\nProxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM\r\n\r\n", "Negotiate, NTLM"), (b"HTTP/1.1 403 No\r\n\r\n", "allow"),
+        (b"HTTP/1.1 407 No\r\nProxy-Authenticate: Digest realm=\"a, b\", BASIC realm=c\r\n\r\n", "USER:PASSWORD"),
+        (b"HTTP/1.1 503 No\r\n\r\n", "503"), (b"HTTP/1.1 405 No\r\n\r\n", "CONNECT"), (b"SSH-2.0-x\r\n\r\n", "cannot be read"), (b"", "closed"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "interim"), (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 9000, "too large"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("answer", "words"), ANSWERS, ids=range(len(ANSWERS)))
+    def test_what_a_proxy_answers_to_connect(self, answer: bytes, words: str) -> None:
+        proxy = FakeProxy(answer)
+        client = ptth.Client(
+            ptth.parse_origin("https://[fe80::1%25eth0]/x"), ptth.parse_proxy(f"127.0.0.1:{proxy.port}")
+        )
+        with pytest.raises(OSError) as caught:
+            asyncio.run(client.connect())
+        proxy.close()
+        head = f"CONNECT [fe80::1]:443 HTTP/1.1\r\nHost: [fe80::1]:443\r\nUser-Agent: ptth/{ptth.__version__}\r\n\r\n"
+        assert proxy.asked == [head.encode()]
+        assert proxy.tls is (words == self.TLS)
+        if words != self.TLS:
+            assert isinstance(caught.value, ptth.Refused)
+            assert words in str(caught.value) and f"the proxy at 127.0.0.1:{proxy.port} " in str(caught.value)
+
+    def test_a_login_that_a_proxy_does_not_accept(self) -> None:
+        proxy = FakeProxy(b"HTTP/1.1 407 No\r\n\r\n")
+        client = ptth.Client(ptth.parse_origin("https://r.example"), ptth.parse_proxy(f"u:p@127.0.0.1:{proxy.port}"))
+        with pytest.raises(ptth.Refused, match="does not accept this user"):
+            asyncio.run(client.connect())
+        proxy.close()
+        assert b"\r\nProxy-Authorization: Basic dTpw\r\n" in proxy.asked[0]
+
+    @pytest.mark.parametrize("place", ["127.0.0.1:{free}", "[::1]:{free}"])
+    def test_a_proxy_that_is_down_is_named(self, place: str) -> None:
+        place = place.format(free=free_port())
+        for scheme in ("http", "https"):
+            client = ptth.Client(ptth.parse_origin(f"{scheme}://r.example"), ptth.parse_proxy(place))
+            with pytest.raises(ptth.Refused, match=f"the proxy at {re.escape(place)} cannot be reached: "):
+                asyncio.run(client.connect())
+
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_a_peer_that_is_silent(self, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ptth, "CONNECT_TIME", 0.05)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            place = f"127.0.0.1:{silent.getsockname()[1]}"
+            with pytest.raises(
+                ptth.Refused, match=f"the proxy at {place} does not answer CONNECT r:443: no answer in time"
+            ):
+                asyncio.run(ptth.Client(ptth.parse_origin("https://r"), ptth.parse_proxy(place)).connect())
+            with pytest.raises(TimeoutError) as caught:  # within TLS
+                asyncio.run(ptth.Client(ptth.parse_origin(f"https://{place}")).connect())
+            assert ptth.describe(caught.value) == "no answer in time"
+
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+    def test_a_zone_says_where_to_connect(self) -> None:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
+            url = f"http://[::1%25{socket.if_nameindex()[0][0]}]:{sock.getsockname()[1]}"
+
+            async def connect() -> None:
+                (await ptth.Client(ptth.parse_origin(url)).connect()).close()
+
+            asyncio.run(connect())
+
+    def test_what_is_sent_names_the_program(self) -> None:
+        for proxy in (None, ptth.parse_proxy("u:p@p:1")):
+            head = ptth.Client(ptth.parse_origin("http://r.example/x"), proxy).head("GET", "/y", [("A", "b")])
+            target, *lines = head.decode().splitlines()
+            assert target == f"GET {'http://r.example' if proxy else ''}/x/y HTTP/1.1"
+            assert lines[:2] == ["Host: r.example", f"User-Agent: ptth/{ptth.__version__}"]
+            assert ("Proxy-Authorization: Basic dTpw" in lines) is (proxy is not None)
+
+    @staticmethod
+    def read_head(*pieces: bytes, patience: float = 20, pause: float = 0) -> tuple[int, ptth.Headers]:
+        """Read a response's head that arrives in these pieces."""
+
+        async def read() -> tuple[int, ptth.Headers]:
+            reader = asyncio.StreamReader()
+
+            async def feed() -> None:
+                for piece in pieces:
+                    reader.feed_data(piece)
+                    await asyncio.sleep(pause)
+                reader.feed_eof()
+
+            feeding = asyncio.create_task(feed())
+            try:
+                return await ptth.Stream(reader, FakeWriter()).read_response_head(patience)
+            finally:
+                feeding.cancel()
+
+        return asyncio.run(read())
+
+    def test_interim_responses_are_passed_over_but_not_without_end(self) -> None:
+        interim, last = b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n", b"HTTP/1.1 204 No Content\r\nA: b\r\n\r\n"
+        assert self.read_head(interim * ptth.MAX_INTERIM + last) == (204, {"a": "b"})
+        assert self.read_head(interim, interim + last[:9], last[9:]) == (204, {"a": "b"})
+        assert self.read_head(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n" + interim)[0] == 101
+        with pytest.raises(ptth.ProtocolError, match="interim"):
+            self.read_head(interim * (ptth.MAX_INTERIM + 1) + last)
+
+    @pytest.mark.parametrize("piece", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 100 Continue\r\n\r\n"])
+    def test_a_head_has_one_time_limit_however_it_comes(self, piece: bytes) -> None:
+        pieces = [piece] if b"100" in piece else [piece, *[b"x"] * 20000]
+        with pytest.raises((TimeoutError, ptth.ProtocolError), match="too slowly"):
+            self.read_head(*pieces, *[b"x"] * 20000, patience=0.05, pause=0.001)
+
+
 class TestFileServer:
     FILES = [  # (path, fields, status, some of the answer's fields, body or None): the same directly and tunnelled
         ("/hello.txt", [], 200, TEXT, HELLO),
@@ -2018,23 +2324,6 @@ class TestFileServer:
         monkeypatch.setattr(os, "open", open_)
         assert one(say(self.site(tmp_path), get("/")))[0] == status
 
-    @pytest.mark.parametrize(("index", "status"), [(False, 200), (True, 403)])
-    def test_a_folder_whose_files_cannot_be_opened_shows_their_names(
-        self, index: bool, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        (tmp_path / ("index.html" if index else "other")).write_text("x")
-        real = os.open
-
-        def open_(path: bytes, *args: object) -> int:
-            if path.endswith(b"index.html"):
-                raise PermissionError(errno.EACCES, "Permission denied")
-            return real(path, *args)
-
-        monkeypatch.setattr(os, "open", open_)
-        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.X_OK)
-        answer = one(say(self.site(tmp_path), get("/")))
-        assert (answer[0], b"other" in answer[2]) == (status, not index)
-
     def test_a_folder_that_vanishes_does_not_break_the_zip(self, tmp_path: object) -> None:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
@@ -2070,19 +2359,6 @@ class TestFileServer:
         handler = self.site(root, headers=(("X-Mine", "1"), ("content-type", "text/x")))
         status, fields, _ = one(say(handler, get("/hello.txt")))
         assert (status, fields["x-mine"], fields["content-type"]) == (200, "1", "text/x")
-
-    def test_a_handlers_response_stays_as_it_made_it(self) -> None:
-        made = ptth.text_response(200, "hi", [("Vary", "A")])
-        before = list(made.headers)
-
-        async def handler(request: ptth.Request) -> ptth.Response:
-            return made
-
-        guarded = ptth.guard(handler, ptth.SiteOptions(headers=(("Vary", "B"), ("X-Y", "z"))), "n")
-        request = ptth.parse_request_head(get("/"))
-        for _ in range(2):
-            assert asyncio.run(guarded(request)).headers == [*before, ("Vary", "B"), ("X-Y", "z")]
-        assert made.headers == before
 
     def test_a_vary_of_the_operator_adds_to_ours(self, tmp_path: object) -> None:
         for name in ("x", "x.gz"):
@@ -2585,154 +2861,6 @@ class Client:
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nhi"
 
 
-class TestApp:
-    """A web app as a handler: the app is an HTTP server of this module whose handler tells what it got."""
-
-    PUBLIC = [("Host", "n.example.com"), ("X-Forwarded-Host", "n.example.com"), ("X-Forwarded-Proto", "https")]
-
-    def ask(
-        self,
-        refuse: object,
-        requests: list[tuple[str, list[tuple[str, str]], bytes]],
-        mode: str = "auto",
-        fields: object = (),
-    ) -> list[tuple[int, dict[str, str], dict[str, object]]]:
-        """(status, fields, what the app got) for each request, with an app whose `refuse(request)` is a status or 0."""
-        seen = []
-
-        async def app(request: ptth.Request) -> ptth.Response:
-            got = {"method": request.method, "target": request.target, "fields": dict(request.headers)}
-            got["body"] = len(await request.body.read_all(1 << 30))
-            seen.append(got)
-            status = refuse(request) or 200
-            own = f"http://{request.headers['host']}"
-            reply = [(name, value.replace("OWN", own)) for name, value in fields]
-            return ptth.Response(status, reply, ptth.BytesBody(json.dumps(got).encode()))
-
-        async def talk() -> list[object]:
-            server = ptth.HTTPServer(app)
-            sock = ptth.open_socket("127.0.0.1", 0)
-            await server.listen(sock)
-            self.port = sock.getsockname()[1]
-            handler = ptth.App(ptth.Client(ptth.parse_origin(f"http://127.0.0.1:{self.port}")), mode)
-            answers = []
-            for method, more, body in requests:
-                headers = ptth.Headers([*self.PUBLIC, *more])
-                response = await handler.handle(ptth.Request(method, "/x?y", headers, body=ptth.BytesBody(body)))
-                content = await response.body.read_all(1 << 30)
-                await response.body.aclose()
-                answers.append((response.status, dict(response.headers), json.loads(content or b"{}")))
-            handler.client.close()
-            await server.stop(0.1)
-            return answers
-
-        self.seen = seen
-        return asyncio.run(talk())
-
-    def test_the_public_way_sends_what_the_visitor_sent(self) -> None:
-        more = [
-            ("Origin", "https://n.example.com"),
-            ("Cookie", "a=b"),
-            ("Connection", "x"),
-            ("X", "hop"),
-            ("TE", "trailers"),
-        ]
-        ((status, _, got),) = self.ask(lambda request: 0, [("POST", more, b"12345")], "public")
-        assert (status, got["method"], got["target"], got["body"]) == (200, "POST", "/x?y", 5)
-        assert got["fields"] == {
-            "host": "n.example.com", "x-forwarded-host": "n.example.com", "x-forwarded-proto": "https",
-            "origin": "https://n.example.com", "cookie": "a=b", "content-length": "5",
-        }  # fmt: skip
-
-    @pytest.mark.parametrize(
-        ("origin", "mapped"),
-        [("https://n.example.com", True), ("HTTPS://N.example.com:443", True), ("http://n.example.com", False),
-         ("https://n.example.com.evil.test", False), ("https://evil.test", False), ("null", False)],
-    )  # fmt: skip
-    def test_the_local_way_maps_what_names_its_own_origin_only(self, origin: str, mapped: bool) -> None:
-        more = [("Origin", origin), ("Referer", f"{origin}/p?q"), ("Destination", f"{origin}/new")]
-        ((_, _, got),) = self.ask(lambda request: 0, [("PUT", more, b"")], "local")
-        own = f"http://127.0.0.1:{self.port}" if mapped else origin
-        fields = got["fields"]
-        assert fields["host"] == f"127.0.0.1:{self.port}" and not {"x-forwarded-host", "x-forwarded-proto"} & set(
-            fields
-        )
-        assert (fields["origin"], fields["referer"], fields["destination"]) == (own, f"{own}/p?q", f"{own}/new")
-
-    def test_a_name_of_the_operators_is_the_local_way_with_that_name(self) -> None:
-        ((_, _, got),) = self.ask(
-            lambda request: 0, [("GET", [("Origin", "https://n.example.com")], b"")], "app.internal"
-        )
-        assert (got["fields"]["host"], got["fields"]["origin"]) == ("app.internal", "http://app.internal")
-
-    @pytest.mark.parametrize(
-        ("mode", "location", "expected"),
-        [("public", "OWN/a", "https://n.example.com/a"), ("public", "https://n.example.com/a", "https://n.example.com/a"),
-         ("local", "OWN/a?b", "https://n.example.com/a?b"), ("local", "/a", "/a"), ("local", "https://else.test/", "https://else.test/"),
-         ("local", "http://n.example.com/a", "https://n.example.com/a"), ("public", "http://127.0.0.1:1/", "http://127.0.0.1:1/")],
-    )  # fmt: skip
-    def test_redirects_name_the_public_origin(self, mode: str, location: str, expected: str) -> None:
-        ((_, fields, _),) = self.ask(
-            lambda request: 0, [("GET", [], b"")], mode, [("Location", location), ("Connection", "x"), ("X", "1")]
-        )
-        assert fields["Location"] == expected and "X" not in fields and "Connection" not in fields
-
-    @pytest.mark.parametrize("status", [400, 403, 421])
-    def test_an_app_that_refuses_its_public_name_is_asked_the_local_way(
-        self, status: int, capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        def refuse(request: ptth.Request) -> int:
-            return status if request.headers["host"] == "n.example.com" else 0
-
-        answers = self.ask(refuse, [("GET", [], b""), ("GET", [], b""), ("POST", [], b"x")])
-        assert [answer[0] for answer in answers] == [200, 200, 200]
-        assert [got["fields"]["host"] == "n.example.com" for got in self.seen] == [True, False, False, False]
-        assert capfd.readouterr().err.count("app_host") == 1
-
-    @pytest.mark.parametrize("status", [400, 403, 421])
-    def test_before_a_post_the_app_is_asked_for_its_first_page(self, status: int) -> None:
-        def refuse(request: ptth.Request) -> int:
-            return status if request.headers["host"] == "n.example.com" else 0
-
-        assert self.ask(refuse, [("POST", [], b"once")])[0][0] == 200
-        assert [(got["method"], got["target"]) for got in self.seen] == [("GET", "/"), ("GET", "/"), ("POST", "/x?y")]
-
-    def test_a_refusal_that_is_not_for_the_name_stays(self, capfd: pytest.CaptureFixture[str]) -> None:
-        def refuse(request: ptth.Request) -> int:
-            return 403 if request.target != "/" else 0
-
-        answers = self.ask(refuse, [("GET", [], b""), ("POST", [], b"x"), ("GET", [], b"")])
-        assert [answer[0] for answer in answers] == [403, 403, 403] and capfd.readouterr().err == ""
-        assert sum(got["method"] == "POST" for got in self.seen) == 1
-
-    def test_an_app_that_is_not_there_is_502_and_the_log_says_so_once(
-        self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(ptth, "APP_WAIT", 0.01)
-        port = free_port()
-
-        async def talk() -> None:
-            handler = ptth.App(ptth.Client(ptth.parse_origin(f"http://127.0.0.1:{port}")))
-            for method in ("GET", "POST", "GET"):
-                with pytest.raises(ptth.ProtocolError) as caught:
-                    await handler.handle(ptth.Request(method, "/", ptth.Headers(self.PUBLIC)))
-                assert (caught.value.status, caught.value.headers) == (502, [("Retry-After", "2")])
-                assert str(port) not in caught.value.reason
-            server = ptth.HTTPServer(echo)
-            await server.listen(ptth.open_socket("127.0.0.1", port))
-            response = await handler.handle(ptth.Request("GET", "/", ptth.Headers(self.PUBLIC)))
-            await response.body.aclose()
-            assert response.status == 200
-            handler.client.close()
-            await server.stop(0.1)
-
-        asyncio.run(talk())
-        assert re.findall("cannot be reached|answers again", capfd.readouterr().err) == [
-            "cannot be reached",
-            "answers again",
-        ]
-
-
 class TestRelay:
     @pytest.fixture
     def hand(self, bare_relay: Tunnel) -> object:
@@ -3047,35 +3175,6 @@ class TestRelay:
         hand.send("POST", "http_responses/n", good + b"HTTP/1.1 200 OK\r\n\r\n")
         assert hand.answer()[0] == 400
         assert client.answer()[2] == b"hi"
-
-    @staticmethod
-    def begin_batch(port: int, framing: str) -> Hand:
-        """A server that sends the first byte of a batch, and no more."""
-        hand = Hand(port)
-        lines = ("POST /7ZSFUKGV/http_responses/n HTTP/1.1", "Host: r", f"X-ApiKey: {KEY}", framing, "", "1")
-        hand.sock.sendall("\r\n".join(lines).encode() + (b"\r\nx" if framing.endswith("chunked") else b""))
-        return hand
-
-    def test_batches_without_their_end_take_no_more_than_their_share_of_memory(self, bare_relay: Tunnel) -> None:
-        server = bare_relay.relay.servers["n"]
-        most = ptth.MAX_BATCHES_BYTES // 400_000
-        hands = [self.begin_batch(bare_relay.port, "Content-Length: 400000") for _ in range(most)]
-        eventually(lambda: server.batch_bytes == most * 400_000)
-        for framing in ("Content-Length: 400000", "Transfer-Encoding: chunked"):
-            refused = self.begin_batch(bare_relay.port, framing)
-            assert refused.answer()[0] == 503
-            refused.close()
-        for hand in hands:
-            hand.close()
-        eventually(lambda: server.batch_bytes == 0)
-
-    @pytest.mark.parametrize("framing", ["Content-Length: 400000", "Transfer-Encoding: chunked"])
-    def test_a_batch_that_takes_longer_than_its_clients_wait_is_408(self, framing: str, background: Background) -> None:
-        relay = Tunnel(background, None, answer_time=0.05)
-        hand = self.begin_batch(relay.port, framing)
-        assert (hand.answer()[0], relay.relay.servers["n"].batch_bytes) == (408, 0)
-        hand.close()
-        relay.close()
 
     def test_a_client_that_does_not_read_holds_up_nobody_in_its_batch(self, bare_relay: Tunnel, hand: Hand) -> None:
         lazy = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
@@ -3469,6 +3568,7 @@ class Impostor:
         self.sock = socket.create_server(("127.0.0.1", 0))
         self.port = self.sock.getsockname()[1]
         self.asked = 0
+        self.polls: list[bytes] = []
         self.posts: list[bytes] = []
         self.answer = answer
         threading.Thread(target=self._serve, daemon=True).start()
@@ -3485,6 +3585,7 @@ class Impostor:
                     data += piece
                 if data.startswith(b"GET"):
                     self.asked += 1
+                    self.polls.append(data)
                     connection.sendall(self.answer)
                 else:
                     self.posts.append(data)
@@ -3525,6 +3626,91 @@ class TestServer:
         assert KEY not in "".join(server.told)
         assert server.end() == 0
 
+    NO_P3 = [  # (status, fields, relay_url, words of the error)
+        (301, {"location": "https://r.example/7ZSFUKGV/http_listen/n"}, "http://r.example", 'write relay_url = "https://r.example"'),
+        (308, {"location": "https://R.example:8443/x/7ZSFUKGV/http_listen/n?a=b#c"}, "http://r.example/x", '"https://r.example:8443/x"'),
+        (302, {"location": "/y/7ZSFUKGV/http_listen/n/"}, "https://r.example/x", '"https://r.example/y"'), (301, {"location": "https://r.example/"}, "http://r.example/x", '"https://r.example/x"'),
+        (307, {"location": "//s.example/7ZSFUKGV/http_listen/n"}, "https://r.example", '"https://s.example"'), (301, {"location": "https://r.example"}, "http://r.example", '"https://r.example"'),
+        (302, {"location": "https://login.example/?next=/7ZSFUKGV/http_listen/n"}, "https://r.example", "https://login.example, where no relay"),
+        (302, {"location": "http://portal.example/login"}, "http://r.example", "portal"), (302, {}, "https://r.example", "portal"), (302, {"location": "http://["}, "https://r.example", "portal"),
+        (302, {"location": "https://u:p@r.example/7ZSFUKGV/http_listen/n"}, "http://r.example", "no Location that can be used"),
+        (301, {"location": "https://r.example/7ZSFUKGV/http_listen/n"}, "https://r.example", "to the same URL"), (301, {"location": "http://r.example/7ZSFUKGV/http_listen/n"}, "https://r.example", "without TLS"),
+        (401, {"www-authenticate": 'Basic realm="front"'}, "https://r.example", "(401, Basic): it asks for a login; let /7ZSFUKGV/ pass"), (401, {"www-authenticate": "Bearer"}, "https://r.example", "login"),
+        (401, {"content-type": "text/html"}, "https://r.example", "login"), (403, {"content-type": "text/html"}, "https://r.example", "forbids /7ZSFUKGV/"), (404, {}, "https://r.example/frontend", "without /frontend/"),
+        (407, {}, "http://r.example", "proxy_url"), (429, {}, "http://r.example", "limits"), (400, {"content-type": "text/html"}, "http://r.example:443", "https://"), (511, {}, "http://r.example", "log in"),
+        (200, {"content-type": "text/html"}, "http://r.example", "portal"), (206, {"content-type": "application/http"}, "http://r.example", "no relay"), (101, {}, "http://r.example", "no relay"),
+        (200, {"content-type": "application/http", "content-encoding": "gzip"}, "http://r.example", "compresses"), (302, {"location": "https://r.example/" + "x" * 9000}, "https://s.example", "no relay"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("status", "fields", "url", "words"), NO_P3, ids=range(len(NO_P3)))
+    def test_what_is_no_p3_says_what_to_do(self, status: int, fields: dict[str, str], url: str, words: str) -> None:
+        client = ptth.Client(ptth.parse_origin(url))
+        with pytest.raises(ptth.Refused) as caught:
+            ptth.check_listen_answer(status, ptth.Headers(fields.items()), client)
+        assert words in str(caught.value) and len(str(caught.value)) < 500
+        assert not isinstance(caught.value, ptth.KeyRefused)
+
+    OWN_401 = [
+        {"www-authenticate": 'X-ApiKey realm="ptth"', "content-type": "text/html"},
+        {},
+        {"content-type": "text/plain; charset=utf-8"},
+    ]
+
+    @pytest.mark.parametrize("fields", OWN_401)
+    def test_a_relays_own_401(self, fields: dict[str, str]) -> None:
+        with pytest.raises(ptth.KeyRefused):
+            ptth.check_listen_answer(
+                401, ptth.Headers(fields.items()), ptth.Client(ptth.parse_origin("http://r.example"))
+            )
+
+    def test_a_status_that_may_be_a_forward_proxys(self) -> None:
+        client = ptth.Client(ptth.parse_origin("http://r.example"), ptth.parse_proxy("p:3128"))
+        with pytest.raises(ConnectionError, match="or the proxy at p:3128, answers 502") as caught:
+            ptth.check_listen_answer(502, ptth.Headers(), client)
+        assert not isinstance(caught.value, ptth.Refused)  # tried again soon: a relay that is started again
+        with pytest.raises(ptth.Refused, match="the proxy at p:3128 answers 407: it wants a login"):
+            ptth.check_listen_answer(407, ptth.Headers(), client)
+        with pytest.raises(ptth.Refused, match=r"http://r\.example, or the proxy at p:3128, is no relay"):
+            ptth.check_listen_answer(403, ptth.Headers(), client)
+
+    REFUSING = [  # (answer, scheme of relay_url, whether by a proxy, words)
+        (b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n", "https", True, "407"), (b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n", "http", True, "407"),
+        (b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n", "https", True, "403"), (b"", "https", True, "closed"), (b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n", "http", False, "404"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("answer", "scheme", "by_proxy", "words"), REFUSING)
+    def test_what_somebody_must_change_is_not_tried_again_at_once(
+        self, answer: bytes, scheme: str, by_proxy: bool, words: str, monkeypatch: pytest.MonkeyPatch, capfd: object
+    ) -> None:
+        for name in ("BACKOFF_MIN", "BACKOFF_MAX"):
+            monkeypatch.setattr(ptth, name, 0)
+        monkeypatch.setattr(ptth, "REFUSED_TIME", 3600)
+        proxy = FakeProxy(answer)
+        here = f"127.0.0.1:{proxy.port}"
+        origin = ptth.parse_origin(f"{scheme}://{'r.example' if by_proxy else here}")
+        client = ptth.Client(origin, ptth.parse_proxy(here) if by_proxy else None)
+
+        async def attend() -> None:
+            server = ptth.Server(client, "n", KEY, echo)
+            running = asyncio.create_task(server.run())
+            while not server.link._told:
+                await asyncio.sleep(0.001)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            await server.stop(1)
+            await running
+
+        asyncio.run(attend())
+        proxy.close()
+        told = capfd.readouterr().err
+        assert len(proxy.asked) == 1 and told.count("\n") == 1
+        assert (
+            words in told
+            and here in told
+            and "trying again every 3600 seconds" in told
+            and (scheme == "http" or "r.example" not in told.split("CONNECT")[0])
+        )
+
     def test_a_bad_request_in_a_p3_is_answered_400_and_a_repeated_one_once(
         self, start: object, tmp_path: object
     ) -> None:
@@ -3539,6 +3725,16 @@ class TestServer:
         assert head.startswith(b"POST /7ZSFUKGV/http_responses/n HTTP/1.1\r\n")
         answers = [(answer.identity, answer.status) for answer in ptth.unpack_responses(batch)]
         assert answers == [("aaaaaaaa", 400), ("bbbbbbbb", 404)]
+        assert server.end() == 0
+
+    def test_requests_to_the_relay_name_the_program(self, start: object, tmp_path: object) -> None:
+        relay = Impostor(p3(b"GET /missing HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n"))
+        write_configs(tmp_path, relay.port)
+        server = start("server", cwd=tmp_path)
+        eventually(lambda: relay.posts)
+        relay.sock.close()
+        line = f"\r\nUser-Agent: ptth/{ptth.__version__}\r\n".encode()
+        assert all(head.count(line) == 1 for head in (relay.polls[0], relay.posts[0]))
         assert server.end() == 0
 
     def test_a_batch_that_broke_off_is_sent_again(self) -> None:
@@ -3882,15 +4078,6 @@ class TestConfiguration:
         with pytest.raises(ptth.UserError, match="two scraper keys named a"):
             ptth.load_relay_config(str(path))
 
-    PROXIES = [
-        ("http://p:3128", ("p", 3128), []), ("p:3128", ("p", 3128), []), ("http://u:p%40@[::1]:1/", ("::1", 1), [("Proxy-Authorization", "Basic dTpwQA==")]),
-    ]  # fmt: skip
-
-    @pytest.mark.parametrize(("url", "address", "fields"), PROXIES)
-    def test_a_proxys_url(self, url: str, address: tuple[str, int], fields: list[tuple[str, str]]) -> None:
-        proxy = ptth.parse_proxy(url)
-        assert ((proxy.origin.host, proxy.origin.port), proxy.fields) == (address, fields)
-
     def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
@@ -3940,22 +4127,25 @@ class TestConfiguration:
         ]
         assert all(word in line for word, line in zip(words, caught.value.args, strict=True))
 
-    @pytest.mark.parametrize(
-        "url",
-        [
-            "ftp://a",
-            "a.example",
-            "http://",
-            "http://a b",
-            "http://a/?q",
-            "http://a:x",
-            "http://a..b",
-            f"http://{'a' * 80}.b",
-        ],
-    )
-    def test_a_url_that_cannot_be_used_is_refused(self, url: str) -> None:
-        with pytest.raises(ValueError):
-            ptth.parse_origin(url)
+    RELAY_URLS = [  # (relay_url, words of the error)
+        ("relay.example.com", 'write "https://relay.example.com"'), ("relay.example.com:4000/x", 'write "https://relay.example.com:4000/x"'), ("ftp://a", "https://"), ("wss://a", "https://"),
+        ("https://alice:hunter2@r.example", "user or a password"), ("https://alice:hun/ter2@r.example", "cannot be used"), ("https://alice:hun#ter2@r", "cannot be used"), ("alice:hunter2@r", "https://"),
+        ("https://r.example/?hunter2", "query"), ("https://r.example/#hunter2", "query"), ("https://alice:99@r:hunter2", "cannot be used"), ("http://::1:4000", "[::1]"), ("", "is missing"), ("https://", "host"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("url", "words"), RELAY_URLS)
+    def test_a_relay_url_that_cannot_be_used(self, url: str, words: str, tmp_path: object) -> None:
+        path = tmp_path / "s.toml"
+        path.write_text(f'name = "a"\napi_key = "{KEY}"\nrelay_url = "{url}"\nfile_server_root = "/"\n')
+        path.chmod(0o600)
+        with pytest.raises(ptth.UserError) as caught:
+            ptth.load_server_config(str(path), {})
+        assert words in caught.value.args[0] and "relay_url" in caught.value.args[0]
+        assert not re.search("alice|hun|ter2", caught.value.args[0])
+
+    def test_a_relay_url_with_the_path_of_the_backend(self) -> None:
+        for url in ("https://r.example/x/7ZSFUKGV", "https://r.example/x/7ZSFUKGV/", "HTTPS://R.example:443/x//"):
+            assert ptth.parse_relay_url(url).url == "https://r.example/x"
 
     def test_how_the_directory_is_served(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "s.toml"
