@@ -5662,7 +5662,7 @@ def check_root(root: str, how: str) -> str:
     return root
 
 
-# -- 15. Command line --
+# -- 14. Command line --
 # What people type, and what they are told.
 
 
@@ -5682,40 +5682,56 @@ def announce(line: str) -> None:
         pass
 
 
+_NOT_LISTENING = {
+    errno.EADDRINUSE: "--port chooses another port",
+    errno.EADDRNOTAVAIL: "this machine does not have that address; --bind chooses another one",
+    errno.EINVAL: "a link-local address needs its interface, as in fe80::1%eth0",
+    errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE; --port chooses another one",
+    errno.EPERM: "--port and --bind choose another place",
+}
+
+
 def open_socket(bind: str, port: int) -> socket.socket:
-    """Return a bound socket; an empty `bind` is all interfaces, IPv4 and IPv6. UserError."""
+    """Return a listening socket; "" and "::" are all interfaces, IPv4 and IPv6. UserError."""
+    host = re.sub("%25(?=.)", "%", re.sub(r"^\[(.+)\]$", r"\1", bind)) or "::"  # brackets and %25 as URLs have them
+    both = socket.has_dualstack_ipv6()
     try:
-        if not bind:
-            if socket.has_dualstack_ipv6():
-                try:
-                    return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-                except OSError as error:
-                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                        raise  # otherwise IPv6 is switched off on this machine
+        if not bind and not both:
             return socket.create_server(("", port))
-        family, _, _, _, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        both = both and address[0] == "::"
+        try:  # all of the address: what is behind the port tells the interface of a link-local one
+            return socket.create_server(address, family=family, dualstack_ipv6=both)
+        except OSError as error:
+            if bind or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            return socket.create_server(("", port))  # IPv6 is switched off on this machine
     except (OSError, OverflowError, UnicodeError) as error:
-        raise UserError(
-            f"cannot listen on {bind or 'port'}{':' if bind else ' '}{port}: {describe(error).lower()}; "
-            "--port and --bind choose another place"
-        ) from None
+        hint = _NOT_LISTENING.get(getattr(error, "errno", 0), "--bind takes a name or an address, without a port")
+        place = f"{bracket(host)}:{port}" if bind else f"port {port}"
+        raise UserError(f"cannot listen on {place}: {describe(error).lower()}; {hint}") from None
 
 
 def urls(sock: socket.socket, scheme: str = "http") -> list[str]:
-    """Return the URLs at which a listening socket can be reached."""
-    host, port = sock.getsockname()[:2]
-    hosts = ["127.0.0.1"] if host in ("::", "0.0.0.0") else [host]
-    probes = {"0.0.0.0": ["192.0.2.1"], "::": ["192.0.2.1", "2001:db8::1"]}
-    for probe in probes.get(host, []):  # the addresses this machine would speak from: nothing is sent to find them out
-        try:
-            with socket.socket(socket.AF_INET6 if ":" in probe else socket.AF_INET, socket.SOCK_DGRAM) as udp:
-                udp.connect((probe, 9))
-                address = udp.getsockname()[0]
-                hosts += [] if address.startswith(("127.", "::1")) else [address]
-        except OSError:
-            pass  # no route, so no address
-    return [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/" for host in hosts]
+    """Return the URLs at which a listening socket answers, the one for this machine first."""
+    host, port, *more = sock.getsockname()
+    hosts = [host]
+    if host in ("::", "0.0.0.0"):
+        six = sock.family == socket.AF_INET6
+        four = not six or not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        hosts = ["127.0.0.1" if four else "::1"]
+        # The addresses that this machine would speak from: nothing is sent to find them out.
+        for probe in ["192.0.2.1"] * four + ["2001:db8::1"] * six:
+            try:
+                with socket.socket(socket.AF_INET6 if ":" in probe else socket.AF_INET, socket.SOCK_DGRAM) as udp:
+                    udp.connect((probe, 9))
+                    address = udp.getsockname()[0]
+                    hosts += [] if address.startswith(("127.", "::1")) else [address]
+            except OSError:
+                pass  # no route, so no address
+    elif more and more[1]:  # of a link-local address: its interface
+        hosts = [f"{host.partition('%')[0]}%25{socket.if_indextoname(more[1])}"]
+    return [f"{scheme}://{bracket(host)}:{port}/" for host in hosts]
 
 
 def stop_event() -> asyncio.Event:

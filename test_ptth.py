@@ -4232,6 +4232,48 @@ class TestCommandLine:
             and "Traceback" not in err
         )
 
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+    @pytest.mark.parametrize(
+        ("bind", "answering"),
+        [("::", ["127.0.0.1", "::1"]), ("[::]", ["127.0.0.1", "::1"]), ("0::0", ["127.0.0.1", "::1"]), ("", ["127.0.0.1", "::1"]), ("[::1]", ["::1"]), ("::1", ["::1"]),
+         ("0.0.0.0", ["127.0.0.1"]), ("127.0.0.1", ["127.0.0.1"]), ("::1%1", ["::1"]), ("[::1%251]", ["::1"])],
+    )  # fmt: skip
+    def test_where_a_socket_listens_and_which_urls_are_printed(self, bind: str, answering: list[str]) -> None:
+        with ptth.open_socket(bind, 0) as sock:
+            port = sock.getsockname()[1]
+            for host in ("127.0.0.1", "::1"):
+                with contextlib.ExitStack() as stack:
+                    if host not in answering:
+                        stack.enter_context(pytest.raises(ConnectionRefusedError))
+                    socket.create_connection((host, port), timeout=20).close()
+            urls = ptth.urls(sock)
+            assert urls[0] == f"http://{ptth.bracket(answering[0])}:{port}/"
+            for url in urls:
+                socket.create_connection(ptth.parse_origin(url).address, timeout=20).close()
+
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+    def test_the_urls_of_a_socket_for_ipv6_only(self) -> None:
+        with socket.create_server(("::", 0), family=socket.AF_INET6) as sock:
+            urls = ptth.urls(sock)
+            assert urls[0].startswith("http://[::1]:") and all("[" in url for url in urls)
+
+    def test_the_urls_of_a_link_local_address(self) -> None:
+        class LinkLocal:
+            family = socket.AF_INET6
+            getsockname = staticmethod(lambda: ("fe80::1", 80, 0, socket.if_nameindex()[0][0]))
+
+        assert ptth.urls(LinkLocal()) == [f"http://[fe80::1%25{socket.if_nameindex()[0][1]}]:80/"]
+
+    @pytest.mark.parametrize(
+        ("bind", "words"),
+        [("192.0.2.1", "192.0.2.1:0: cannot assign requested address; this machine does not have"), ("[2001:db8::1]", "[2001:db8::1]:0: "), ("fe80::1", "fe80::1%eth0"),
+         ("127.0.0.1:80", "without a port"), ("[::1]:80", "without a port"), ("http://127.0.0.1", "without a port"), ("[", "cannot listen"), ("[]", "cannot listen"), ("[::1", "cannot listen"), (" ", "cannot listen"), ("a" * 99 + "..b", "cannot listen"), ("fe80::1%nope", "cannot listen")],
+    )  # fmt: skip
+    def test_where_nothing_can_listen(self, bind: str, words: str) -> None:
+        with pytest.raises(ptth.UserError, match=r"^cannot listen on ") as caught:
+            ptth.open_socket(bind, 0)
+        assert words in caught.value.args[0]
+
     def test_a_port_that_is_taken_is_named(self, tmp_path: object) -> None:
         with socket.create_server(("127.0.0.1", 0)) as sock:
             status, _, err = run("demo", str(tmp_path), "--port", str(sock.getsockname()[1]))
