@@ -4430,7 +4430,7 @@ class Relay:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
         exchange = self.exchanges.get(rest) if action == "http_response" else None
         if exchange is None and action == "http_response":
-            raise ProtocolError(*_GONE, headers=[NO_STORE])
+            raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self._settle(request))
         server = exchange.server if exchange else self.servers.get(rest)
         if not self._verify(request, server, server.name if server else rest) or server is None:
             challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
@@ -4595,8 +4595,26 @@ class Relay:
         elif reason:
             exchange.fail(502, reason)
 
+    @staticmethod
+    async def _settle(request: Request) -> bool:
+        """Discard what is left of an original's P5, before P7; return whether its connection can be used further.
+
+        When P7 comes early, the original's server sends no more of the body, but does use the connection for its next
+        P5, whose first bytes would then be taken for that body.
+        """
+        return ORIGINAL_FIELD.lower() not in request.headers or await request.body.drain()
+
     async def _take_response(self, request: Request, exchange: Exchange) -> Response:
-        """P5: its body is the response; P7: the client has it all, or has gone."""
+        """P5 and P7."""
+        try:
+            response = await self._pass_on(request, exchange)
+        except ProtocolError as error:
+            response = error_response(request, error)
+        response.final = response.final or not await self._settle(request)
+        return response
+
+    async def _pass_on(self, request: Request, exchange: Exchange) -> Response:
+        """Give a P5's body to the client as its response; return P7: the client has it all, or has gone."""
         server = exchange.server
         incoming = request.body
         server.answering += 1

@@ -2979,6 +2979,24 @@ class TestRelay:
         assert other.answer()[0] == 200
         assert not bare_relay.relay.servers["n"].exchanges
 
+    def test_a_client_that_resets_while_it_waits_frees_its_place(self, bare_relay: Tunnel, hand: Hand) -> None:
+        server = bare_relay.relay.servers["n"]
+        socks = []
+        for handed_over in (True, False):
+            if handed_over:
+                hand.listen()
+            socks.append(socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20))
+            socks[-1].sendall(get("/frontend/servers/n/x"))
+            if handed_over:
+                ((identity, _),) = hand.requests()
+        eventually(lambda: len(server.exchanges) == 2 and len(server.waiting) == 1)
+        for sock in socks:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.close()
+        eventually(lambda: not (server.exchanges or server.waiting or server.offered or server.addresses))
+        assert not bare_relay.relay.exchanges and not server.transfers
+        assert hand.reply(identity, OK) == 410
+
     def test_a_server_cannot_lose_what_another_one_has(self, bare_relay: Tunnel, hand: Hand) -> None:
         key = "another-key-than-the-right-one"
         entries = [ptth.ServerEntry("n", ptth.tripcode(KEY)), ptth.ServerEntry("m", ptth.tripcode(key))]
@@ -3223,6 +3241,31 @@ class TestRelay:
             answer = parse_answer(client.raw(), method)
             assert answer[0] == expected[0] and expected[1] in (None, answer[2])
             hand.close()
+
+    @pytest.mark.parametrize("client_waits", [True, False])
+    def test_an_original_server_gets_p7_when_its_body_was_read(self, client_waits: bool, bare_relay: Tunnel) -> None:
+        hand = self.original(bare_relay.port)
+        eventually(lambda: bare_relay.relay.servers["n"].parked)
+        client = Client(bare_relay.port)
+        ((identity, _),) = ptth.unpack_original_requests(hand.answer()[2])
+        head = f"POST /7ZSFUKGV/http_response/{identity if client_waits else 'x' * 32} HTTP/1.1\r\nHost: r\r\nX-ApiKey: {KEY}\r\n"
+        not_modified = f"{head}X-PTTH-2LJYXWC4: koEDwIA=\r\n"
+        hand.sock.sendall(f"{not_modified}Content-Length: 13\r\n\r\n".encode())
+        if client_waits:
+            assert parse_answer(client.raw(), "GET")[0] == 304
+        for _ in range(3):
+            bare_relay.fetch(get("/frontend/relay_up_check"))
+        hand.sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            hand.sock.recv(1)
+        hand.sock.settimeout(20)
+        hand.sock.sendall(b"hello, world\n")
+        status, fields, _ = hand.answer()
+        assert (status, fields.get("connection")) == (200 if client_waits else 410, None)
+        hand.sock.sendall(f"{not_modified}Content-Length: 9999999\r\n\r\n".encode())  # too much to read it all
+        status, fields, _ = hand.answer()
+        assert (status, fields["connection"]) == (410, "close")
+        hand.close()
 
     def test_a_server_of_the_original_beside_ours(self, bare_relay: Tunnel) -> None:
         theirs, ours = self.original(bare_relay.port), Hand(bare_relay.port)
