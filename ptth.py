@@ -5470,14 +5470,52 @@ def read_toml(path: str, how: str) -> dict[str, object]:
     import tomllib
 
     try:
+        if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode):
+            raise UserError(f"cannot read {path}: it is a pipe or a device, which may never end; a file is needed")
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            text = decode_config(file.read(), path)
     except FileNotFoundError:
         raise UserError(f"there is no {path}; {how}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {describe(error)}") from None
+    except ValueError:
+        raise UserError(f"cannot read {path!r}: no path holds a NUL") from None
+    try:
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        at = re.search(r"\(at line (\d+),", str(error))
+        hint = toml_hint(text.split("\n")[int(at[1]) - 1]) if at else ""
+        raise UserError(f"{path}: not valid TOML: {error}{hint}") from None
+
+
+_ENCODINGS = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+
+
+def decode_config(data: bytes, path: str) -> str:
+    """Return a file's text, without the byte order mark that some editors put first. UserError when it is not UTF-8."""
+    encodings = [name for mark, name in _ENCODINGS if data.startswith(mark)]
+    if encodings or b"\0" in data[:2]:
+        raise UserError(f"{path} is in {(*encodings, 'UTF-16')[0]}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        what = f"line {line} has the byte 0x{data[error.start]:02x}, which is not UTF-8"
+        raise UserError(f"{path}: {what}; if the file is in Latin-1 or Windows-1252, save it as UTF-8") from None
+
+
+def toml_hint(line: str) -> str:
+    """Return how to mend a line that is no TOML, or "". It shows nothing of the line, which may hold a secret."""
+    if re.search(r'"[^"]*\\', line):
+        return "; in double quotes a backslash begins an escape, so put the value in single quotes: 'C:\\Users\\me'"
+    if re.search("[\u2018-\u201f]", line):
+        return "; write straight quotes, \" or '"
+    return '; a text needs quotes: key = "text"' if re.search(r"=\s*[A-Za-z/~.:]", line) else ""
 
 
 def find_config(given: str | None, name: str) -> str:

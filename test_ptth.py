@@ -4105,6 +4105,49 @@ class TestConfiguration:
             assert word in "\n".join(caught.value.args)
         assert str(path) in caught.value.args[0]
 
+    @pytest.mark.parametrize(
+        "data",
+        [b"\xef\xbb\xbfport = 5\n", b"\tport\t=\t5 # caf\xc3\xa9\t\r\n[dev_mode]\r\n", b"port = 5", b"\xef\xbb\xbf# x\r\nport = 5\r\n"],
+    )  # fmt: skip
+    def test_what_editors_make_of_a_file_is_read(self, data: bytes, tmp_path: object) -> None:
+        (tmp_path / "r.toml").write_bytes(data)
+        assert ptth.load_relay_config(str(tmp_path / "r.toml")).port == 5
+
+    UNREADABLE = [  # (the bytes of a file, words of the message, all of which must be there)
+        ("port = 5\n".encode("utf-16"), ["UTF-16", "save it as UTF-8"]), (b"\xfe\xff" + "# x".encode("utf-16-be"), ["UTF-16"]),
+        ("port = 5\n".encode("utf-16-le"), ["UTF-16"]), ("port = 5".encode("utf-16-be"), ["UTF-16"]), ("port = 5".encode("utf-32"), ["UTF-32"]),
+        ("# eins\n# zwei\nname = 'f\u00fcr'\n".encode("latin-1"), ["line 3", "0xfc", "Latin-1", "UTF-8"]),
+        (b'\n\nfile_server_root = "C:\\Users\\me"', ["line 3", "single quotes", "'C:\\Users\\me'"]), (b'x = "\\\\srv\\share"', ["line 1", "single quotes"]),
+        (b'x = "D:\\my files"\r\n', ["line 1", "single quotes"]), ("name = \u201cbox\u201d".encode(), ["line 1", "straight quotes"]),
+        (b"\nname = my-server\n", ["line 2", "needs quotes"]), (b"name = /srv", ["needs quotes"]), (b"name", ["TOML"]), (b"a = 1\na = 2", ["TOML"]),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("data", "words"), UNREADABLE)
+    def test_a_file_that_cannot_be_read_is_told_how_to_be_mended(
+        self, data: bytes, words: list[str], tmp_path: object
+    ) -> None:
+        path = tmp_path / "r.toml"
+        path.write_bytes(data)
+        with pytest.raises(ptth.UserError) as caught:
+            ptth.read_toml(str(path), "how")
+        (line,) = caught.value.args
+        assert str(path) in line and "\n" not in line
+        for word in words:
+            assert word in line
+
+    def test_what_is_no_file_is_no_configuration(self, tmp_path: object) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        for name, word in (
+            ("fifo", "pipe"),
+            ("", "directory"),
+            ("no\0ne", "NUL"),
+            ("/dev/zero", "device"),
+            ("fifo/x", "cannot read"),
+            ("x", "how"),
+        ):
+            with pytest.raises(ptth.UserError, match=word):
+                ptth.read_toml(os.path.join(tmp_path, name), "how")  # a pipe would wait, and a device go on, for ever
+
     def test_dev_mode_may_be_switched_off(self, tmp_path: object) -> None:
         path = tmp_path / "r.toml"
         path.write_text("dev_mode = false")
