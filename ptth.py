@@ -5708,12 +5708,25 @@ def find_proxy(config: ServerConfig) -> ForwardProxy | None:
 
 def check_root(root: str, how: str) -> str:
     """Return the directory to serve; / and the home directory only when they are named. UserError."""
+    try:
+        path = os.path.abspath(root)
+    except OSError as error:
+        why = f"the directory that this was started in cannot be found: {describe(error)}"
+        raise UserError(f"{why}; start it in another one, or name the directory to serve by its whole path") from None
     if not root:
-        root = os.getcwd()
+        root = path
         if os.path.realpath(root) in (os.path.realpath(os.sep), os.path.realpath(os.path.expanduser("~"))):
             raise UserError(f"will not serve {root} by accident; if you mean it, name it: {how}")
-    if not os.path.isdir(root):
+    try:
+        is_directory = stat.S_ISDIR(os.stat(root).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        is_directory = False
+    except OSError as error:
+        raise UserError(f"cannot serve {root}: {describe(error)}") from None
+    if not is_directory:
         hint = f"; for a port give --port {root}" if root.isdigit() else ""
+        if not root.isprintable():
+            hint = "; in double quotes a backslash begins an escape, so write it in single quotes"
         raise UserError(f"{root} is no directory{hint}")
     return root
 
@@ -6055,8 +6068,19 @@ def header_option(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def occupy_standard_descriptors() -> None:
+    """Put something into the places of a closed stdin, stdout and stderr.
+
+    Otherwise a client's connection gets such a number, and with it what is meant for the log.
+    """
+    while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:  # writing to it fails, as to a closed one
+        pass
+    os.close(fd)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit status: 0 fine, 1 could not do it. Wrong usage exits with 2."""
+    occupy_standard_descriptors()
     args, rest = build_parser().parse_known_args(argv)
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")  # the main parser's --help does not know them
@@ -6066,6 +6090,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in error.args:
             tell(f"ptth {args.command}: {line}")
         return error.status
+    except (OSError, ImportError) as error:  # something is missing round the program: descriptors, a part of Python
+        tell(f"ptth {args.command}: cannot go on: {describe(error)}")
+        return 1
     except KeyboardInterrupt:
         return 1  # before there was anything to stop gracefully
     return 0

@@ -4148,6 +4148,10 @@ class TestConfiguration:
             with pytest.raises(ptth.UserError, match=word):
                 ptth.read_toml(os.path.join(tmp_path, name), "how")  # a pipe would wait, and a device go on, for ever
 
+    def test_a_path_in_double_quotes_may_be_spoilt_by_its_backslashes(self) -> None:
+        with pytest.raises(ptth.UserError, match="single quotes"):
+            ptth.check_root("C:\temp\new", "DIR")
+
     def test_dev_mode_may_be_switched_off(self, tmp_path: object) -> None:
         path = tmp_path / "r.toml"
         path.write_text("dev_mode = false")
@@ -4413,6 +4417,50 @@ class TestCommandLine:
             command = [sys.executable, PROGRAM, "server", "--new-key"]
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
         assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+
+    @pytest.mark.parametrize("args", ["demo", "file-server", "file-server .", "server --config {}"])
+    def test_a_start_in_a_directory_that_is_gone_is_one_line(self, args: str, tmp_path: object) -> None:
+        write_configs(tmp_path, 1, root="")
+        (tmp_path / "gone").mkdir()
+        script = f"rmdir ../gone; exec {sys.executable} {PROGRAM} {args.format(tmp_path / 'ptth_server.toml')}"
+        done = subprocess.run(
+            ["/bin/sh", "-c", script], cwd=tmp_path / "gone", capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "whole path" in done.stderr
+
+    @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "</dev/full >/dev/full 2>/dev/full"])
+    def test_poor_surroundings_stop_nothing(self, closed: str, root: str) -> None:
+        """No HOME, no locale of that name, no such time zone; and no client gets the log on its connection."""
+        port = free_port()
+        command = f"exec {sys.executable} {PROGRAM} file-server {root} --port {port} {closed}"
+        env = {"PATH": "", "TZ": "Nowhere/Never", "LC_ALL": "xx_YY.none", "PYTHONUTF8": "0"}
+        process = subprocess.Popen(["/bin/sh", "-c", command], env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            eventually(lambda: TestRealPrograms.listens(port))
+            for _ in range(3):
+                with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+                    for _ in range(2):
+                        sock.sendall(get("/hello.txt").replace(b"Connection: close\r\n", b""))
+                        answer = http.client.HTTPResponse(sock)
+                        answer.begin()
+                        assert (answer.status, answer.read()) == (200, HELLO)
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0
+        assert "Traceback" not in process.stderr.read().decode()
+
+    @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many"), ImportError("No module named '_ssl'")])
+    def test_what_is_missing_round_the_program_is_one_line(
+        self, error: Exception, root: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(*args: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ptth, "open_socket", fail)
+        assert ptth.main(["file-server", root, "--port", "0"]) == 1
+        told = capfd.readouterr().err
+        assert told.count("\n") == 1 and ptth.describe(error) in told
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_the_demo_serves_and_stops(self, number: int, start: object, root: str) -> None:
