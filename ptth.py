@@ -5857,13 +5857,31 @@ def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None
         return None
     import ssl
 
+    def refuse() -> NoReturn:
+        raise ValueError("the key has a passphrase; make a copy without: openssl pkey -in KEY -out NEW")
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(cert, key)
-    except OSError as error:
-        why = "no certificate with its key in PEM form" if isinstance(error, ssl.SSLError) else describe(error)
+        context.load_cert_chain(cert, key, refuse)
+    except (OSError, ValueError) as error:
+        why = _why_no_certificate(error, cert, key) if isinstance(error, ssl.SSLError) else describe(error)
         raise UserError(f"cannot use {cert}{' with ' + key if key else ''}: {why}", status=2) from None
     return context
+
+
+def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
+    """Say what is wrong with files that OpenSSL read and refused."""
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the key belongs to another certificate"
+    for path, label, what in ((cert, b"CERTIFICATE-----", "certificate"), (key or cert, b"PRIVATE KEY-----", "key")):
+        with open(path, "rb") as file:
+            data = file.read()
+        if label not in data:
+            form = "x509" if what == "certificate" else "pkey"
+            der = f"; if it is in DER form: openssl {form} -inform DER -in {path} -out NEW"
+            absent = "; give the key with --tls-key" if what == "key" and not key else ""
+            return f"{path} holds no {what} in PEM form{der if data[:1] == b'0' else absent}"
+    return f"no certificate with its key in PEM form ({(error.reason or str(error)).replace('_', ' ').lower()})"
 
 
 async def run_relay(args: argparse.Namespace) -> None:

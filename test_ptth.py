@@ -452,6 +452,9 @@ def write_configs(where: object, port: int, root: str = ".", **more: object) -> 
     path.chmod(0o600)
 
 
+EC = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")  # made in no time
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -4462,6 +4465,31 @@ class TestCommandLine:
         told = capfd.readouterr().err
         assert told.count("\n") == 1 and ptth.describe(error) in told
 
+    @needs("openssl")
+    def test_a_certificate_that_cannot_be_used_is_one_line(self, tmp_path: object) -> None:
+        make_certificate(tmp_path)
+        (tmp_path / "own").mkdir()
+        make_certificate(tmp_path / "own")
+        for command in (
+            "pkey -in key -aes128 -passout pass:x -out locked", "x509 -in cert -outform DER -out cert.der",
+            "pkey -in key -outform DER -out key.der", "pkcs12 -export -in cert -inkey key -passout pass:x -out both.p12",
+        ):  # fmt: skip
+            subprocess.run(["openssl", *command.split()], cwd=tmp_path, check=True)
+        (tmp_path / "empty").touch()
+        (tmp_path / "half").write_bytes((tmp_path / "cert").read_bytes()[:300])
+        cases = [
+            ("cert", "locked", "passphrase"), ("cert", "own/key", "another certificate"), ("cert.der", "key", "-inform DER"),
+            ("cert", "key.der", "-inform DER"), ("both.p12", None, "DER"), ("cert", None, "--tls-key"), ("key", "key", "no certificate"),
+            ("cert", "cert", "no key"), ("empty", "key", "no certificate"), ("half", "key", "PEM"), ("cert", "none", "no such file"), (".", "key", "directory"),
+        ]  # fmt: skip
+        for cert, key, word in cases:
+            with pytest.raises(ptth.UserError, match=word) as caught:
+                ptth.load_certificate(str(tmp_path / cert), str(tmp_path / key) if key else None)
+            assert str(caught.value).count("\n") == 0
+        both = tmp_path / "both"
+        both.write_bytes((tmp_path / "cert").read_bytes() + (tmp_path / "key").read_bytes())
+        assert ptth.load_certificate(str(both), None)
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_the_demo_serves_and_stops(self, number: int, start: object, root: str) -> None:
         demo = start("demo", root, "--port", "0").listening()
@@ -5021,10 +5049,10 @@ def nginx(where: object, http_block: str) -> object:
         process.wait(10)
 
 
-def make_certificate(where: object) -> ssl.SSLContext:
+def make_certificate(where: object, kind: tuple[str, ...] = EC) -> ssl.SSLContext:
     """Make the files `cert` and `key` for localhost, and a server's context of them."""
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
+        ["openssl", "req", "-x509", "-newkey", *kind, "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
          "-addext", "subjectAltName=DNS:localhost"], cwd=where, check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
