@@ -5588,16 +5588,51 @@ def is_tripcode(text: str) -> bool:
         return False
 
 
-def load_server_config(path: str, flags: dict[str, str], *, to_connect: bool = True) -> ServerConfig:
+def check_secrecy(path: str, table: Table) -> None:
+    """Note when others can read or change a file that holds a secret.
+
+    A secrets mount of a container shows its files to all, and nobody can change that: they are accepted.
+    """
+    facts = os.stat(path)
+    if os.name != "posix" or not facts.st_mode & 0o077:
+        return
+    mode = f"{facts.st_mode & 0o777:04o}"
+    foreign = facts.st_uid != os.geteuid() and not facts.st_mode & 0o222
+    mounted = not facts.st_mode & 0o022 and os.statvfs(path).f_flag & os.ST_RDONLY
+    if foreign or mounted:
+        tell(f"ptth server: others can read {path} (mode {mode}); accepted, since a secrets mount looks like that")
+    else:
+        table.problem(f"holds a secret and has mode {mode}, others can read it; do: chmod 600 {path}")
+
+
+def find_key(table: Table) -> str:
+    """Return the API key: the file's, or else the environment's."""
+    key, where = table.text("api_key"), "api_key"
+    if not key:
+        key, where = os.environ.get("PTTH_API_KEY", "").strip(), "PTTH_API_KEY in the environment"
+    if not key:
+        table.problem('api_key is missing: set api_key = "...", or PTTH_API_KEY in the environment')
+    elif weakness := key_weakness(key):
+        table.problem(weakness.replace("api_key", where, 1))
+    return key
+
+
+def load_server_config(
+    path: str, flags: dict[str, str], *, to_connect: bool = True, optional: bool = False
+) -> ServerConfig:
     """Read ptth_server.toml, overridden by `flags`; UserError with a line for each thing that is wrong.
 
-    Without `to_connect` what only a connection needs may be missing.
+    Without `to_connect` what only a connection needs may be missing. An `optional` file may be missing when the key is
+    in the environment.
     """
-    values = read_toml(path, f"make one with: (umask 077; python3 ptth.py server --new-key > {path})")
     problems: list[str] = []
-    table = Table(values, path, problems)
-    if os.name == "posix" and (mode := os.stat(path).st_mode) & 0o077:
-        table.problem(f"holds a secret and has mode {mode & 0o777:04o}, others can read it; do: chmod 600 {path}")
+    if optional and os.environ.get("PTTH_API_KEY") and not os.path.exists(path):
+        table = Table({}, path, problems)
+    else:
+        how = f"make one with: (umask 077; python3 ptth.py server --new-key > {path})"
+        table = Table(read_toml(path, how), path, problems)
+        check_secrecy(path, table)
+    values = table.values
     site_keys = ("auth", "hidden", "follow_symlinks", "listing", "cors", "headers")
     table.allow_only(["name", "api_key", "relay_url", "file_server_root", "throttle_upload", "proxy_url", *site_keys])
     if isinstance(values.get("throttle_upload"), bool) and values.pop("throttle_upload"):
@@ -5606,7 +5641,6 @@ def load_server_config(path: str, flags: dict[str, str], *, to_connect: bool = T
     config = ServerConfig(
         path,
         name=table.text("name"),
-        api_key=table.text("api_key"),
         relay_url=table.text("relay_url"),
         file_server_root=table.text("file_server_root"),
         throttle_upload=table.number("throttle_upload", 0, 0, 10**12),
@@ -5617,10 +5651,7 @@ def load_server_config(path: str, flags: dict[str, str], *, to_connect: bool = T
         table.problem('name is missing: set name = "..." or give --name')
     elif not _NAME.fullmatch(config.name):
         table.problem(f"name = {config.name!r} {NAME_RULE}")
-    if not config.api_key:
-        table.problem('api_key is missing: set api_key = "..."')
-    elif weakness := key_weakness(config.api_key):
-        table.problem(weakness)
+    config.api_key = find_key(table)
     if to_connect:
         try:
             config.origin = parse_relay_url(config.relay_url)
@@ -5953,7 +5984,8 @@ async def run_server(args: argparse.Namespace) -> None:
         key: value for key in ("name", "relay_url", "file_server_root") if (value := getattr(args, key)) is not None
     }
     path = find_config(args.config, "ptth_server.toml")
-    config = load_server_config(path, flags, to_connect=not args.print_tripcode)
+    optional = args.config is None
+    config = load_server_config(path, flags, to_connect=not args.print_tripcode, optional=optional)
     if args.print_tripcode:
         hand_out(registration(config.name, config.api_key))
         return

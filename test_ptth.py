@@ -4155,6 +4155,51 @@ class TestConfiguration:
         with pytest.raises(ptth.UserError, match="single quotes"):
             ptth.check_root("C:\temp\new", "DIR")
 
+    MODES = [  # (mode, whether the file is another user's, whether it is on a read-only mount, whether it is accepted)
+        (0o600, False, False, True), (0o400, False, False, True), (0o644, False, False, False), (0o444, False, False, False), (0o440, False, False, False),
+        (0o444, True, False, True), (0o440, True, False, True), (0o644, True, False, False), (0o464, True, False, False), (0o446, True, False, False),
+        (0o644, False, True, True), (0o444, False, True, True), (0o666, True, True, False),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("mode", "foreign", "mounted", "accepted"), MODES)
+    def test_who_may_read_the_servers_file(
+        self, mode: int, foreign: bool, mounted: bool, accepted: bool, tmp_path: object,
+        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        path = tmp_path / "s.toml"
+        path.write_text(f'name = "a"\napi_key = "{KEY}"\n')
+        path.chmod(mode)
+        if foreign:
+            monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+        if mounted:
+            real = os.statvfs(path)
+            monkeypatch.setattr(
+                os, "statvfs", lambda _: os.statvfs_result((*real[:8], real.f_flag | os.ST_RDONLY, real[9]))
+            )
+        if accepted:
+            assert ptth.load_server_config(str(path), {}, to_connect=False).api_key == KEY
+            assert capfd.readouterr().err.count("\n") == (mode & 0o077 != 0)
+        else:
+            with pytest.raises(ptth.UserError, match="chmod 600"):
+                ptth.load_server_config(str(path), {}, to_connect=False)
+
+    def test_the_key_may_come_from_the_environment(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "s.toml"
+        monkeypatch.setenv("PTTH_API_KEY", f" {KEY}x\n")  # as a secret that was made with echo has it
+        flags = {"name": "a", "relay_url": "http://r.example", "file_server_root": str(tmp_path)}
+        assert ptth.load_server_config(str(path), flags, optional=True).api_key == KEY + "x"
+        with pytest.raises(ptth.UserError, match="there is no"):
+            ptth.load_server_config(str(path), flags)
+        path.write_text('name = "a"')
+        path.chmod(0o600)
+        assert ptth.load_server_config(str(path), {}, to_connect=False).api_key == KEY + "x"
+        path.write_text(f'name = "a"\napi_key = "{KEY}"')
+        assert ptth.load_server_config(str(path), {}, to_connect=False).api_key == KEY  # the file goes before it
+        monkeypatch.setenv("PTTH_API_KEY", "short\udcff")
+        path.write_text('name = "a"')
+        with pytest.raises(ptth.UserError, match="PTTH_API_KEY in the environment has 6 characters"):
+            ptth.load_server_config(str(path), {}, to_connect=False)
+
     def test_dev_mode_may_be_switched_off(self, tmp_path: object) -> None:
         path = tmp_path / "r.toml"
         path.write_text("dev_mode = false")
