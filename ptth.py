@@ -5834,10 +5834,18 @@ def urls(sock: socket.socket, scheme: str = "http") -> list[str]:
     return [f"{scheme}://{bracket(host)}:{port}/" for host in hosts]
 
 
-def stop_event() -> asyncio.Event:
-    """Return an event that SIGINT and SIGTERM set; a second SIGINT ends the program at once."""
+def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
+    """Return an event that SIGINT and SIGTERM set; a second SIGINT ends the program at once.
+
+    SIGHUP calls `hang_up`, which reads again what can be read again. When it comes because the terminal was closed, it
+    sets the event, too: nobody wants to go on serving a directory from a window that is gone.
+    """
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
+    number = getattr(signal, "SIGHUP", None)
+    if number:
+        attached = signal.getsignal(number) != signal.SIG_IGN and has_terminal()  # nohup ignores it
+        loop.add_signal_handler(number, lambda: event.set() if attached and not has_terminal() else hang_up())
 
     def stop(number: int) -> None:
         if event.is_set() and number == signal.SIGINT:
@@ -5857,15 +5865,24 @@ async def wait_for_any(*work: Awaitable[object]) -> None:
     await asyncio.wait([asyncio.ensure_future(one) for one in work], return_when=asyncio.FIRST_COMPLETED)
 
 
+def has_terminal() -> bool:
+    """Return whether this process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+        return True
+    except OSError:
+        return False
+
+
 async def run_file_server(args: argparse.Namespace) -> None:
-    """Serve a directory until a signal."""
+    """Serve a directory until a signal; SIGHUP loads the certificate again."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
     auth, headers = find_auth(args.auth), tuple(args.header)
     options = SiteOptions(args.hidden, args.follow_symlinks, not args.no_listing, args.cors, headers, auth)
     tls = load_certificate(args.tls_cert, args.tls_key)
     server = HTTPServer(site_handler(Site(root, options)), log=None if args.quiet else AccessLog(), tls=tls)
     sock = open_socket(args.bind, args.port)
-    stop = stop_event()
+    stop = stop_event(functools.partial(reload_certificate, tls, args.tls_cert, args.tls_key))
     await server.listen(sock)
     announce(f"Serving {os.path.realpath(root)} at {' '.join(urls(sock, 'https' if tls else 'http'))}")
     await stop.wait()
@@ -5915,6 +5932,27 @@ def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
     return f"no certificate with its key in PEM form ({(error.reason or str(error)).replace('_', ' ').lower()})"
 
 
+def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | None) -> None:
+    """Load the certificate again, for new connections; a broken one changes nothing."""
+    if not context:
+        tell("ptth file-server: there is nothing to read again; what its flags say changes with a restart only")
+        return
+    try:
+        fresh = load_certificate(cert, key)
+    except UserError as error:
+        tell(f"ptth file-server: keeping the old certificate: {error}")
+        return
+
+    def use_fresh(connection: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
+        assert fresh
+        connection.context = fresh
+
+    # Loading into `context` itself would leave a half-changed one behind a failure, and the old one beside one of
+    # another kind of key.
+    context.sni_callback = use_fresh
+    tell(f"ptth file-server: loaded {cert} again")
+
+
 async def run_relay(args: argparse.Namespace) -> None:
     """Relay until a signal; SIGHUP reads the configuration again."""
     if args.new_scraper_key is not None:
@@ -5930,9 +5968,7 @@ async def run_relay(args: argparse.Namespace) -> None:
     relay = Relay(config)
     server = HTTPServer(relay.handle, log=None if args.quiet else AccessLog())
     relay.connections = lambda: len(server.streams)
-    stop = stop_event()
-    if hasattr(signal, "SIGHUP"):
-        relay.loop.add_signal_handler(signal.SIGHUP, reload, relay, path)
+    stop = stop_event(functools.partial(reload, relay, path))
     await server.listen(sock)
     announce(f"PTTH relay for {count_of(len(config.servers), 'server')} at {' '.join(urls(sock))}")
     await stop.wait()
@@ -5984,21 +6020,44 @@ async def run_server(args: argparse.Namespace) -> None:
         key: value for key in ("name", "relay_url", "file_server_root") if (value := getattr(args, key)) is not None
     }
     path = find_config(args.config, "ptth_server.toml")
-    optional = args.config is None
-    config = load_server_config(path, flags, to_connect=not args.print_tripcode, optional=optional)
+    load = functools.partial(load_server_config, path, flags, optional=args.config is None)
+    config = load(to_connect=not args.print_tripcode)
     if args.print_tripcode:
         hand_out(registration(config.name, config.api_key))
         return
-    site = Site(config.file_server_root, config.site, private=[config.path])
-    handler = server_handler(site, config.name)
     pace = Pace(config.throttle_upload) if config.throttle_upload else None
-    server = Server(Client(config.origin, config.proxy, pace), config.name, config.api_key, handler)
-    stop = stop_event()
+    client = Client(config.origin, config.proxy, pace)
+    server = Server(client, config.name, config.api_key, site_of(config, config.name))
+    stop = stop_event(functools.partial(reload_server, server, config, load))
     announce(f"PTTH server {config.name}: serving {os.path.realpath(config.file_server_root)}")
     running = asyncio.create_task(server.run())
     await wait_for_any(stop.wait(), running)
     await server.stop()
     await running
+
+
+def site_of(config: ServerConfig, name: str) -> Handler:
+    """Return what `ptth server` serves, by its configuration."""
+    private = [config.path] if os.path.exists(config.path) else []
+    return server_handler(Site(config.file_server_root, config.site, private=private), name)
+
+
+def reload_server(server: Server, config: ServerConfig, load: Callable[[], ServerConfig]) -> None:
+    """Read the configuration again, and serve by it; a broken one changes nothing.
+
+    `config` is the one that the server was started with: what says how to reach the relay stays.
+    """
+    try:
+        fresh = load()
+    except UserError as error:
+        tell(f"ptth server: keeping the old configuration: {'; '.join(error.args)}")
+        return
+    keys = ("name", "api_key", "relay_url", "proxy_url", "throttle_upload")
+    changed = [key for key in keys if getattr(fresh, key) != getattr(config, key)]
+    if changed:
+        tell(f"ptth server: these change with a restart only: {', '.join(changed)}")
+    server.workers.handler = site_of(fresh, config.name)
+    tell(f"ptth server: read {config.path} again: serving {os.path.realpath(fresh.file_server_root)}")
 
 
 def print_server_key(name: str, relay_url: str) -> None:
@@ -6028,7 +6087,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     sock = open_socket("127.0.0.1", args.port)
     relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))]))
     http = HTTPServer(relay.handle, log=None if args.quiet else AccessLog())
-    stop = stop_event()
+    stop = stop_event(lambda: tell("ptth demo: there is nothing to read again"))
     await http.listen(sock)
     port = sock.getsockname()[1]
     handler = server_handler(Site(root, SiteOptions(auth=find_auth())), "demo")

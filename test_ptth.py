@@ -455,6 +455,17 @@ def write_configs(where: object, port: int, root: str = ".", **more: object) -> 
 EC = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")  # made in no time
 
 
+def make_certificate(where: object, kind: tuple[str, ...] = EC) -> ssl.SSLContext:
+    """Make the files `cert` and `key` for localhost, and a server's context of them."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", *kind, "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost"], cwd=where, check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(where / "cert", where / "key")
+    return context
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -4535,15 +4546,101 @@ class TestCommandLine:
         both.write_bytes((tmp_path / "cert").read_bytes() + (tmp_path / "key").read_bytes())
         assert ptth.load_certificate(str(both), None)
 
+    @needs("openssl")
+    def test_sighup_loads_the_certificate_again(self, start: object, tmp_path: object, root: str) -> None:
+        make_certificate(tmp_path)
+        cert, key = tmp_path / "cert", tmp_path / "key"
+        server = start("file-server", root, "--port", "0", "--tls-cert", str(cert), "--tls-key", str(key))
+        port = int(re.search(r"https://[^/ ]*:(\d+)/", server.wait_for("https://"))[1])
+
+        def shown() -> bytes:
+            with socket.create_connection(("localhost", port), timeout=20) as sock:
+                trusting = ssl.create_default_context(cafile=cert)
+                with trusting.wrap_socket(sock, server_hostname="localhost") as tls:
+                    return tls.getpeercert(True)
+
+        def kept() -> bytes:
+            return ssl.PEM_cert_to_DER_cert(cert.read_text())
+
+        first, text = kept(), (cert.read_text(), key.read_text())
+        assert shown() == first
+        for broken in (cert, key):
+            make_certificate(tmp_path)
+            broken.write_text(text[broken == key])  # one of the two is still the old one
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("keeping the old certificate")
+            cert.write_text(text[0])
+            assert shown() == first
+        for kind in (("rsa:2048",), EC):  # the old one must not stay beside one with another kind of key
+            make_certificate(tmp_path, kind)
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("loaded")
+            assert shown() == kept() != first
+        assert server.end() == 0
+
+    def test_sighup_reads_the_servers_file_again(
+        self, bare_relay: Tunnel, start: object, tmp_path: object, root: str
+    ) -> None:
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "hello.txt").write_text("other\n")
+        write_configs(tmp_path, bare_relay.port, str(tmp_path))
+        server = start("server", "--file-server-root", root, cwd=tmp_path)
+        server.wait_for("connected to the relay")
+
+        def again(text: str, **keys: object) -> tuple[int, dict[str, str], bytes]:
+            write_configs(tmp_path, bare_relay.port, **keys)
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for(text)
+            return one(bare_relay.fetch(get("/frontend/servers/n/files/.secret")))
+
+        assert again("again: serving")[0] == 404
+        status, fields, body = again("again: serving", hidden=True, headers=["X-Own: yes"])
+        assert (status, fields["x-own"], body) == (200, "yes", b"secret\n")
+        assert again("with a restart only: name, throttle_upload", name="m", throttle_upload=5, hidden=True)[0] == 200
+        assert again("keeping the old configuration: ptth_server.toml: auth", auth="x")[0] == 200
+        assert again("again: serving", auth="u:p", hidden=True)[0] == 401
+        server.end()
+        server = start("server", cwd=tmp_path)  # without the flag the file says which directory
+        write_configs(tmp_path, bare_relay.port, str(other))
+        server.wait_for("connected to the relay")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for(f"serving {os.path.realpath(other)}")
+        assert one(bare_relay.fetch(get("/frontend/servers/n/files/hello.txt")))[2] == b"other\n"
+        assert server.end() == 0
+
+    def test_sighup_from_a_terminal_that_was_closed_stops(self, root: str) -> None:
+        import fcntl
+        import termios
+
+        master, terminal = os.openpty()
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, "file-server", root, "--port", "0"],
+            stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(terminal)
+        try:
+            assert process.stdout.readline().startswith(b"Serving")
+            process.send_signal(signal.SIGHUP)  # the terminal is there
+            assert b"nothing to read again" in process.stderr.readline()
+            os.close(master)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+            process.wait(10)
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_the_demo_serves_and_stops(self, number: int, start: object, root: str) -> None:
         demo = start("demo", root, "--port", "0").listening()
+        demo.process.send_signal(signal.SIGHUP)
+        demo.wait_for("nothing to read again")
         assert one(fetch(demo.port, get("/frontend/servers/demo/files/hello.txt")))[2] == HELLO
         assert demo.end(number) == 0
         assert "Traceback" not in "".join(demo.told)
 
     def test_the_demo_stops_also_before_it_is_connected(self, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        def stopped() -> asyncio.Event:
+        def stopped(_hang_up: object) -> asyncio.Event:
             event = asyncio.Event()
             event.set()
             return event
@@ -5092,17 +5189,6 @@ def nginx(where: object, http_block: str) -> object:
     finally:
         process.terminate()
         process.wait(10)
-
-
-def make_certificate(where: object, kind: tuple[str, ...] = EC) -> ssl.SSLContext:
-    """Make the files `cert` and `key` for localhost, and a server's context of them."""
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", *kind, "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost"], cwd=where, check=True, capture_output=True,
-    )  # fmt: skip
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(where / "cert", where / "key")
-    return context
 
 
 class Browser:
