@@ -31,10 +31,11 @@ This file is the whole program.  It reads from top to bottom; each section uses 
     8  HTTP client            kept-alive connections to one origin
     9  File server            a path to a file or a listing
     10 Tunnel messages        requests and responses as they cross the tunnel; pure
-    11 Relay                  P2 to P1, P5 to P6
-    12 Server                 P1, P4, P5
-    13 Configuration          TOML to dataclasses
-    14 Command line           demo, relay, server, file-server
+    11 Web app                a local web app as a handler
+    12 Relay                  P2 to P1, P5 to P6
+    13 Server                 P1, P4, P5
+    14 Configuration          TOML to dataclasses
+    15 Command line           demo, relay, server, file-server
 
 Start with `Handler` in section 3.  A file server is a handler given to an HTTP server; a PTTH server is the same
 handler given to `Server`; a relay is a handler that asks somebody else.
@@ -67,7 +68,7 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -117,6 +118,9 @@ MAX_RANGES = 64  # of one request; more gets the whole file, which is cheaper fo
 MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are hashed
 MAX_BATCH = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
+MAX_BATCHES_BYTES = (
+    8 * 1024 * 1024
+)  # bytes of one server's batches that the relay reads at once: eight servers' of a name
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
 MAX_FROM_ADDRESS = 500  # requests of one client's address that one server may have waiting or being answered
@@ -142,6 +146,8 @@ ABSENT_TIME = 10.0  # seconds that a request waits for a server that may be reco
 AWAY_TIME = 2.0  # seconds without any of its connections after which a server is shown as away
 RECENT_TIME = 60.0  # seconds after which a silent server counts as away
 REUSE_TIME = 20.0  # seconds; an idle connection older than this may be dead behind a NAT
+APP_RESPONSE_TIME = 300.0  # seconds for the head of an app's response
+APP_WAIT = 2.0  # seconds in which a connection to an app is tried again: it may be restarting
 CONNECT_TIME = 10.0  # seconds to open a connection
 CONNECT_DELAY = 0.25  # seconds before the next address of a name is tried, too (RFC 8305, 5)
 BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0  # seconds between two attempts to reach the relay
@@ -851,6 +857,7 @@ class Stream:
         self.read_deadline = self.write_deadline = math.inf
         self.stall_time = STALL_TIME
         self.silence_time = STALL_TIME  # seconds without a byte after which reading a body ends
+        self.stalled = False  # the peer has taken or sent nothing for `stall_time`
         self._unsent = 0  # bytes in the transport's buffer when the write deadline was set
         self.closing = False
         self.written = 0  # bytes that were sent on it
@@ -884,6 +891,7 @@ class Stream:
             if unsent < self._unsent:
                 self._wait_for_writing()  # slow, but alive
             else:
+                self.stalled = True
                 self.abort()
         if self.waiting and (self.transport.is_closing() or self.is_reset()):
             self.waiting.cancel()
@@ -1104,6 +1112,7 @@ class Stream:
             async with asyncio.timeout(self.stall_time):
                 await ready
         except TimeoutError:
+            self.stalled = True
             raise ConnectionResetError("the peer stalls") from None
         finally:
             remove(fd)
@@ -2248,6 +2257,7 @@ class Client:
         self.origin = origin
         self.proxy = proxy
         self.pace = pace
+        self.silence_time = STALL_TIME  # of its connections
         self.streams: set[Stream] = set()
         self._idle: deque[tuple[Stream, float]] = deque()  # the freshest last
         self._tls: ssl.SSLContext | None = None
@@ -2284,6 +2294,7 @@ class Client:
             raise
         stream = Stream(reader, writer, self.pace)
         stream.stall_time = RELAY_STALL_TIME
+        stream.silence_time = self.silence_time
         tune(stream.sock)
         self.streams.add(stream)
         stream.ended.append(lambda: self.streams.discard(stream))
@@ -2362,7 +2373,7 @@ class Client:
                 return await self._exchange(stream, request, timeout)
             except BaseException as error:
                 stream.abort()
-                if fresh or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
+                if fresh or not repeatable or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
                     raise
                 stream = None
 
@@ -2671,7 +2682,7 @@ class Site:
             return text_response(301, "it is a directory\n", [("Location", location)])
         as_json = as_json or self.options.listing and wants_json(request.headers)
         if not as_json:
-            index = self._open_if_there((*segments, b"index.html"), 403, 503)
+            index = self._open_index(segments, found.place)
             if index is not None:
                 return self._respond_file(request, index, (*segments, b"index.html"), "Accept")
         if not self.options.listing:
@@ -2817,6 +2828,22 @@ class Site:
             return await asyncio.to_thread(self._list, segments, found, order, as_json)
         except OSError as error:
             raise file_error(error) from None
+
+    def _open_index(self, segments: tuple[bytes, ...], place: bytes) -> Found | None:
+        """Open a folder's index.html, if there is one.  ProtocolError 403 when it cannot be read, 503."""
+        try:
+            return self._open_if_there((*segments, b"index.html"), 403, 503)
+        except ProtocolError as error:
+            # In a folder without x permission nothing can be opened, but its names may be read: then they tell.
+            if error.status == 503 or os.access(place, os.X_OK):
+                raise
+            try:
+                names = os.listdir(place)
+            except OSError:
+                raise error from None
+            if b"index.html" in names:
+                raise
+            return None
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool) -> Response:
         """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""
@@ -3192,8 +3219,7 @@ def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
         else:
             response = await answer(handler, request)
         given = {name.lower() for name, _ in fields} - {"vary"}  # two of that add up
-        response.headers = [pair for pair in response.headers if pair[0].lower() not in given] + fields
-        return response
+        return replace(response, headers=[pair for pair in response.headers if pair[0].lower() not in given] + fields)
 
     return guarded
 
@@ -3767,7 +3793,178 @@ def unpack_original_response(text: str) -> tuple[int, Headers]:
     return parse_inner_response(head)
 
 
-# -- 11. Relay --
+# -- 11. Web app --
+# An app on this machine or beside it as a handler. Does not use the tunnel.
+
+REFUSALS = (400, 403, 421)  # how an app refuses a Host or Origin that it does not know
+
+
+class App:
+    """A local web app as a handler: it gets each request over HTTP, and its response goes back.
+
+    `host_mode` decides what the app is told of its own name: "public" (Host and Origin as the visitor sent them),
+    "local" (the app's own authority), a name of the operator's instead of that, or "auto": public, until the app
+    refuses that and accepts the local way.
+    """
+
+    def __init__(self, client: Client, host_mode: str = "auto") -> None:
+        self.client = client
+        client.silence_time = math.inf  # an event stream may be silent for hours
+        self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
+        self._local = host_mode not in ("auto", "public")
+        self._fixed = host_mode != "auto"
+        self._asked = self._fixed  # whether a first request has shown the mode
+        self._logged = ""
+
+    async def handle(self, request: Request) -> Response:
+        """Answer a request by the app's response. ProtocolError 502 when there is none, 504 when it comes too late."""
+        safe = request.method in ("GET", "HEAD")
+        if not self._asked and not safe:
+            await self._probe(request)
+        response = await self._send(request, self._local)
+        refused = REFUSALS if safe else (421,)
+        self._asked = self._asked or response.status not in refused
+        if (
+            self._fixed
+            or self._local
+            or response.status not in refused
+            or request.body.data is None
+            and not request.upgrade
+        ):
+            return response
+        again = await self._send(request, True)
+        if again.status in refused:
+            await again.body.aclose()
+            return response
+        await response.body.aclose()
+        self._stay_local(response.status)
+        return again
+
+    async def _probe(self, request: Request) -> None:
+        """Learn by GET / which Host the app accepts, before a request that must not be sent twice."""
+        first = Request("GET", "/", request.headers, connection=request.connection)
+        statuses = []
+        for local in (False, True):
+            response = await self._send(first, local)
+            await response.body.aclose()
+            statuses.append(response.status)
+            if response.status not in REFUSALS:
+                break
+        self._asked = True
+        if statuses[-1] not in REFUSALS and len(statuses) > 1:
+            self._stay_local(statuses[0])
+
+    def _stay_local(self, status: int) -> None:
+        self._local = True
+        tell(
+            f"ptth server: the app answers {status} to its public name, so from now on it is told that its name is "
+            f'{self._authority}; app_host = "local" or "public" decides that beforehand'
+        )
+
+    async def _send(self, request: Request, local: bool) -> Response:
+        """Send the request to the app, under its local name or its public one."""
+        public = f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', '')}"
+        own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
+        fields = self._request_fields(request, public, own) if local else _passing(request.headers, _HOP_BY_HOP)
+        if request.body.expects:
+            fields.append(("Expect", "100-continue"))
+        outgoing = Request(request.method, request.target, Headers(fields), body=request.body, upgrade=request.upgrade)
+        response = await self._ask(outgoing)
+        response.headers = self._response_fields(response, public, own if local else "")
+        return response
+
+    async def _ask(self, request: Request) -> Response:
+        """Return the app's response to a request that is ready to be sent."""
+        stream = None
+        try:
+            if request.method in ("GET", "HEAD") and request.body is EMPTY:
+                stream = self.client.reuse()
+            stream = stream or await self._connect()
+            return await self.client.handle(request, timeout=APP_RESPONSE_TIME, stream=stream)
+        except BrokenBody:
+            raise
+        except TimeoutError:
+            raise ProtocolError(504, "the app did not answer in time") from None
+        except OSError as error:
+            if stream and stream.stalled:
+                raise ProtocolError(504, "the app does not take the request") from None
+            self._log(f"the app closed the connection without a response: {describe(error)}")
+            raise ProtocolError(502, "the app closed the connection without a response") from None
+
+    async def _connect(self) -> Stream:
+        """Open a connection to the app.
+
+        One that cannot be opened is tried again for APP_WAIT, which is safe for any request, as nothing was sent yet.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + APP_WAIT
+        while True:
+            try:
+                stream = await self.client.connect()
+            except OSError as error:
+                if loop.time() < end:
+                    await asyncio.sleep(0.1)
+                    continue
+                self._log(
+                    f"the app at {self.client.origin.authority} cannot be reached: {describe(error)}; visitors get 502"
+                )
+                retry = [("Retry-After", "2")]
+                raise ProtocolError(502, "the app behind this server is not running", headers=retry) from None
+            if self._logged:
+                self._log("")
+                tell(f"ptth server: the app at {self.client.origin.authority} answers again")
+            return stream
+
+    def _log(self, line: str) -> None:
+        """Log a change of the app's state, once."""
+        if line and line != self._logged:
+            tell(f"ptth server: {line}")
+        self._logged = line
+
+    @staticmethod
+    def _request_fields(request: Request, public: str, own: str) -> Fields:
+        """Return the fields of a request for an app that knows itself by `own` only.
+
+        Origin, Referer and Destination are mapped when they name this server's own public origin. A foreign Origin
+        stays: the app's defence against requests of other sites relies on it.
+        """
+        fields = [("Host", own.partition("//")[2])]
+        for name, value in _passing(request.headers, _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}):
+            if name.lower() in ("origin", "referer", "destination"):
+                value = move_origin(value, public, own)
+            fields.append((name, value))
+        return fields
+
+    @staticmethod
+    def _response_fields(response: Response, public: str, own: str) -> Fields:
+        """Return the fields of the app's response; what names its `own` origin, unless "", names the public one."""
+        kept = {"upgrade"} if response.status in (101, 426) else set()
+        fields = []
+        for name, value in _passing(Headers(response.headers), _HOP_BY_HOP - kept):
+            lower = name.lower()
+            if lower == "location" or own and lower == "access-control-allow-origin":
+                value = move_origin(value, own, public) if own else value
+                if public.startswith("https:"):
+                    value = move_origin(value, f"http{public[5:]}", public)
+            fields.append((name, value))
+        return fields
+
+
+def move_origin(url: str, old: str, new: str) -> str:
+    """Return `url` with the origin `new` if its origin is `old` (RFC 6454, 5), else as it is."""
+    match = re.match(r"(https?://[^/?#\s]*)(?=[/?#]|\Z)", url, re.IGNORECASE)
+    if match and normal_origin(match[1]) == normal_origin(old):
+        return new + url[match.end() :]
+    return url
+
+
+def normal_origin(origin: str) -> str:
+    """Return an origin in lower case and without its scheme's own port, to compare it."""
+    scheme, _, authority = origin.lower().partition("://")
+    return f"{scheme}://{authority.removesuffix({'http': ':80', 'https': ':443'}.get(scheme, ':'))}"
+
+
+# -- 12. Relay --
 # P2 to P1 and P5 to P6. Sees heads and passes bodies on; has never heard of files.
 
 NAME = r"[A-Za-z0-9._-]{1,64}"
@@ -3899,6 +4096,7 @@ class Registered:
         self.addresses: Counter[str] = Counter()  # how many of them each client's address has
         self.parked: deque[Parked] = deque()
         self.answering = 0  # P5 under way
+        self.batch_bytes = 0  # of batches that are being read
         self.transfers = 0  # clients that are being served
         self.statuses: dict[int, int] = {}  # how many requests were answered with each
         self.body_bytes = 0
@@ -4688,8 +4886,7 @@ class Relay:
 
         What is foreign or was answered before is passed over: a repeat does no harm.
         """
-        body = request.body
-        data = await body.read_all(MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL) if isinstance(body, IncomingBody) else b""
+        data = await self._read_batch(request.body, server)
         server.last_seen = self.loop.time()
         for identity, status, headers, content, error in unpack_responses(data):
             exchange = self.exchanges.get(identity)
@@ -4703,6 +4900,25 @@ class Relay:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
             self._forget(exchange)
         return Response(200, [NO_STORE])
+
+    async def _read_batch(self, body: Body, server: Registered) -> bytes:
+        """Return a batch's bytes, which must come before its clients have got 504, and fit in the server's share."""
+        if not isinstance(body, IncomingBody):
+            return b""
+        most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL
+        size = most if body.length is None else min(body.length, most)
+        if server.batch_bytes + size > MAX_BATCHES_BYTES:
+            retry = ("Retry-After", "1")
+            raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
+        server.batch_bytes += size
+        try:
+            async with asyncio.timeout(self.answer_time):
+                return await body.read_all(most)
+        except TimeoutError:
+            reason = f"the batch took longer than {self.answer_time:.0f} seconds"
+            raise ProtocolError(408, reason, close=True, headers=[NO_STORE]) from None
+        finally:
+            server.batch_bytes -= size
 
     # time, and the end
 
@@ -4754,7 +4970,7 @@ class Relay:
         self._watcher.cancel()
 
 
-# -- 12. Server --
+# -- 13. Server --
 # P1, P4 and P5: brings a relay's requests to a handler, and its responses back. Has never heard of clients.
 
 
@@ -5371,7 +5587,7 @@ def registration(name: str, key: str) -> str:
     return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
 
 
-# -- 13. Configuration --
+# -- 14. Configuration --
 # TOML to dataclasses. All that is wrong with a file is said at once.
 
 
@@ -5762,7 +5978,7 @@ def check_root(root: str, how: str) -> str:
     return root
 
 
-# -- 14. Command line --
+# -- 15. Command line --
 # What people type, and what they are told.
 
 

@@ -2338,6 +2338,23 @@ class TestFileServer:
         monkeypatch.setattr(os, "open", open_)
         assert one(say(self.site(tmp_path), get("/")))[0] == status
 
+    @pytest.mark.parametrize(("index", "status"), [(False, 200), (True, 403)])
+    def test_a_folder_whose_files_cannot_be_opened_shows_their_names(
+        self, index: bool, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / ("index.html" if index else "other")).write_text("x")
+        real = os.open
+
+        def open_(path: bytes, *args: object) -> int:
+            if path.endswith(b"index.html"):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, *args)
+
+        monkeypatch.setattr(os, "open", open_)
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.X_OK)
+        answer = one(say(self.site(tmp_path), get("/")))
+        assert (answer[0], b"other" in answer[2]) == (status, not index)
+
     def test_a_folder_that_vanishes_does_not_break_the_zip(self, tmp_path: object) -> None:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
@@ -2373,6 +2390,19 @@ class TestFileServer:
         handler = self.site(root, headers=(("X-Mine", "1"), ("content-type", "text/x")))
         status, fields, _ = one(say(handler, get("/hello.txt")))
         assert (status, fields["x-mine"], fields["content-type"]) == (200, "1", "text/x")
+
+    def test_a_handlers_response_stays_as_it_made_it(self) -> None:
+        made = ptth.text_response(200, "hi", [("Vary", "A")])
+        before = list(made.headers)
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            return made
+
+        guarded = ptth.guard(handler, ptth.SiteOptions(headers=(("Vary", "B"), ("X-Y", "z"))), "n")
+        request = ptth.parse_request_head(get("/"))
+        for _ in range(2):
+            assert asyncio.run(guarded(request)).headers == [*before, ("Vary", "B"), ("X-Y", "z")]
+        assert made.headers == before
 
     def test_a_vary_of_the_operator_adds_to_ours(self, tmp_path: object) -> None:
         for name in ("x", "x.gz"):
@@ -2875,6 +2905,154 @@ class Client:
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nhi"
 
 
+class TestApp:
+    """A web app as a handler: the app is an HTTP server of this module whose handler tells what it got."""
+
+    PUBLIC = [("Host", "n.example.com"), ("X-Forwarded-Host", "n.example.com"), ("X-Forwarded-Proto", "https")]
+
+    def ask(
+        self,
+        refuse: object,
+        requests: list[tuple[str, list[tuple[str, str]], bytes]],
+        mode: str = "auto",
+        fields: object = (),
+    ) -> list[tuple[int, dict[str, str], dict[str, object]]]:
+        """(status, fields, what the app got) for each request, with an app whose `refuse(request)` is a status or 0."""
+        seen = []
+
+        async def app(request: ptth.Request) -> ptth.Response:
+            got = {"method": request.method, "target": request.target, "fields": dict(request.headers)}
+            got["body"] = len(await request.body.read_all(1 << 30))
+            seen.append(got)
+            status = refuse(request) or 200
+            own = f"http://{request.headers['host']}"
+            reply = [(name, value.replace("OWN", own)) for name, value in fields]
+            return ptth.Response(status, reply, ptth.BytesBody(json.dumps(got).encode()))
+
+        async def talk() -> list[object]:
+            server = ptth.HTTPServer(app)
+            sock = ptth.open_socket("127.0.0.1", 0)
+            await server.listen(sock)
+            self.port = sock.getsockname()[1]
+            handler = ptth.App(ptth.Client(ptth.parse_origin(f"http://127.0.0.1:{self.port}")), mode)
+            answers = []
+            for method, more, body in requests:
+                headers = ptth.Headers([*self.PUBLIC, *more])
+                response = await handler.handle(ptth.Request(method, "/x?y", headers, body=ptth.BytesBody(body)))
+                content = await response.body.read_all(1 << 30)
+                await response.body.aclose()
+                answers.append((response.status, dict(response.headers), json.loads(content or b"{}")))
+            handler.client.close()
+            await server.stop(0.1)
+            return answers
+
+        self.seen = seen
+        return asyncio.run(talk())
+
+    def test_the_public_way_sends_what_the_visitor_sent(self) -> None:
+        more = [
+            ("Origin", "https://n.example.com"),
+            ("Cookie", "a=b"),
+            ("Connection", "x"),
+            ("X", "hop"),
+            ("TE", "trailers"),
+        ]
+        ((status, _, got),) = self.ask(lambda request: 0, [("POST", more, b"12345")], "public")
+        assert (status, got["method"], got["target"], got["body"]) == (200, "POST", "/x?y", 5)
+        assert got["fields"] == {
+            "host": "n.example.com", "x-forwarded-host": "n.example.com", "x-forwarded-proto": "https",
+            "origin": "https://n.example.com", "cookie": "a=b", "content-length": "5",
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("origin", "mapped"),
+        [("https://n.example.com", True), ("HTTPS://N.example.com:443", True), ("http://n.example.com", False),
+         ("https://n.example.com.evil.test", False), ("https://evil.test", False), ("null", False)],
+    )  # fmt: skip
+    def test_the_local_way_maps_what_names_its_own_origin_only(self, origin: str, mapped: bool) -> None:
+        more = [("Origin", origin), ("Referer", f"{origin}/p?q"), ("Destination", f"{origin}/new")]
+        ((_, _, got),) = self.ask(lambda request: 0, [("PUT", more, b"")], "local")
+        own = f"http://127.0.0.1:{self.port}" if mapped else origin
+        fields = got["fields"]
+        assert fields["host"] == f"127.0.0.1:{self.port}" and not {"x-forwarded-host", "x-forwarded-proto"} & set(
+            fields
+        )
+        assert (fields["origin"], fields["referer"], fields["destination"]) == (own, f"{own}/p?q", f"{own}/new")
+
+    def test_a_name_of_the_operators_is_the_local_way_with_that_name(self) -> None:
+        ((_, _, got),) = self.ask(
+            lambda request: 0, [("GET", [("Origin", "https://n.example.com")], b"")], "app.internal"
+        )
+        assert (got["fields"]["host"], got["fields"]["origin"]) == ("app.internal", "http://app.internal")
+
+    @pytest.mark.parametrize(
+        ("mode", "location", "expected"),
+        [("public", "OWN/a", "https://n.example.com/a"), ("public", "https://n.example.com/a", "https://n.example.com/a"),
+         ("local", "OWN/a?b", "https://n.example.com/a?b"), ("local", "/a", "/a"), ("local", "https://else.test/", "https://else.test/"),
+         ("local", "http://n.example.com/a", "https://n.example.com/a"), ("public", "http://127.0.0.1:1/", "http://127.0.0.1:1/")],
+    )  # fmt: skip
+    def test_redirects_name_the_public_origin(self, mode: str, location: str, expected: str) -> None:
+        ((_, fields, _),) = self.ask(
+            lambda request: 0, [("GET", [], b"")], mode, [("Location", location), ("Connection", "x"), ("X", "1")]
+        )
+        assert fields["Location"] == expected and "X" not in fields and "Connection" not in fields
+
+    @pytest.mark.parametrize("status", [400, 403, 421])
+    def test_an_app_that_refuses_its_public_name_is_asked_the_local_way(
+        self, status: int, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        def refuse(request: ptth.Request) -> int:
+            return status if request.headers["host"] == "n.example.com" else 0
+
+        answers = self.ask(refuse, [("GET", [], b""), ("GET", [], b""), ("POST", [], b"x")])
+        assert [answer[0] for answer in answers] == [200, 200, 200]
+        assert [got["fields"]["host"] == "n.example.com" for got in self.seen] == [True, False, False, False]
+        assert capfd.readouterr().err.count("app_host") == 1
+
+    @pytest.mark.parametrize("status", [400, 403, 421])
+    def test_before_a_post_the_app_is_asked_for_its_first_page(self, status: int) -> None:
+        def refuse(request: ptth.Request) -> int:
+            return status if request.headers["host"] == "n.example.com" else 0
+
+        assert self.ask(refuse, [("POST", [], b"once")])[0][0] == 200
+        assert [(got["method"], got["target"]) for got in self.seen] == [("GET", "/"), ("GET", "/"), ("POST", "/x?y")]
+
+    def test_a_refusal_that_is_not_for_the_name_stays(self, capfd: pytest.CaptureFixture[str]) -> None:
+        def refuse(request: ptth.Request) -> int:
+            return 403 if request.target != "/" else 0
+
+        answers = self.ask(refuse, [("GET", [], b""), ("POST", [], b"x"), ("GET", [], b"")])
+        assert [answer[0] for answer in answers] == [403, 403, 403] and capfd.readouterr().err == ""
+        assert sum(got["method"] == "POST" for got in self.seen) == 1
+
+    def test_an_app_that_is_not_there_is_502_and_the_log_says_so_once(
+        self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "APP_WAIT", 0.01)
+        port = free_port()
+
+        async def talk() -> None:
+            handler = ptth.App(ptth.Client(ptth.parse_origin(f"http://127.0.0.1:{port}")))
+            for method in ("GET", "POST", "GET"):
+                with pytest.raises(ptth.ProtocolError) as caught:
+                    await handler.handle(ptth.Request(method, "/", ptth.Headers(self.PUBLIC)))
+                assert (caught.value.status, caught.value.headers) == (502, [("Retry-After", "2")])
+                assert str(port) not in caught.value.reason
+            server = ptth.HTTPServer(echo)
+            await server.listen(ptth.open_socket("127.0.0.1", port))
+            response = await handler.handle(ptth.Request("GET", "/", ptth.Headers(self.PUBLIC)))
+            await response.body.aclose()
+            assert response.status == 200
+            handler.client.close()
+            await server.stop(0.1)
+
+        asyncio.run(talk())
+        assert re.findall("cannot be reached|answers again", capfd.readouterr().err) == [
+            "cannot be reached",
+            "answers again",
+        ]
+
+
 class TestRelay:
     @pytest.fixture
     def hand(self, bare_relay: Tunnel) -> object:
@@ -3207,6 +3385,35 @@ class TestRelay:
         hand.send("POST", "http_responses/n", good + b"HTTP/1.1 200 OK\r\n\r\n")
         assert hand.answer()[0] == 400
         assert client.answer()[2] == b"hi"
+
+    @staticmethod
+    def begin_batch(port: int, framing: str) -> Hand:
+        """A server that sends the first byte of a batch, and no more."""
+        hand = Hand(port)
+        lines = ("POST /7ZSFUKGV/http_responses/n HTTP/1.1", "Host: r", f"X-ApiKey: {KEY}", framing, "", "1")
+        hand.sock.sendall("\r\n".join(lines).encode() + (b"\r\nx" if framing.endswith("chunked") else b""))
+        return hand
+
+    def test_batches_without_their_end_take_no_more_than_their_share_of_memory(self, bare_relay: Tunnel) -> None:
+        server = bare_relay.relay.servers["n"]
+        most = ptth.MAX_BATCHES_BYTES // 400_000
+        hands = [self.begin_batch(bare_relay.port, "Content-Length: 400000") for _ in range(most)]
+        eventually(lambda: server.batch_bytes == most * 400_000)
+        for framing in ("Content-Length: 400000", "Transfer-Encoding: chunked"):
+            refused = self.begin_batch(bare_relay.port, framing)
+            assert refused.answer()[0] == 503
+            refused.close()
+        for hand in hands:
+            hand.close()
+        eventually(lambda: server.batch_bytes == 0)
+
+    @pytest.mark.parametrize("framing", ["Content-Length: 400000", "Transfer-Encoding: chunked"])
+    def test_a_batch_that_takes_longer_than_its_clients_wait_is_408(self, framing: str, background: Background) -> None:
+        relay = Tunnel(background, None, answer_time=0.05)
+        hand = self.begin_batch(relay.port, framing)
+        assert (hand.answer()[0], relay.relay.servers["n"].batch_bytes) == (408, 0)
+        hand.close()
+        relay.close()
 
     def test_a_client_that_does_not_read_holds_up_nobody_in_its_batch(self, bare_relay: Tunnel, hand: Hand) -> None:
         lazy = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
