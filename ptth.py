@@ -2891,7 +2891,7 @@ class Site:
 
     def _zip(self, segments: tuple[bytes, ...], found: Found) -> Response:
         """Make the response with a directory's zip.  OSError when the directory itself cannot be read."""
-        pieces = self.zip_pieces(found)
+        pieces = FolderZip(self, found).pieces()
         first = next(pieces)
         fields = [
             ("Content-Type", "application/zip"),
@@ -2899,81 +2899,6 @@ class Site:
             attachment(show_name((segments or (b"files",))[-1]) + ".zip"),
         ]
         return Response(200, fields, ZipBody(itertools.chain([first], pieces)))
-
-    def zip_pieces(self, top: Found) -> Iterator[bytes]:
-        """Yield a zip of all that is served below a directory, not compressed, piece by piece; it is kept nowhere.
-
-        What cannot be read is told in a member of its own.  OSError when that is the directory itself.
-        """
-        archive = ZipWriter()
-        failed: list[str] = []
-        taken: dict[str, int] = {}  # the names in the top folder
-        for place, name, entry in self._walk(top, taken, failed):
-            if entry.is_dir:
-                archive.add(name + "/", stat.S_IFDIR | 0o755, entry.mtime)
-            else:
-                try:
-                    yield from self._zip_file(archive, place, name)
-                except OSError as error:
-                    failed.append(f"{name}: {error.strerror or 'not readable'}")
-            if archive.waiting >= SENDFILE_SLICE:
-                yield archive.take()
-        if failed:
-            text = "".join(f"{line}\n" for line in failed)
-            note = distinct("could-not-be-read.txt", taken)
-            archive.add(note, stat.S_IFREG | 0o644, time.time_ns(), text.encode())
-        yield from archive.finish()
-
-    def _zip_file(self, archive: ZipWriter, place: bytes, name: str) -> Iterator[bytes]:
-        """Add a file to a zip; yield what of the zip is then ready.  OSError with what went wrong."""
-        found = self._open(place, ())
-        if found.fd is None:
-            raise FileNotFoundError(errno.ENOENT, "not a file any more")
-        facts = found.facts
-        # The size which it has now is the limit: a log may grow without end. A size of 0 says nothing: /proc has such.
-        limit = facts.st_size or ZIP32_MAX
-        member = (name, stat.S_IFREG | 0o644 | facts.st_mode & 0o111, facts.st_mtime_ns)
-        with open(found.fd, "rb") as file:
-            data = file.read(min(SENDFILE_SLICE, limit))
-            if len(data) < SENDFILE_SLICE:
-                archive.add(*member, data)
-            else:
-                pieces = itertools.chain([data], _read_pieces(file, limit - len(data)))
-                yield from archive.add_large(*member, limit, pieces)
-            now = os.fstat(file.fileno())
-        if now.st_size < facts.st_size or now.st_size == facts.st_size and now.st_mtime_ns != facts.st_mtime_ns:
-            raise OSError(errno.EIO, "the file changed while it was read")
-
-    def _walk(self, top: Found, taken: dict[str, int], failed: list[str]) -> Iterator[tuple[bytes, str, Entry]]:
-        """Yield (place, name below the top, entry) of all that is served below a directory, folders before their files.
-
-        Each name is given once only: names that are not UTF-8 may be the same when they are text.  `taken` gets those
-        in the top folder, and `failed` a line for each entry that cannot be read.  A linked folder that holds itself
-        is passed over: it would never end.
-        """
-        stack = [(top.place, "", frozenset({(top.facts.st_dev, top.facts.st_ino)}))]
-        while stack:
-            place, prefix, above = stack.pop()
-            try:
-                # Names that a zip can hold come first: these stay as they are.
-                entries = sorted(self.entries(place), key=lambda e: (member_name(e.name).encode() != e.name, e.name))
-            except OSError as error:
-                if not prefix:
-                    raise
-                failed.append(f"{prefix[:-1]}: {error.strerror}")
-                continue
-            names = {} if prefix else taken
-            for entry in entries:
-                below, name = os.path.join(place, entry.name), prefix + distinct(member_name(entry.name), names)
-                reason, inode = entry.error, None
-                if entry.is_dir and not reason:
-                    reason, inode = _look_at(below)
-                if reason:
-                    failed.append(f"{name}: {reason}")
-                elif inode is None or inode not in above:
-                    if inode:
-                        stack.append((below, name + "/", above | {inode}))
-                    yield below, name, entry
 
 
 def _look_at(place: bytes) -> tuple[str, tuple[int, int] | None]:
@@ -3148,6 +3073,92 @@ class ZipWriter:
             last += struct.pack("<4sIQI", b"PK\6\7", 0, begin + size, 1)
         count, size, begin = min(count, 0xFFFF), min(size, 0xFFFFFFFF), min(begin, 0xFFFFFFFF)
         yield last + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, size, begin, 0)
+
+
+class FolderZip:
+    """A zip of all that is served below a directory, not compressed, made piece by piece and kept nowhere.
+
+    What cannot be read is told in a member of its own.
+    """
+
+    def __init__(self, site: Site, top: Found) -> None:
+        self._site = site
+        self._top = top
+        self._archive = ZipWriter()
+        self._taken: dict[str, int] = {}  # the names in the top folder
+        self.failed: list[str] = []  # a line for each entry that cannot be read
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the zip.  OSError when the directory itself cannot be read."""
+        archive = self._archive
+        for place, name, entry in self.walk():
+            if entry.is_dir:
+                archive.add(name + "/", stat.S_IFDIR | 0o755, entry.mtime)
+            else:
+                try:
+                    yield from self._file(place, name)
+                except OSError as error:
+                    self.failed.append(f"{name}: {error.strerror or 'not readable'}")
+            if archive.waiting >= SENDFILE_SLICE:
+                yield archive.take()
+        if self.failed:
+            text = "".join(f"{line}\n" for line in self.failed)
+            note = distinct("could-not-be-read.txt", self._taken)
+            archive.add(note, stat.S_IFREG | 0o644, time.time_ns(), text.encode())
+        yield from archive.finish()
+
+    def _file(self, place: bytes, name: str) -> Iterator[bytes]:
+        """Add a file to a zip; yield what of the zip is then ready.  OSError with what went wrong."""
+        archive, found = self._archive, self._site._open(place, ())
+        if found.fd is None:
+            raise FileNotFoundError(errno.ENOENT, "not a file any more")
+        facts = found.facts
+        # The size which it has now is the limit: a log may grow without end. A size of 0 says nothing: /proc has such.
+        limit = facts.st_size or ZIP32_MAX
+        member = (name, stat.S_IFREG | 0o644 | facts.st_mode & 0o111, facts.st_mtime_ns)
+        with open(found.fd, "rb") as file:
+            data = file.read(min(SENDFILE_SLICE, limit))
+            if len(data) < SENDFILE_SLICE:
+                archive.add(*member, data)
+            else:
+                pieces = itertools.chain([data], _read_pieces(file, limit - len(data)))
+                yield from archive.add_large(*member, limit, pieces)
+            now = os.fstat(file.fileno())
+        if now.st_size < facts.st_size or now.st_size == facts.st_size and now.st_mtime_ns != facts.st_mtime_ns:
+            raise OSError(errno.EIO, "the file changed while it was read")
+
+    def walk(self) -> Iterator[tuple[bytes, str, Entry]]:
+        """Yield (place, name below the top, entry) of all that is served below it, folders before their files.
+
+        Each name is given once only: names that are not UTF-8 may be the same when they are text.  A linked folder that
+        holds itself is passed over: it would never end.
+        """
+        top = self._top
+        stack = [(top.place, "", frozenset({(top.facts.st_dev, top.facts.st_ino)}))]
+        while stack:
+            place, prefix, above = stack.pop()
+            try:
+                # Names that a zip can hold come first: these stay as they are.
+                entries = sorted(
+                    self._site.entries(place), key=lambda e: (member_name(e.name).encode() != e.name, e.name)
+                )
+            except OSError as error:
+                if not prefix:
+                    raise
+                self.failed.append(f"{prefix[:-1]}: {error.strerror}")
+                continue
+            names = {} if prefix else self._taken
+            for entry in entries:
+                below, name = os.path.join(place, entry.name), prefix + distinct(member_name(entry.name), names)
+                reason, inode = entry.error, None
+                if entry.is_dir and not reason:
+                    reason, inode = _look_at(below)
+                if reason:
+                    self.failed.append(f"{name}: {reason}")
+                elif inode is None or inode not in above:
+                    if inode:
+                        stack.append((below, name + "/", above | {inode}))
+                    yield below, name, entry
 
 
 class ZipBody(Body):

@@ -2139,7 +2139,7 @@ class TestFileServer:
         )
         assert members is None or sorted(files) == members
         monkeypatch.setattr(
-            site, "_zip_file", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+            ptth.FolderZip, "_file", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
         )
         notes = self.unpack(one(say(ptth.site_handler(site), get("/?zip")))[2])
         note = [data for name, data in notes.items() if name[-1] != "/"]
@@ -2245,7 +2245,7 @@ class TestFileServer:
         path = tmp_path / "x"
         path.write_bytes(bytes(3 << 20))
         site = ptth.Site(str(tmp_path))
-        pieces = site.zip_pieces(site.open(()))
+        pieces = ptth.FolderZip(site, site.open(())).pieces()
         data = next(pieces)
         with open(path, "r+b", buffering=0) as file:
             if change == "it grows":
@@ -2359,11 +2359,11 @@ class TestFileServer:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
         site = ptth.Site(str(tmp_path))
-        failed: list[str] = []
-        walk = site._walk(site.open(()), {}, failed)
+        made = ptth.FolderZip(site, site.open(()))
+        walk = made.walk()
         assert next(walk)[1] == "a"
         (tmp_path / "b").rmdir()
-        assert [name for _, name, _ in walk] == [] and "b: " in failed[0]
+        assert [name for _, name, _ in walk] == [] and "b: " in made.failed[0]
 
     def test_hidden_names_when_asked_for(self, root: str) -> None:
         assert one(say(self.site(root, hidden=True), get("/.secret")))[0] == 200
