@@ -4125,7 +4125,7 @@ class Registered:
         """Give a request a place; ProtocolError 503 when there is none, or its client's address has too many."""
         being_sent = len(self.exchanges) - len(self.waiting) - len(self.offered)
         why = ""
-        if len(self.waiting) >= MAX_WAITING:
+        if max(len(self.waiting), len(self.offered)) >= MAX_WAITING:
             why = f"too many requests wait for {self.name}"
         elif being_sent >= MAX_SENDING:
             why = f"too many responses of {self.name} are being sent"
@@ -5011,6 +5011,7 @@ class Workers:
         self.most_sending = file_limit() // 4  # half of the descriptors: each takes one, and one for its file
         self._queue: deque[tuple[str, Request | ProtocolError, Sender]] = deque()
         self._count = 0  # tasks that handle them
+        self._batched = 0  # small responses that wait for their batch, or are in it
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run `work` until it ends. What it raises ends the server."""
@@ -5031,7 +5032,7 @@ class Workers:
 
     def _look_for_room(self) -> None:
         """Let the relays be asked for more, or not."""
-        if len(self._queue) + self._count < MAX_HANDLERS:
+        if len(self._queue) + self._count < MAX_HANDLERS and self._batched < MAX_HANDLERS:
             self.room.set()
         else:
             self.room.clear()
@@ -5089,6 +5090,7 @@ class Workers:
                 busy = ProtocolError(503, "too many responses are being sent", headers=[("Retry-After", "5")])
                 response = error_response(request, busy)
             if sender.can_batch(response):
+                self._batched += 1
                 sender.batch(identity, response, request.method)
             else:
                 self.sending[address] += 1
@@ -5120,6 +5122,12 @@ class Workers:
         """Note that requests have been answered."""
         for identity in identities:
             self.request_ids.pop(identity, None)
+
+    def batch_done(self, identities: list[str]) -> None:
+        """Note that a batch of small responses has been sent."""
+        self._batched -= len(identities)
+        self.done(*identities)
+        self._look_for_room()
 
 
 class Sender:
@@ -5170,7 +5178,7 @@ class Sender:
                 try:
                     await self._post(identities, f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
                 finally:
-                    self._workers.done(*identities)
+                    self._workers.batch_done(identities)
         finally:
             self._sending -= 1
 
@@ -5479,6 +5487,8 @@ class Link:
         """P3: let its requests be handled."""
         unpack = unpack_original_requests if self._sender.original and data else unpack_requests
         for identity, request in unpack(data):
+            if identity in self._sender.lost:  # offered again before the relay was told: this time it may get through
+                self._sender.lost.remove(identity)
             self._workers.add(identity, request, self._sender)
 
 

@@ -3189,6 +3189,12 @@ class TestRelay:
         assert not bare_relay.relay.exchanges and not server.transfers
         assert hand.reply(identity, OK) == 410
 
+    def test_thousands_of_instances_are_bounded(self, bare_relay: Tunnel, hand: Hand) -> None:
+        for i in range(ptth.MAX_INSTANCES + 5):
+            hand.listen(0, f"PTTH-Instance: {i}")
+            assert hand.requests() == []
+        assert len(bare_relay.relay.servers["n"].instances) == ptth.MAX_INSTANCES
+
     def test_a_server_cannot_lose_what_another_one_has(self, bare_relay: Tunnel, hand: Hand) -> None:
         key = "another-key-than-the-right-one"
         entries = [ptth.ServerEntry("n", ptth.tripcode(KEY)), ptth.ServerEntry("m", ptth.tripcode(key))]
@@ -4166,6 +4172,61 @@ class TestServer:
             sock.close()
         eventually(lambda: not tunnel.server.workers.sending)
         tunnel.close()
+
+    def test_while_all_handlers_are_at_work_the_rest_waits_at_the_relay(
+        self, background: Background, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        release, started = threading.Event(), []
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            started.append(request.target)
+            await asyncio.to_thread(release.wait)
+            return ptth.text_response(200, request.target)
+
+        monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
+        tunnel = Tunnel(background, handler)
+        clients = [Client(tunnel.port, f"/{i}") for i in range(2)]
+        eventually(lambda: len(started) == 2 and not tunnel.relay.servers["n"].parked)
+        clients.append(Client(tunnel.port, "/2"))
+        eventually(lambda: tunnel.relay.servers["n"].waiting)
+        for _ in range(3):
+            tunnel.fetch(get("/frontend/relay_up_check"))
+        assert len(started) == 2 and len(tunnel.relay.servers["n"].waiting) == 1
+        release.set()
+        assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
+        tunnel.close()
+
+    def test_small_responses_that_the_relay_does_not_take_stop_the_polling(self) -> None:
+        async def fill() -> list[bool]:
+            server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, echo)
+            sender, rooms, release = server.link._sender, [], asyncio.Event()
+
+            async def post(*_: object) -> None:
+                await release.wait()
+
+            sender._post = post
+            async with asyncio.TaskGroup() as server.workers.group:
+                for start in (0, ptth.MAX_HANDLERS - 1):
+                    heads = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % (start + i)
+                             for i in range(max(1, ptth.MAX_HANDLERS - 1 - start))]  # fmt: skip
+                    server.link.accept(b"".join(heads))
+                    while server.workers._queue or server.workers._count:
+                        await asyncio.sleep(0)
+                    rooms.append(server.workers.room.is_set())
+                release.set()
+            return [*rooms, server.workers.room.is_set(), not server.workers.request_ids]
+
+        assert asyncio.run(fill()) == [True, False, True, True]
+
+    def test_what_is_offered_again_is_not_told_as_lost(self) -> None:
+        async def offer() -> list[str]:
+            server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, echo)
+            server.link._sender.lost.extend(["aaaaaaaa", "bbbbbbbb"])
+            async with asyncio.TaskGroup() as server.workers.group:
+                server.link.accept(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n")
+                return list(server.link._sender.lost)
+
+        assert asyncio.run(offer()) == ["bbbbbbbb"]
 
     def test_one_address_has_half_of_the_places_for_large_responses(self) -> None:
         workers = ptth.Workers(echo)
