@@ -128,7 +128,11 @@ MAX_LOST = 200  # ids in one PTTH-Lost: 6.6 KiB, and nginx takes 8 KiB for one f
 MAX_INSTANCES = 64  # servers of one name that are counted
 SPARE_DESCRIPTORS = 64  # kept for files and for who is connected: new connections get 503 before the last are taken
 MAX_ACCEPTS = 32  # connections accepted in one turn; fewer than are spare
-HASHES_PER_SECOND = 100  # for keys that are not known yet, all together: behind a proxy all have one address
+HASH_SHARE = 0.2  # of the relay's time for hashing keys that are not verified yet, with names that are registered
+STRANGER_SHARE = (
+    0.05  # the same with names that are not; without the blake3 package a hash takes a tenth of a millisecond
+)
+HASH_WAIT = 10.0  # seconds that a request waits for its key's hash, then 503
 MAX_PARKED = 64  # open P1 for one name
 MAX_HANDLERS = 256  # handlers at work at once on a server; other requests wait at the relay
 MAX_ORIGINAL_FIELD = 3 * 1024  # bytes of the original's field of P5; a status and a few fields take 300
@@ -274,13 +278,19 @@ def builtin_blake3(data: bytes) -> bytes:
     return b"".join(word.to_bytes(4, "little") for word in _subtree(data, 0, _ROOT))
 
 
-def blake3_hash(data: bytes) -> bytes:
-    """Return the 32-byte BLAKE3 hash, by the blake3 package when it is installed."""
+@functools.cache
+def _fastest_blake3() -> Callable[[bytes], bytes]:
+    """Return the blake3 package's hash when it is installed; to look for it each time costs half as much as a hash."""
     try:
         from blake3 import blake3  # type: ignore[import-not-found, unused-ignore]  # it may be missing
     except ImportError:
-        return builtin_blake3(data)
-    return bytes(blake3(data).digest())
+        return builtin_blake3
+    return lambda data: bytes(blake3(data).digest())
+
+
+def blake3_hash(data: bytes) -> bytes:
+    """Return the 32-byte BLAKE3 hash, by the blake3 package when it is installed."""
+    return _fastest_blake3()(data)
 
 
 def tripcode(key: str) -> str:
@@ -295,8 +305,76 @@ def is_same_secret(one: bytes, other: bytes) -> bool:
     return hmac.compare_digest(one, other)
 
 
+# What people type instead of choosing: the alphabet, and the rows and columns of a keyboard.
+_LINES = (
+    "abcdefghijklmnopqrstuvwxyz", "0123456789", "1234567890-=", "qwertyuiop[]", "asdfghjkl;'", "zxcvbnm,./",
+    "1qaz", "2wsx", "3edc", "4rfv", "5tgb", "6yhn", "7ujm", "8ik,", "9ol.", "0p;/",
+)  # fmt: skip
+_PLACES = {character: [line for line in _LINES if character in line] for character in set("".join(_LINES))}
+_WORDS = ("password", "passwort", "secret", "admin", "letmein", "welcome", "iloveyou", "changeme", "default", "server")
+_UNSHIFTED = str.maketrans('!@#$%^&*()_+{}:"<>?', "1234567890-=[];',./")
+_PATTERN_BITS = 8  # to say which pattern comes next, and how long it is
+MIN_KEY_BITS = 56  # a tripcode may become public, and a graphics card tries 2**33 keys a second
+
+
+def _line_length(text: str, at: int) -> int:
+    """Return for how many characters `text` goes along one of _LINES with an even step, forth or back."""
+    longest = 1
+    for line in _PLACES.get(text[at], ()):
+        place, length = line.index(text[at]), 1
+        step = line.find(text[at + 1 : at + 2] or "\n") - place
+        if place + step < 0:
+            continue
+        while at + length < len(text) and line[(place + step) % len(line)] == text[at + length]:
+            place += step
+            length += 1
+        if abs(step) <= 2 or length > 3:  # three characters with another step are chance
+            longest = max(longest, length)
+    return longest
+
+
+def _pattern_length(text: str, at: int) -> int:
+    """Return for how many characters the rest of `text` repeats what was before, forth or back, or follows a line."""
+    length = 0
+    while at + length < len(text):
+        next_one = text[at : at + length + 1]
+        if text.find(next_one, 0, at + length) < 0 and next_one[::-1] not in text[:at]:
+            break
+        length += 1
+    return max(length, _line_length(text, at), *(len(word) * text.startswith(word, at) for word in _WORDS))
+
+
+def _pattern_bits(text: str) -> float:
+    """Estimate the bits of chance in a text: patterns have few, single characters all. Ends at MIN_KEY_BITS."""
+    kinds = ((26, str.isalpha), (10, str.isdigit), (33, lambda c: not c.isalnum()))
+    single = math.log2(sum(size for size, is_kind in kinds if any(map(is_kind, text))))
+    bits, at = 0.0, 0
+    while at < len(text) and bits < MIN_KEY_BITS:
+        length = _pattern_length(text, at)
+        is_pattern = length > 2 and length * single > _PATTERN_BITS
+        bits += _PATTERN_BITS if is_pattern else single
+        at += length if is_pattern else 1
+    return bits
+
+
+def is_guessable(key: str) -> bool:
+    """Estimate whether a key has less than MIN_KEY_BITS of chance.
+
+    Each of up to four columns is looked at by itself, too, as in a1b2c3d4 or 1qaz2wsx. Capitals and shifted
+    characters are what they are without the shift key, and each change between the two counts for two bits.
+    """
+    plain = key.translate(_UNSHIFTED).lower()
+    shifts = "".join("^" if one != other else "." for one, other in zip(key, plain, strict=True))
+    for width in range(1, 5):
+        text, shift = ("".join(row[i::width] for i in range(width)) for row in (plain, shifts))
+        changes = sum(one != other for one, other in itertools.pairwise(shift))
+        if _pattern_bits(text) + min(2 * changes, len(key)) < MIN_KEY_BITS:
+            return True
+    return False
+
+
 def key_weakness(key: str) -> str | None:
-    """Return what makes `key` too weak to stand alone between the internet and the files, or None."""
+    """Return why `key` is not accepted as api_key, as a sentence for the operator; None when it is accepted."""
     faults = (
         (key.startswith("REPLACE"), "is still the example's placeholder"),
         (len(key) < 16, f"has {len(key)} characters, it must have 16 at least"),
@@ -304,10 +382,10 @@ def key_weakness(key: str) -> str | None:
         (len(key) > MAX_KEY, f"has more than {MAX_KEY} characters"),
         (not re.fullmatch("[!-~]*", key), "must be made of visible ASCII characters, to fit into a header field"),
     )
-    for weak, what in faults:
-        if weak:
-            return f"api_key {what}; make one with: python3 ptth.py server --new-key"
-    return None
+    what = next((what for weak, what in faults if weak), "")
+    if not what and is_guessable(key):
+        what = "can be guessed: it is made of sequences, rows of a keyboard, common words, repetitions or few digits"
+    return f"api_key {what}; make one with: python3 ptth.py server --new-key" if what else None
 
 
 # -- 3. Messages --
@@ -4218,45 +4296,98 @@ def parse_ids(text: str) -> list[str]:
     return [identity.strip() for identity in text.split(",", MAX_LOST)[:MAX_LOST]]
 
 
+class HashQueue:
+    """Hashes keys for a share of the time, so that a flood of wrong keys delays nobody whose key is known.
+
+    Groups take turns: one that floods the relay delays each of the others by one hash, and itself by the rest.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._share = share
+        self._groups: OrderedDict[str, deque[tuple[str, asyncio.Future[str]]]] = OrderedDict()
+        self._used_until = -math.inf  # the share is used up until this time
+
+    async def hash(self, key: str, group: str) -> str:
+        """Return the tripcode of a key when it is its turn; ProtocolError 503 after HASH_WAIT."""
+        if not self._groups and self._used_until <= self._loop.time():
+            return self._hash(key)
+        if not self._groups:
+            self._loop.call_at(self._used_until, self._work)
+        result: asyncio.Future[str] = self._loop.create_future()
+        self._groups.setdefault(group, deque()).append((key, result))
+        try:
+            async with asyncio.timeout(HASH_WAIT):
+                return await result
+        except TimeoutError:
+            reason = "too many keys are to be verified"
+            raise ProtocolError(503, reason, headers=[NO_STORE, ("Retry-After", "1")]) from None
+
+    def _hash(self, key: str) -> str:
+        """Hash a key at the cost of the share; what was not used in the last second is lost."""
+        begin = time.thread_time()
+        code = tripcode(key)
+        cost = (time.thread_time() - begin) / self._share
+        self._used_until = max(self._used_until, self._loop.time() - 1) + cost
+        return code
+
+    def _work(self) -> None:
+        """Hash the next key of the next group; one in each turn of the loop, so that all else goes on."""
+        while self._groups:
+            group, waiting = self._groups.popitem(last=False)
+            key, result = waiting.popleft()
+            if waiting:
+                self._groups[group] = waiting  # behind the others
+            if not result.done():  # otherwise its client has gone
+                result.set_result(self._hash(key))
+                break
+        if self._groups:
+            self._loop.call_at(self._used_until, self._work)
+
+
+class Verdict(NamedTuple):
+    """What `Keys` says of a key."""
+
+    tripcode: str
+    right: bool  # it is one of those that were asked for
+    is_new: bool = False  # and shown for the first time
+
+
 class Keys:
     """Verifies API keys by their tripcodes, in constant time.
 
     That a key belongs to its tripcode stays true for ever, so it is remembered: one key for each configured tripcode.
+    Such a key costs no hash and never waits.
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._known: dict[str, bytes] = {}  # a key by its tripcode
-        self._hashed = -math.inf  # the time up to which the budget of hashes is used up
+        self._registered = HashQueue(HASH_SHARE)
+        self._strangers = HashQueue(STRANGER_SHARE)
 
     def configure(self, codes: Iterable[str]) -> None:
         """Forget the keys whose tripcodes are not configured any more."""
         configured = set(codes)
         self._known = {code: key for code, key in self._known.items() if code in configured}
 
-    def find(self, key: str, codes: Iterable[str]) -> tuple[str, bool]:
-        """Return the tripcode of `key`, and whether it is one of `codes`; ProtocolError 503 above the budget."""
+    async def find(self, key: str, codes: Iterable[str], group: str) -> Verdict:
+        """Return the tripcode of `key`, and whether it is one of `codes`; ProtocolError 503 when that takes too long.
+
+        A key that is not known waits behind those of its group; without `codes`, behind those of all strangers.
+        """
         wanted = tuple(codes)
         shown = key.encode("utf-8", "surrogateescape")
         for code in wanted:
             known = self._known.get(code)
             if known is not None and is_same_secret(known, shown):
-                return code, True
-        found = self._hash(key)
+                return Verdict(code, True)
+        found = await (self._registered if wanted else self._strangers).hash(key, group)
         matches = [is_same_secret(found.encode(), code.encode()) for code in wanted]
         if not any(matches):
-            return found, False
+            return Verdict(found, False)
+        is_new = found not in self._known  # not so if the same key was shown twice at once
         self._known[found] = shown
-        return found, True
-
-    def _hash(self, key: str) -> str:
-        """Return the tripcode of a key that is not known yet, as long as the budget of hashes lasts."""
-        now = self._loop.time()
-        used = max(self._hashed, now - 1) + 1 / HASHES_PER_SECOND  # what a second did not use is lost
-        if used > now:
-            raise ProtocolError(503, "too many unknown keys", headers=[NO_STORE, ("Retry-After", "1")])
-        self._hashed = used
-        return tripcode(key)
+        return Verdict(found, True, is_new)
 
 
 class TunnelBody(Body):
@@ -4641,28 +4772,44 @@ class Relay:
         if exchange is None and action == "http_response":
             raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self._settle(request))
         server = exchange.server if exchange else self.servers.get(rest)
-        if not self._verify(request, server, server.name if server else rest) or server is None:
+        verified = await self._verify(request, server, server.name if server else rest)
+        if exchange is None and server is not self.servers.get(rest):  # the configuration has changed meanwhile
+            verified = False
+        if not verified or server is None:
             challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
             raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, challenge])
         if exchange:
             return await self._take_response(request, exchange)
         return await (self._listen if method == "GET" else self._take_batch)(request, server)
 
-    def _verify(self, request: Request, server: Registered | None, name: str) -> bool:
+    async def _verify(self, request: Request, server: Registered | None, name: str) -> bool:
         """Return whether the request shows the server's key; remember who asks in vain."""
         key = request.headers.get("x-apikey", "")
         if not key or len(key) > MAX_KEY:
             return False
-        code, right = self.keys.find(key, [server.entry.tripcode] if server else [])
-        if right:
-            return True
+        address = outer_address(known_client(request))
+        if server:
+            verdict = await self.keys.find(key, [server.entry.tripcode], f"{name} {address}")
+            if verdict.is_new:
+                self._warn_of_weakness("server", name, key)
+            if verdict.right:
+                return verdict.tripcode == server.entry.tripcode  # which a reload may have changed
+        else:
+            verdict = await self.keys.find(key, [], address)
         self._refuse("backend", request, name, "wrong key" if server else "unknown name")
         if not server and _NAME.fullmatch(name):
-            self.unregistered[name, code] = time.time()
-            self.unregistered.move_to_end((name, code))
+            self.unregistered[name, verdict.tripcode] = time.time()
+            self.unregistered.move_to_end((name, verdict.tripcode))
             while len(self.unregistered) > MAX_UNREGISTERED:
                 self.unregistered.popitem(last=False)
         return False
+
+    @staticmethod
+    def _warn_of_weakness(kind: str, name: str, key: str) -> None:
+        """Tell the operator of a key that can be guessed: the original's servers do not refuse one."""
+        if weakness := key_weakness(key):
+            why = weakness.partition(";")[0].removeprefix("api_key ")
+            tell(f"ptth relay: warning: the key of the {kind} {name!r} {why}; give it a better one")
 
     def _refuse(self, api: str, request: Request, name: str, why: str) -> None:
         """Keep account of a key that was refused; tell it once a minute for each name, and for all that nobody has."""
@@ -4683,7 +4830,7 @@ class Relay:
         version, _, rest = path.partition("/")
         if not self.config.enable_scraper_api or version not in ("v1", "api"):
             raise ProtocolError(404, "there is nothing here")
-        self._verify_scraper(request)
+        await self._verify_scraper(request)
         what = rest.partition("?")[0]
         if not what.startswith("server/"):
             return self.desk.show_scraper(request, what)
@@ -4692,7 +4839,7 @@ class Relay:
             raise ProtocolError(404, "there is nothing here")
         return await self._forward(request, self._known(name), "/" + below)
 
-    def _verify_scraper(self, request: Request) -> None:
+    async def _verify_scraper(self, request: Request) -> None:
         """Return when the request shows a scraper's key that is valid now; only the log learns why another is not."""
         key = request.headers.get("x-apikey")
         why, name, now = "no key", "-", time.time()
@@ -4700,10 +4847,13 @@ class Relay:
             why = "a key that is too long"
         elif key:
             why = "unknown key"
-            code, _ = self.scraper_keys.find(key, [entry.hash for entry in self.config.scraper_keys])
+            codes = [entry.hash for entry in self.config.scraper_keys]
+            verdict = await self.scraper_keys.find(key, codes, outer_address(known_client(request)))
             for entry in self.config.scraper_keys:
-                if is_same_secret(code.encode(), entry.hash.encode()):
+                if is_same_secret(verdict.tripcode.encode(), entry.hash.encode()):
                     name = entry.name
+                    if verdict.is_new:
+                        self._warn_of_weakness("scraper", name, key)
                     if entry.not_before <= now <= entry.not_after:
                         return
                     why = "a key that is not yet valid" if now < entry.not_before else "a key that has expired"

@@ -600,8 +600,42 @@ class TestTripcodes:
         assert word in ptth.key_weakness(key)
         assert "server --new-key" in ptth.key_weakness(key)
 
-    def test_a_good_key_passes(self) -> None:
-        assert ptth.key_weakness(KEY) is None
+    GUESSABLE = """
+        abcdefghabcdefgh 1234567890123456 qwertyuiopasdfgh hgfedcbahgfedcba 0987654321098765 QwErTyUiOpAsDfGh
+        ABCDEFGHabcdefgh poiuytrewqlkjhgf 0123456789abcdef 1q2w3e4r5t6y7u8i 1qaz2wsx3edc4rfv zaq12wsxcde34rfv
+        qazwsxedcrfvtgby abcd1234abcd1234 aabbccddeeffgghh a1b2c3d4e5f6g7h8 zxcvbnmasdfghjkl !@#$%^&*()123456
+        azbycxdwevfugtht password12345678 13579bdf02468ace 12345678-12345678 acegikmoqsuwybdf xyzabcdefghijklm
+        abcdefghijklmnopqrstuvwxyz qwertzuiopasdfgh aaaabbbbccccddddeeeeffffgggghhhh iloveyou2iloveyou2
+    """
+
+    @pytest.mark.parametrize("key", GUESSABLE.split())
+    def test_a_key_with_a_pattern_is_refused(self, key: str) -> None:
+        assert "guessed" in ptth.key_weakness(key) and "server --new-key" in ptth.key_weakness(key)
+
+    def test_good_keys_pass(self) -> None:
+        rng = random.Random(12)
+        for key in (
+            KEY,
+            "correcthorsebatterystaple",
+            "my dog eats green apples".replace(" ", "-"),
+            "wrong-key-that-is-long-enough",
+        ):
+            assert ptth.key_weakness(key) is None, key
+        for _ in range(200):
+            data = rng.randbytes(16)
+            for key in (
+                data.hex(),
+                base64.b64encode(data).decode(),
+                base64.urlsafe_b64encode(data[:15]).decode(),
+                base64.b32encode(data).decode(),
+            ):
+                assert ptth.key_weakness(key) is None, key
+
+    def test_a_key_is_looked_at_in_little_time(self) -> None:
+        begin = time.thread_time()
+        for key in ("ab" * 64, "ab1" * 42, "".join(map(chr, range(33, 127))), "q" * 127 + "z"):
+            ptth.is_guessable(key)
+        assert time.thread_time() - begin < 1
 
 
 class TestSyntax:
@@ -3683,6 +3717,91 @@ class TestRelay:
         stopping.result(5)
 
 
+class TestKeys:
+    """Who verifies keys, and what that may cost."""
+
+    @pytest.fixture
+    def counted(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The keys that are hashed; a hash is said to take a millisecond, and a dear key's a second more."""
+        hashed: list[str] = []
+
+        def tripcode(key: str) -> str:
+            hashed.append(key)
+            return f"code of {key}"
+
+        monkeypatch.setattr(ptth, "tripcode", tripcode)
+        monkeypatch.setattr(ptth.time, "thread_time", lambda: len(hashed) / 1000 + hashed.count("dear"))
+        return hashed
+
+    def test_a_key_is_hashed_once_also_after_a_reload(self, background: Background, counted: list[str]) -> None:
+        async def work() -> None:
+            keys = ptth.Keys()
+            assert await keys.find("a", ["code of a"], "") == ("code of a", True, True)
+            keys.configure(["code of a", "code of b"])
+            assert await keys.find("a", ["code of b", "code of a"], "") == ("code of a", True, False)
+            assert counted == ["a"]
+            assert await keys.find("b", ["code of a"], "") == ("code of b", False, False)
+            keys.configure(["code of b"])  # what is not configured is not kept
+            assert await keys.find("a", ["code of a"], "") == ("code of a", True, True)
+            assert counted == ["a", "b", "a"]
+
+        background.run(work())
+
+    def test_groups_take_turns(self, background: Background, counted: list[str]) -> None:
+        async def work() -> None:
+            hashes = ptth.HashQueue(1)
+            await hashes.hash("dear", "x")
+            flood = [asyncio.create_task(hashes.hash(f"flood {i}", "x")) for i in range(100)]
+            await asyncio.sleep(0)
+            flood[3].cancel()
+            await asyncio.wait_for(hashes.hash("fresh", "y"), 5)
+            assert counted.index("fresh") <= 3
+            await asyncio.gather(*flood, return_exceptions=True)
+            assert len(counted) == 101 and "flood 3" not in counted
+
+        background.run(work())
+
+    def test_hashing_takes_its_share_of_the_time_and_no_more(self, background: Background, counted: list[str]) -> None:
+        async def work() -> None:
+            loop = asyncio.get_running_loop()
+            hashes = ptth.HashQueue(0.02)  # a hash in a twentieth of a second
+            begin = loop.time()
+            await asyncio.gather(*(hashes.hash(str(i), "") for i in range(25)))
+            assert loop.time() - begin > 0.19  # 20 of them at once: for that a second had been saved
+
+        background.run(work())
+
+    def test_a_wait_for_a_hash_ends_with_503(
+        self, background: Background, counted: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "HASH_WAIT", 0.01)
+
+        async def work() -> None:
+            hashes = ptth.HashQueue(1e-6)
+            await hashes.hash("a", "")
+            with pytest.raises(ptth.ProtocolError) as caught:
+                await hashes.hash("b", "")
+            assert caught.value.status == 503 and ("Retry-After", "1") in caught.value.headers
+
+        background.run(work())
+
+    def test_a_weak_key_of_an_original_peer_is_told_once(
+        self, bare_relay: Tunnel, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        weak = "abcdefghabcdefgh"
+
+        async def apply() -> None:
+            bare_relay.relay.configure(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(weak))]))
+
+        bare_relay.background.run(apply())
+        hand = Hand(bare_relay.port, key=weak)
+        for _ in range(2):
+            hand.send("GET", "http_listen/n", b"", "Accept: */*", "Prefer: wait=0")
+            assert hand.answer_without_length()[0] == 204
+        told = capfd.readouterr().err
+        assert told.count("warning") == 1 and "'n'" in told and "guessed" in told and weak not in told
+
+
 class TestOperator:
     """The scraper API, the audit log, metrics and a live configuration."""
 
@@ -5263,16 +5382,44 @@ class TestFaults:
         assert statistics.median(times) < 0.1
         assert server.peak_mib() < 80
 
-    def test_unknown_keys_share_a_budget_and_known_ones_never_wait(self, pair: Pair) -> None:
-        statuses = []
-        for i in range(300):
-            hand = Hand(pair.port, key=f"wrong-key-that-is-long-enough-{i}")
-            hand.listen(0)
-            statuses.append(hand.answer()[0])
+    def test_a_flood_of_wrong_keys_keeps_no_server_away(self, start: object, tmp_path: object) -> None:
+        port = free_port()
+        write_configs(tmp_path, port)
+        with open(tmp_path / "ptth_relay.toml", "a") as file:
+            file.write(f'[[servers]]\nname = "fresh"\ntripcode = "{ptth.tripcode("the-second-key-of-this-test")}"\n')
+        relay = start("relay", cwd=tmp_path).listening()
+        known = Hand(port)
+        known.listen(0)
+        assert known.answer()[0] == 200
+        stop = threading.Event()
+        statuses = set()
+
+        def flood(number: int) -> None:
+            hand = Hand(port, ("n", "fresh", "unknown")[number % 3])
+            while not stop.is_set():
+                hand.key = f"wrong-key-that-is-long-enough-{os.urandom(4).hex()}"
+                hand.listen(0)
+                statuses.add(hand.answer()[0])
             hand.close()
-        assert set(statuses) == {401, 503}
-        assert one(pair.get("/hello.txt"))[2] == HELLO
-        assert len([line for line in pair.relay.told if "refused" in line]) == 1
+
+        threads = [threading.Thread(target=flood, args=(i,)) for i in range(24)]
+        for thread in threads:
+            thread.start()
+        refused = lambda: len([line for line in relay.told if "refused" in line])  # noqa: E731
+        eventually(lambda: refused() == 3)  # one line for each name, and one for those that nobody has
+        fresh = Hand(port, "fresh", "the-second-key-of-this-test")
+        for _ in range(2):
+            for hand in (known, fresh):
+                hand.listen(0)
+                assert hand.answer()[0] == 200
+            relay.process.send_signal(signal.SIGHUP)
+            relay.wait_for("read ptth_relay.toml again")
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert statuses == {401} and refused() == 3
+        for hand in (known, fresh):
+            hand.close()
 
     def test_the_relays_name_and_the_clock_may_fail_and_come_back(
         self, background: Background, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
