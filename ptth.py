@@ -874,12 +874,16 @@ def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-@functools.lru_cache(256)
 def parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
     """Return a path's decoded segments, and whether it names a directory (it ends in a slash or a dot segment).
 
     Dot segments, also written %2e, are removed (RFC 3986, 5.2.4), then empty ones. An escaped slash does not separate.
+    Short paths are kept: 256 of 8 KB would take 80 MB.
     """
+    return _parse_short_path(path) if len(path) < 256 else _parse_path(path)
+
+
+def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
     if _BAD_ESCAPE.search(path):
         raise ProtocolError(400, "a percent sign without two hex digits in the path")
     segments: list[bytes] = []
@@ -895,6 +899,9 @@ def parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
             segments.append(segment)
     directory = segment in (b"", b".", b"..")
     return tuple(segment for segment in segments if segment), directory
+
+
+_parse_short_path = functools.lru_cache(256)(_parse_path)
 
 
 def quote(name: bytes) -> str:

@@ -771,6 +771,12 @@ class TestSyntax:
     def test_paths(self, path: str, segments: list[bytes], directory: bool) -> None:
         assert ptth.parse_path(path) == (tuple(segments), directory)
 
+    def test_only_short_paths_are_kept(self) -> None:
+        long, short = "/a" * 4000, "/a" * 100
+        assert ptth.parse_path(long) == ((b"a",) * 4000, False)
+        assert ptth.parse_path(long)[0] is not ptth.parse_path(long)[0]
+        assert ptth.parse_path(short)[0] is ptth.parse_path(short)[0]
+
     TAGS = [
         ('"a"', '"a"', True, True), ('W/"a"', '"a"', True, False), ('"b", "a"', '"a"', True, True), ("*", '"a"', True, True),
         ('"b"', '"a"', False, False), ("a", '"a"', False, False), ('"a,b"', '"a,b"', True, True), ("", '"a"', False, False),
@@ -1290,6 +1296,9 @@ class TestHTTPServer:
         ptth.wants_json(request.headers)
         ptth.parse_wait(request.headers.get("prefer", ""))
         ptth.known_client(request)
+        for name in ("range", "if-none-match"):
+            headers = ptth.Headers([(name, "bytes=" + request.headers.get("x-whatever", ""))])
+            ptth.choose("GET", headers, '"a"', 0, 9, 0)
         ptth.choose("GET", request.headers, '"a"', 0, 9, 0)
 
     @pytest.mark.parametrize(
@@ -2634,6 +2643,16 @@ class TestTunnelMessages:
         kept = [pair for pair in ptth.passing_response(401, told) if pair in told.pairs]
         assert kept == [pair for pair in told.pairs if pair[1]]  # a server on a host of its own
 
+    def test_too_many_challenges_or_links_do_not_pass(self) -> None:
+        for name, value, most in (
+            ("WWW-Authenticate", "Basic realm=v", ptth.MAX_CHALLENGES),
+            ("Link", "<a>;rel=b", ptth.MAX_LINK),
+        ):
+            fitting = (most + 2) // (len(value) + 2)
+            for count, passes in ((fitting, fitting), (fitting + 1, 0)):
+                passed = ptth.passing_response(401, ptth.Headers([(name, value)] * count), server="n")
+                assert [pair[0] for pair in passed].count(name) == passes
+
     def test_what_a_visitor_says_to_be_taken_for_the_relay_is_dropped(self) -> None:
         names = [
             "Available-Dictionary", "Dictionary-ID", "PTTH-Request-Id", "ptth-body-length", "PTTH_Request_Id", "X_Forwarded_Host", "Proxy",
@@ -2706,6 +2725,7 @@ class TestTunnelMessages:
         assert (("Content-Security-Policy", ptth.SANDBOX) in fields) is sandbox
         double = ptth.passing_response(200, ptth.Headers([("Content-Type", "image/png"), ("content-type", kind)]))
         assert ("Content-Security-Policy", ptth.SANDBOX) in double
+        assert not ptth.runs_nothing(f"{kind}; x={'y' * 256}")  # nor is it kept
         named = ptth.passing_response(
             200, ptth.Headers([("Content-Type", "image/png"), ("Connection", "Content-Type")])
         )
