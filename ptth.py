@@ -4542,14 +4542,14 @@ class Desk:
             else:
                 state = f"last seen {format_age(now - server.last_seen)}"
             shown = escape(server.entry.display_name or server.name)
-            link = f'<a class="d" href="./{server.name}/">{shown}</a>'
+            link = f'<a href="./{server.name}/">{shown}</a>'
             state = f'<span class="{"on" if server.present else "q"}">{state}</span>'
             requests = f"{sum(server.statuses.values()):,}"
             rows.append((link, state, requests, format_size(server.body_bytes), str(server.transfers)))
         content = "<h1>Servers</h1>\n"
         if self.relay.config.news_url:
             content += f'<p><a href="{escape(self.relay.config.news_url)}">News</a></p>\n'
-        columns = {"Name": "", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
+        columns = {"Name": "d", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
         content += table(columns, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
         return self._page("Servers", content, "../../")
 
