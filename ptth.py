@@ -2152,6 +2152,8 @@ class Origin(NamedTuple):
     host: str
     port: int
     path: str
+    unix: str = ""  # the path of a unix socket to connect to instead of host and port
+    verify: bool = True  # check the certificate
 
     @property
     def name(self) -> str:
@@ -2160,8 +2162,8 @@ class Origin(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Host and port, for messages."""
-        return f"{bracket(self.host)}:{self.port}"
+        """Host and port, or the unix socket, for messages."""
+        return f"unix:{self.unix}" if self.unix else f"{bracket(self.host)}:{self.port}"
 
     @property
     def authority(self) -> str:
@@ -2208,6 +2210,21 @@ def parse_origin(url: str) -> Origin:
     if not 0 < port < 65536:
         raise ValueError("its port is not a number from 1 to 65535")
     return Origin(bool(match[1]), parse_host(place[1]), port, path)
+
+
+def parse_app(text: str) -> Origin:
+    """Parse where an app is: PORT of this machine, HOST:PORT, a URL, https+insecure://..., or unix:PATH. ValueError."""
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if path.startswith("//"):
+            path = path[2:]
+        if not path or not hasattr(socket, "AF_UNIX"):
+            raise ValueError("a unix socket is written unix:/run/app.sock, on systems that have them")
+        return Origin(False, "localhost", 80, "", unix=path)
+    if text.isascii() and text.isdigit():
+        text = f"localhost:{text}"  # a name, since an app may listen at ::1 only
+    url = re.sub(r"\A(?i:https\+insecure)://", "https://", text)
+    return parse_origin(url if "://" in url else f"http://{url}")._replace(verify=url == text)
 
 
 def parse_host(text: str) -> str:
@@ -2345,11 +2362,15 @@ class Client:
         self.silence_time = STALL_TIME  # of its connections
         self.streams: set[Stream] = set()
         self._idle: deque[tuple[Stream, float]] = deque()  # the freshest last
+        self._sweeper: asyncio.Task[None] | None = None
         self._tls: ssl.SSLContext | None = None
         if origin.tls:
             import ssl
 
             self._tls = ssl.create_default_context()
+            if not origin.verify:
+                self._tls.check_hostname = False
+                self._tls.verify_mode = ssl.CERT_NONE
 
     async def connect(self) -> Stream:
         """Open a connection; every address of the host is tried, each CONNECT_DELAY after the one before (RFC 8305).
@@ -2361,9 +2382,12 @@ class Client:
         first = proxy.origin if proxy else self.origin
         try:
             async with asyncio.timeout(CONNECT_TIME):
-                reader, writer = await asyncio.open_connection(
-                    *first.address, limit=SLICE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
-                )
+                if first.unix:
+                    reader, writer = await asyncio.open_unix_connection(first.unix, limit=SLICE)
+                else:
+                    reader, writer = await asyncio.open_connection(
+                        *first.address, limit=SLICE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
+                    )
         except OSError as error:
             if not proxy:
                 raise
@@ -2383,7 +2407,20 @@ class Client:
         tune(stream.sock)
         self.streams.add(stream)
         stream.ended.append(lambda: self.streams.discard(stream))
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(self._sweep())
         return stream
+
+    async def _sweep(self) -> None:
+        """Check the deadlines of all connections while there are any; an idle one that became too old is closed."""
+        try:
+            while self.streams:
+                await asyncio.sleep(SWEEP_TIME)
+                self._drop_stale()
+                for stream in list(self.streams):
+                    stream.sweep(stream.loop.time())
+        finally:
+            self._sweeper = None
 
     async def _open_way(self, stream: Stream, proxy: ForwardProxy) -> None:
         """Make the proxy connect to the origin; Refused. A 2xx has no content, whatever it says (RFC 9110, 9.3.6)."""
@@ -2403,15 +2440,19 @@ class Client:
 
     def reuse(self, *, oldest: bool = False) -> Stream | None:
         """Take an idle connection, the freshest or the oldest; None when there is no good one."""
-        now = asyncio.get_running_loop().time()
-        while self._idle and (self._idle[0][1] < now - REUSE_TIME or self._idle[0][0].gone()):
-            self.drop(self._idle.popleft()[0])
+        self._drop_stale()
         while self._idle:
             stream, _ = self._idle.popleft() if oldest else self._idle.pop()
             if not stream.gone():
                 return stream
             self.drop(stream)
         return None
+
+    def _drop_stale(self) -> None:
+        """Close the oldest idle connections, if they are too old or their peers have closed them."""
+        now = asyncio.get_running_loop().time()
+        while self._idle and (self._idle[0][1] < now - REUSE_TIME or self._idle[0][0].gone()):
+            self.drop(self._idle.popleft()[0])
 
     @property
     def spare(self) -> int:
@@ -3288,8 +3329,11 @@ def _multipart(
     return MultipartBody(fd, facts, parts, f"\r\n--{boundary}--\r\n".encode("latin-1"))
 
 
-def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
-    """Put a password, fields of the operator's, and permission for other origins' scripts in front of a handler."""
+def guard(handler: Handler, options: SiteOptions, realm: str, *, app: bool = False) -> Handler:
+    """Put a password, fields of the operator's, and permission for other origins' scripts in front of a handler.
+
+    An `app` does not get the password, and answers those requests with OPTIONS itself that are no preflight.
+    """
     fields: Fields = list(options.headers)
     if options.cors:
         fields += [
@@ -3303,16 +3347,22 @@ def guard(handler: Handler, options: SiteOptions, realm: str) -> Handler:
         401, "a password is needed", headers=[("WWW-Authenticate", f'Basic realm="{realm}", charset="UTF-8"')]
     )
 
+    allow = ("Allow", ", ".join((*METHODS, "POST", "PUT", "PATCH", "DELETE") if app else METHODS))
+
     async def guarded(request: Request) -> Response:
-        if options.cors and request.method == "OPTIONS":  # a preflight comes without the password
+        preflight = not app or "access-control-request-method" in request.headers
+        if options.cors and request.method == "OPTIONS" and preflight:  # it comes without the password
             asked = [
-                ("Access-Control-Allow-Methods", "GET, HEAD"),
+                ("Access-Control-Allow-Methods", allow[1].replace(", OPTIONS", "")),
                 ("Access-Control-Allow-Headers", "*, Authorization"),
             ]
-            return Response(204, [_ALLOW, NOSNIFF, *fields, *asked])
+            return Response(204, [allow, NOSNIFF, *fields, *asked])
         if secret and not is_same_secret(basic_credentials(request.headers.get("authorization", "")), secret):
             response = error_response(request, challenge)
         else:
+            if secret and app:
+                pairs = [pair for pair in request.headers.pairs if pair[0].lower() != "authorization"]
+                request = replace(request, headers=Headers(pairs))
             response = await answer(handler, request)
         given = {name.lower() for name, _ in fields} - {"vary"}  # two of that add up
         return replace(response, headers=[pair for pair in response.headers if pair[0].lower() not in given] + fields)
@@ -5663,14 +5713,12 @@ class Server:
     async def run(self) -> None:
         """Attend to the relay until `stop`; an unexpected error or a cancellation ends all work at once."""
         self._ended.clear()
-        sweeper = asyncio.create_task(sweep(self.client.streams))
         try:
             async with asyncio.TaskGroup() as self.workers.group:
                 self.workers.spawn(self.link.run())
         except* _Stopped:
             pass
         finally:
-            sweeper.cancel()
             self.client.close()
             self._ended.set()
 
@@ -5781,11 +5829,14 @@ class ServerConfig:
     api_key: str = ""
     relay_url: str = ""
     file_server_root: str = ""
+    app: str = ""  # what is served instead of a directory
+    app_host: str = "auto"
     throttle_upload: int = 0  # bytes per second; 0 is no limit
     proxy_url: str = ""
     site: SiteOptions = SiteOptions()
     origin: Origin = NOWHERE  # the relay's
     proxy: ForwardProxy | None = None  # on the way there
+    app_origin: Origin = NOWHERE
 
 
 class Table:
@@ -6028,7 +6079,8 @@ def load_server_config(
         check_secrecy(path, table)
     values = table.values
     site_keys = ("auth", "hidden", "follow_symlinks", "listing", "cors", "headers")
-    table.allow_only(["name", "api_key", "relay_url", "file_server_root", "throttle_upload", "proxy_url", *site_keys])
+    own_keys = ("name", "api_key", "relay_url", "file_server_root", "app", "app_host", "throttle_upload", "proxy_url")
+    table.allow_only([*own_keys, *site_keys])
     if isinstance(values.get("throttle_upload"), bool) and values.pop("throttle_upload"):
         tell(f"ptth server: {path}: throttle_upload = true sets no limit here; give a number of bytes per second")
     values.update(flags)
@@ -6037,6 +6089,8 @@ def load_server_config(
         name=table.text("name"),
         relay_url=table.text("relay_url"),
         file_server_root=table.text("file_server_root"),
+        app=table.text("app"),
+        app_host=table.text("app_host", "auto"),
         throttle_upload=table.number("throttle_upload", 0, 0, 10**12),
         proxy_url=table.text("proxy_url"),
         site=read_site(table),
@@ -6055,13 +6109,31 @@ def load_server_config(
             config.proxy = find_proxy(config)
         except UserError as error:
             problems += error.args
-        try:
-            config.file_server_root = check_root(config.file_server_root, f"file_server_root in {path}")
-        except UserError as error:
-            table.problem(error.args[0])
+        read_content(config, table)
     if problems:
         raise UserError(*problems)
     return config
+
+
+def read_content(config: ServerConfig, table: Table) -> None:
+    """Check what is served: a directory or an app."""
+    if not config.app:
+        try:
+            config.file_server_root = check_root(config.file_server_root, f"file_server_root in {config.path}")
+        except UserError as error:
+            table.problem(error.args[0])
+        return
+    if config.file_server_root:
+        table.problem(
+            "app and file_server_root exclude each other, since one name serves one thing: remove one of them, or run "
+            "a second server with a name of its own"
+        )
+    try:
+        config.app_origin = parse_app(config.app)
+        if config.app_host not in ("auto", "public", "local") and not is_host(config.app_host or ":"):
+            raise ValueError('app_host must be "auto", "public", "local" or a host')
+    except ValueError as error:
+        table.problem(f"app cannot be used: {error}; for example 3000, http://127.0.0.1:3000 or unix:/run/app.sock")
 
 
 def parse_relay_url(url: str) -> Origin:
@@ -6411,7 +6483,9 @@ async def run_server(args: argparse.Namespace) -> None:
         print_server_key(args.name or "my-server", args.relay_url or "https://relay.example.com")
         return
     flags = {
-        key: value for key in ("name", "relay_url", "file_server_root") if (value := getattr(args, key)) is not None
+        key: value
+        for key in ("name", "relay_url", "file_server_root", "app")
+        if (value := getattr(args, key)) is not None
     }
     path = find_config(args.config, "ptth_server.toml")
     load = functools.partial(load_server_config, path, flags, optional=args.config is None)
@@ -6421,19 +6495,28 @@ async def run_server(args: argparse.Namespace) -> None:
         return
     pace = Pace(config.throttle_upload) if config.throttle_upload else None
     client = Client(config.origin, config.proxy, pace)
-    server = Server(client, config.name, config.api_key, site_of(config, config.name))
+    server = Server(client, config.name, config.api_key, make_content(config))
     stop = stop_event(functools.partial(reload_server, server, config, load))
-    announce(f"PTTH server {config.name}: serving {os.path.realpath(config.file_server_root)}")
+    announce(f"PTTH server {config.name}: serving {describe_content(config)}")
     running = asyncio.create_task(server.run())
     await wait_for_any(stop.wait(), running)
     await server.stop()
     await running
 
 
-def site_of(config: ServerConfig, name: str) -> Handler:
-    """Return what `ptth server` serves, by its configuration."""
+def make_content(config: ServerConfig) -> Handler:
+    """Return the handler for what `ptth server` serves, by its configuration."""
+    if config.app:
+        return guard(App(Client(config.app_origin), config.app_host).handle, config.site, config.name, app=True)
     private = [config.path] if os.path.exists(config.path) else []
-    return server_handler(Site(config.file_server_root, config.site, private=private), name)
+    return server_handler(Site(config.file_server_root, config.site, private=private), config.name)
+
+
+def describe_content(config: ServerConfig) -> str:
+    """Return the app or the directory that is served, for messages."""
+    if config.app:
+        return f"the app at {config.app_origin.unix and config.app_origin.place or config.app_origin.url}"
+    return os.path.realpath(config.file_server_root)
 
 
 def reload_server(server: Server, config: ServerConfig, load: Callable[[], ServerConfig]) -> None:
@@ -6450,8 +6533,9 @@ def reload_server(server: Server, config: ServerConfig, load: Callable[[], Serve
     changed = [key for key in keys if getattr(fresh, key) != getattr(config, key)]
     if changed:
         tell(f"ptth server: these change with a restart only: {', '.join(changed)}")
-    server.workers.handler = site_of(fresh, config.name)
-    tell(f"ptth server: read {config.path} again: serving {os.path.realpath(fresh.file_server_root)}")
+    fresh.name = config.name
+    server.workers.handler = make_content(fresh)
+    tell(f"ptth server: read {config.path} again: serving {describe_content(fresh)}")
 
 
 def print_server_key(name: str, relay_url: str) -> None:
@@ -6521,6 +6605,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo = command("demo", run_demo, "run a relay and a server on this machine, to see how it works")
     demo.add_argument("dir", nargs="?", default="", metavar="DIR", help="the directory to serve (default: this one)")
     demo.add_argument("--port", type=port_number, default=4000, metavar="N", help="default: 4000")
+    app_help = "a web app to serve instead: its port here, HOST:PORT, a URL, or unix:PATH"
+    demo.add_argument("--app", default="", metavar="TARGET", help=app_help)
 
     relay = command("relay", run_relay, "relay requests to servers behind firewalls; runs on a public host")
     relay.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_relay.toml")
@@ -6533,6 +6619,7 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--name", metavar="N", help="the name at the relay")
     server.add_argument("--relay-url", metavar="URL", help="for example https://relay.example.com")
     server.add_argument("--file-server-root", metavar="DIR", help="the directory to serve (default: this one)")
+    server.add_argument("--app", metavar="TARGET", help=app_help)
     server.add_argument("--print-tripcode", action="store_true", help="print the block for ptth_relay.toml, and exit")
     server.add_argument("--new-key", action="store_true", help="print a ptth_server.toml with a fresh key, and exit")
 

@@ -3106,6 +3106,36 @@ class TestApp:
             "answers again",
         ]
 
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [("3000", "http://localhost:3000"), ("host:81", "http://host:81"), ("http://127.0.0.1:3000/p/", "http://127.0.0.1:3000/p"),
+         ("HTTPS+insecure://h", "https://h"), ("https://h", "https://h"), ("[::1]:80", "http://[::1]"), ("unix:/run/x", "unix:/run/x"),
+         ("unix:", None), ("", None), ("0", None), ("99999", None), ("ftp://h", None), ("h/?q", None)],
+    )  # fmt: skip
+    def test_an_apps_target(self, text: str, expected: str | None) -> None:
+        if expected is None:
+            with pytest.raises(ValueError):
+                ptth.parse_app(text)
+            return
+        origin = ptth.parse_app(text)
+        assert (origin.place if origin.unix else origin.url) == expected
+        assert origin.verify is not ("insecure" in text)
+
+    def test_an_app_and_a_directory_exclude_each_other(self, tmp_path: object) -> None:
+        path = tmp_path / "ptth_server.toml"
+        base = f'name = "n"\napi_key = "{KEY}"\nrelay_url = "http://127.0.0.1"\n'
+        for more, word in (
+            ('app = "3000"\nfile_server_root = "."\n', "exclude each other"), ('app = "ftp://x"\n', "app cannot be used"),
+            ('app = "3000"\napp_host = "no host"\n', "app_host must be"), ('app_hots = "x"\n', "did you mean app_host"),
+        ):  # fmt: skip
+            path.write_text(base + more)
+            path.chmod(0o600)
+            with pytest.raises(ptth.UserError, match=word):
+                ptth.load_server_config(str(path), {})
+        path.write_text(base + 'app = "3000"\n')
+        assert ptth.load_server_config(str(path), {}).app_origin.url == "http://localhost:3000"
+        assert ptth.load_server_config(str(path), {"app": "h:1"}).app_origin.url == "http://h:1"
+
 
 class TestRelay:
     @pytest.fixture
