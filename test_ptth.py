@@ -4355,13 +4355,15 @@ class TestServer:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
         tunnel = Tunnel(background, handler)
         clients = [Client(tunnel.port, f"/{i}") for i in range(2)]
-        eventually(lambda: len(started) == 2 and not tunnel.relay.servers["n"].parked)
-        clients.append(Client(tunnel.port, "/2"))
-        eventually(lambda: tunnel.relay.servers["n"].waiting)
-        for _ in range(3):
-            tunnel.fetch(get("/frontend/relay_up_check"))
-        assert len(started) == 2 and len(tunnel.relay.servers["n"].waiting) == 1
-        release.set()
+        try:
+            eventually(lambda: len(started) == 2 and not tunnel.relay.servers["n"].parked)
+            clients.append(Client(tunnel.port, "/2"))
+            eventually(lambda: tunnel.relay.servers["n"].waiting)
+            for _ in range(3):
+                tunnel.fetch(get("/frontend/relay_up_check"))
+            assert len(started) == 2 and len(tunnel.relay.servers["n"].waiting) == 1
+        finally:
+            release.set()  # also after a failure, or its thread would keep the tests from ending
         assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
         tunnel.close()
 
