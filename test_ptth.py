@@ -149,6 +149,7 @@ class FakeProxy:
         with socket.create_connection(("127.0.0.1", self.port)) as last:
             last.sendall(b"stop\r\n\r\n")
             self._thread.join(20)
+        assert not self._thread.is_alive(), "a connection to the proxy was left open"
         self.sock.close()
 
 
@@ -459,7 +460,7 @@ def make_certificate(where: object, kind: tuple[str, ...] = EC) -> ssl.SSLContex
     """Make the files `cert` and `key` for localhost, and a server's context of them."""
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", *kind, "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost"], cwd=where, check=True, capture_output=True,
+         "-addext", "subjectAltName=DNS:localhost,IP:::1"], cwd=where, check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(where / "cert", where / "key")
@@ -1712,8 +1713,7 @@ class TestConnecting:
             with pytest.raises(ptth.Refused, match=f"the proxy at {re.escape(place)} cannot be reached: "):
                 asyncio.run(client.connect())
 
-    @pytest.mark.parametrize("scheme", ["http", "https"])
-    def test_a_peer_that_is_silent(self, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_peer_that_is_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ptth, "CONNECT_TIME", 0.05)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             place = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -1737,11 +1737,44 @@ class TestConnecting:
 
     def test_what_is_sent_names_the_program(self) -> None:
         for proxy in (None, ptth.parse_proxy("u:p@p:1")):
-            head = ptth.Client(ptth.parse_origin("http://r.example/x"), proxy).head("GET", "/y", [("A", "b")])
-            target, *lines = head.decode().splitlines()
-            assert target == f"GET {'http://r.example' if proxy else ''}/x/y HTTP/1.1"
-            assert lines[:2] == ["Host: r.example", f"User-Agent: ptth/{ptth.__version__}"]
-            assert ("Proxy-Authorization: Basic dTpw" in lines) is (proxy is not None)
+            client = ptth.Client(ptth.parse_origin("http://r.example/x"), proxy)
+            request = ptth.Request("GET", "/y", ptth.Headers([("A", "b")]))
+            for head in (client.head("GET", "/y", [("A", "b")]), client._format_request(request)):
+                target, *lines = head.decode().splitlines()
+                assert target == f"GET {'http://r.example' if proxy else ''}/x/y HTTP/1.1"
+                assert lines[:2] == ["Host: r.example", f"User-Agent: ptth/{ptth.__version__}"]
+                assert ("Proxy-Authorization: Basic dTpw" in lines) is (proxy is not None)
+
+    def test_what_is_forwarded_keeps_its_fields(self) -> None:
+        fields = [("Host", "visitor.example"), ("Accept", "*/*")]
+        head = ptth.Client(ptth.parse_origin("http://app"))._format_request(
+            ptth.Request("GET", "/", ptth.Headers(fields))
+        )
+        assert head == ptth.format_request_head("GET", "/", fields)
+
+    @needs("openssl")
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+    def test_the_name_that_a_certificate_must_have(self, tmp_path: object) -> None:
+        context = make_certificate(tmp_path)
+
+        async def connect() -> None:
+            sock = ptth.open_socket("", 0)
+            server = ptth.HTTPServer(echo, tls=context)
+            await server.listen(sock)
+            for host in ("localhost", "localhost.", "LOCALHOST", "[::1]", "[::1%251]"):
+                client = ptth.Client(ptth.parse_origin(f"https://{host}:{sock.getsockname()[1]}"))
+                client._tls = ssl.create_default_context(cafile=tmp_path / "cert")
+                response = await client.handle(ptth.Request("GET", "/x", ptth.Headers()))
+                assert await response.body.read() == b"GET /x\n"
+                await response.body.aclose()
+                client.close()
+            client = ptth.Client(ptth.parse_origin(f"https://127.0.0.1:{sock.getsockname()[1]}"))
+            client._tls = ssl.create_default_context(cafile=tmp_path / "cert")
+            with pytest.raises(ssl.SSLError):
+                await client.connect()
+            await server.stop(0.1)
+
+        asyncio.run(connect())
 
     @staticmethod
     def read_head(*pieces: bytes, patience: float = 20, pause: float = 0) -> tuple[int, ptth.Headers]:
