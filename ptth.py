@@ -886,19 +886,19 @@ def parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
 def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
     if _BAD_ESCAPE.search(path):
         raise ProtocolError(400, "a percent sign without two hex digits in the path")
+    if "%00" in path or "\0" in path:
+        raise ProtocolError(400, "a NUL in the path")
     segments: list[bytes] = []
-    parts = path.encode("latin-1").split(b"/")[1:]
-    for part in parts:
-        segment = urllib.parse.unquote_to_bytes(part) if b"%" in part else part
-        if b"\0" in segment:
-            raise ProtocolError(400, "a NUL in the path")
-        if segment == b"..":
-            if segments:
-                segments.pop()
-        elif segment != b".":
+    segment = b""
+    for segment in path.encode("latin-1").split(b"/")[1:]:
+        if b"%" in segment:
+            segment = urllib.parse.unquote_to_bytes(segment)
+        if segment not in (b".", b".."):
             segments.append(segment)
+        elif segment == b".." and segments:
+            segments.pop()
     directory = segment in (b"", b".", b"..")
-    return tuple(segment for segment in segments if segment), directory
+    return tuple(filter(None, segments)), directory
 
 
 _parse_short_path = functools.lru_cache(256)(_parse_path)
