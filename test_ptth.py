@@ -4527,7 +4527,7 @@ class TestServer:
         monkeypatch.setattr(ptth, "LOOK_TIME", 0)
         near, far = (1, 1), (ptth.FAR_P1, ptth.FAR_BATCHES)
         # 0.9 and three samples; then three at a time, one of which may fail, and then those before it count
-        assert asyncio.run(measure())[:4] == [near, far, far, near]
+        assert asyncio.run(asyncio.wait_for(measure(), 20))[:4] == [near, far, far, near]
 
     def test_an_unexpected_error_and_a_cancellation_end_the_server(self, background: Background) -> None:
         async def attend(fault: bool) -> None:
