@@ -147,6 +147,7 @@ WAIT_TIME = 25.0  # seconds a P1 waits; common proxies give up at 60, the origin
 P1_TIME = 35.0  # seconds after which the server takes an unanswered P1 for lost
 ANSWER_TIME = 50.0  # seconds for a response's head; nginx itself gives up at 60
 ABSENT_TIME = 10.0  # seconds that a request waits for a server that may be reconnecting
+RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server takes a quicker empty answer for a failure
 AWAY_TIME = 2.0  # seconds without any of its connections after which a server is shown as away
 RECENT_TIME = 60.0  # seconds after which a silent server counts as away
 REUSE_TIME = 20.0  # seconds; an idle connection older than this may be dead behind a NAT
@@ -4935,9 +4936,9 @@ class Relay:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
             # A proxy may hold a dead server's P1 open, and a request handed to that would be lost: those that live ask
-            # again. Not within a second: their server would take so quick an answer for a failure.
+            # again.
             for parked in server.parked:
-                self.loop.call_later(max(parked.since + 2 - now, 0), parked.dismiss)
+                self.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.dismiss)
             server.parked.clear()
         if not batch and wait:
             parked = Parked(self.loop.create_future(), request.connection, instance, now, now + wait)
