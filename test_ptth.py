@@ -2,7 +2,8 @@
 
 `python3 test_ptth.py` runs them on a fresh machine: where pytest cannot be imported it makes .venv beside this file,
 installs pytest and blake3 there, and goes on inside.  `pytest` works as ever.  Arguments go to pytest.  With
-PTTH_LONG=3600 in the environment the soak and the fuzzers take an hour, and a dead link is tried, too.
+PTTH_LONG=3600 in the environment the soak and the fuzzers take an hour, and a dead link is tried, too.  With PTTH_PLAIN=1
+Python lacks what it has on some systems only: os.splice, os.sendfile, os.pread and Unix sockets.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ import errno
 import functools
 import hashlib
 import http.client
+import inspect
 import json
 import math
 import queue
@@ -66,6 +68,26 @@ import traceback
 import urllib.parse
 import urllib.request
 import zlib
+
+PLAIN = os.environ.get("PTTH_PLAIN", "") != ""  # test as on a system that has only what all systems have
+
+
+def take_away() -> None:
+    """Take away what Python has on some systems only."""
+    import functools
+    import os
+    import shutil
+    import socket
+
+    socket.socketpair = functools.partial(socket.socketpair, socket.AF_UNIX)  # an event loop's own
+    shutil._USE_CP_SENDFILE = False
+    for module, names in ((os, ("splice", "sendfile", "pread")), (socket, ("AF_UNIX",))):
+        for name in names:
+            vars(module).pop(name, None)
+
+
+if PLAIN:
+    take_away()
 
 import ptth
 
@@ -380,8 +402,9 @@ class Process:
     ) -> None:
         """Start it; `constants` are values for names of the module, such as AWAY_TIME."""
         command = [PROGRAM]
-        if constants:
-            lines = [f"import sys\nsys.path.insert(0, {HERE!r})\nimport ptth", f"vars(ptth).update({constants!r})"]
+        if PLAIN or constants:
+            lines = [inspect.getsource(take_away), "take_away()"] if PLAIN else []
+            lines += [f"import sys\nsys.path.insert(0, {HERE!r})\nimport ptth", f"vars(ptth).update({constants!r})"]
             command = ["-c", "\n".join([*lines, "sys.exit(ptth.main())"])]
         self.process = subprocess.Popen(
             [sys.executable, *command, *args, *(["-q"] if quiet else [])],
@@ -3153,7 +3176,7 @@ class TestApp:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [("3000", "http://localhost:3000"), ("host:81", "http://host:81"), ("http://127.0.0.1:3000/p/", "http://127.0.0.1:3000/p"),
-         ("HTTPS+insecure://h", "https://h"), ("https://h", "https://h"), ("[::1]:80", "http://[::1]"), ("unix:/run/x", "unix:/run/x"),
+         ("HTTPS+insecure://h", "https://h"), ("https://h", "https://h"), ("[::1]:80", "http://[::1]"), ("unix:/run/x", None if PLAIN else "unix:/run/x"),
          ("unix:", None), ("", None), ("0", None), ("99999", None), ("ftp://h", None), ("h/?q", None)],
     )  # fmt: skip
     def test_an_apps_target(self, text: str, expected: str | None) -> None:
