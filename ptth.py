@@ -830,11 +830,12 @@ def _number(digits: str) -> int:
 def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
     """Return the (first, last) of each satisfiable range of `size` bytes; [] when there is none, None to ignore it.
 
-    To be ignored are unknown units, bad syntax, and what costs more than the whole (RFC 9110, 14.2).
+    To be ignored are unknown units, bad syntax, what costs more than the whole (RFC 9110, 14.2), and any range of an
+    empty file: proxies that fetch files in slices ask for one where their client wants the file.
     """
     unit, _, rest = text.partition("=")
     members = [member for part in rest.split(",", MAX_MEMBERS) if (member := part.strip(" \t"))]
-    if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES:
+    if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES or not size:
         return None
     ranges = []
     for member in members:
@@ -843,7 +844,7 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
             return None
         first, last = (_number(digits) if digits else None for digits in match.groups())
         if first is None:  # "-5": the last five bytes
-            if last is None or last and not size:  # of an empty file it is satisfiable, but no Content-Range can say so
+            if last is None:
                 return None
             if last:
                 ranges.append((max(size - last, 0), size - 1))
@@ -879,12 +880,14 @@ def parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
     """Return a path's decoded segments, and whether it names a directory (it ends in a slash or a dot segment).
 
     Dot segments, also written %2e, are removed (RFC 3986, 5.2.4), then empty ones. An escaped slash does not separate.
-    Short paths are kept: 256 of 8 KB would take 80 MB.
+    Short paths are kept: 256 of 8 KB would take 80 MB. ProtocolError 400 for what is no path.
     """
     return _parse_short_path(path) if len(path) < 256 else _parse_path(path)
 
 
 def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
+    if not path.startswith("/"):
+        raise ProtocolError(400, "the target is no path")
     if _BAD_ESCAPE.search(path):
         raise ProtocolError(400, "a percent sign without two hex digits in the path")
     if "%00" in path or "\0" in path:

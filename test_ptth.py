@@ -792,8 +792,8 @@ class TestSyntax:
         assert ptth.parse_ranges(text, 10) == expected
 
     def test_ranges_of_an_empty_file(self) -> None:
-        assert ptth.parse_ranges("bytes=0-", 0) == []
-        assert ptth.parse_ranges("bytes=-5", 0) is None
+        for text in ("bytes=0-", "bytes=0-99", "bytes=5-", "bytes=-5", "bytes=0-0,2-3"):
+            assert ptth.parse_ranges(text, 0) is None
 
     PATHS = [
         ("/", [], True), ("/a", [b"a"], False), ("/a/", [b"a"], True), ("/a/./b", [b"a", b"b"], False), ("/a/../b", [b"b"], False),
@@ -810,6 +810,12 @@ class TestSyntax:
         assert ptth.parse_path(long) == ((b"a",) * 4000, False)
         assert ptth.parse_path(long)[0] is not ptth.parse_path(long)[0]
         assert ptth.parse_path(short)[0] is ptth.parse_path(short)[0]
+
+    @pytest.mark.parametrize("path", ["*", "", "a/b", "http://h/x"])
+    def test_what_is_no_path_is_400(self, path: str) -> None:
+        with pytest.raises(ptth.ProtocolError) as caught:
+            ptth.parse_path(path)
+        assert caught.value.status == 400
 
     TAGS = [
         ('"a"', '"a"', True, True), ('W/"a"', '"a"', True, False), ('"b", "a"', '"a"', True, True), ("*", '"a"', True, True),
@@ -1906,7 +1912,8 @@ class TestFileServer:
         ("/hello.txt", ["Range: bytes=1-1", "If-Range: Tue, 14 Nov 2023 22:13:21 GMT"], 200, {}, HELLO),
         ("/hello.txt", ["Range: bytes=1-1", "If-None-Match: " + ETAG], 304, {}, b""),
         ("/big", ["Range: bytes=1000-200999"], 206, {"content-range": "bytes 1000-200999/262144"}, (bytes(range(256)) * 1024)[1000:201000]),
-        ("/empty", ["Range: bytes=0-"], 416, {"content-range": "bytes */0"}, None),
+        ("/empty", ["Range: bytes=0-"], 200, {"content-length": "0", "content-range": None}, b""),
+        ("/empty", ["Range: bytes=0-99"], 200, {}, b""),
         ("/empty", ["Range: bytes=-1"], 200, {}, b""),
     ]  # fmt: skip
     VOLATILE = {"date", "via", "content-security-policy", "connection", "keep-alive", "transfer-encoding"}
