@@ -1463,15 +1463,17 @@ class IncomingBody(Body):
 
 
 class FileBody(Body):
-    """A part of an open regular file; closes the file in the end."""
+    """A part of an open regular file; closes the file in the end.
 
-    replayable = True
+    Without a `length` it is all that can be read from `offset` on, which is not the same each time.
+    """
 
-    def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int) -> None:
+    def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int | None) -> None:
         self._fd = fd
         self._opened = opened
         self._offset = offset
         self.length = length
+        self.replayable = length is not None
 
     def slices(self, size: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, count) of each part to send, after a look whether the file is still what was announced.
@@ -1488,6 +1490,10 @@ class FileBody(Body):
             yield offset, min(size, end - offset)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        offset = self._offset
+        while self.length is None and (data := read_at(self._fd, offset, PIECE)):
+            offset += len(data)
+            yield data
         for offset, count in self.slices(SLICE):
             data = read_at(self._fd, offset, count)
             if len(data) < count:
@@ -1495,7 +1501,7 @@ class FileBody(Body):
             yield data
 
     async def write_to(self, connection: Connection) -> None:
-        if not connection.can_send_file:
+        if self.length is None or not connection.can_send_file:
             await super().write_to(connection)
             return
         for offset, count in self.slices(4 * SENDFILE_SLICE):
@@ -2653,28 +2659,65 @@ class Client:
 # Paths to responses. Has never heard of sockets or relays.
 
 TYPES = {  # where the table of the standard library differs between versions, or lacks what browsers need
-    ".avif": "image/avif", ".bz2": "application/x-bzip2", ".css": "text/css", ".csv": "text/csv",
-    ".flac": "audio/flac", ".gz": "application/gzip", ".htm": "text/html", ".html": "text/html",
-    ".ico": "image/vnd.microsoft.icon", ".js": "text/javascript", ".json": "application/json", ".log": "text/plain",
-    ".m4a": "audio/mp4", ".markdown": "text/plain", ".md": "text/plain", ".mjs": "text/javascript",
-    ".mkv": "video/x-matroska", ".ogg": "audio/ogg", ".opus": "audio/ogg", ".otf": "font/otf",
-    ".rst": "text/plain", ".rtf": "application/rtf", ".tgz": "application/gzip", ".toml": "text/plain",
-    ".ttf": "font/ttf", ".wasm": "application/wasm", ".wav": "audio/wav", ".webm": "video/webm",
+    ".7z": "application/x-7z-compressed", ".apk": "application/vnd.android.package-archive", ".apng": "image/apng",
+    ".atom": "application/atom+xml", ".avif": "image/avif", ".bz2": "application/x-bzip2", ".cjs": "text/javascript",
+    ".css": "text/css", ".csv": "text/csv", ".eot": "application/vnd.ms-fontobject", ".epub": "application/epub+zip",
+    ".docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document", ".flac": "audio/flac",
+    ".geojson": "application/geo+json", ".glb": "model/gltf-binary", ".gltf": "model/gltf+json",
+    ".gz": "application/gzip", ".heic": "image/heic", ".heif": "image/heif", ".htm": "text/html", ".html": "text/html",
+    ".ico": "image/vnd.microsoft.icon", ".ics": "text/calendar", ".jpg": "image/jpeg", ".js": "text/javascript",
+    ".json": "application/json", ".jsonld": "application/ld+json", ".jxl": "image/jxl", ".log": "text/plain",
+    ".m4a": "audio/mp4", ".m4v": "video/mp4", ".map": "application/json", ".markdown": "text/plain",
+    ".md": "text/plain", ".mjs": "text/javascript", ".mkv": "video/x-matroska", ".mpd": "application/dash+xml",
+    ".odp": "application/vnd.oasis.opendocument.presentation", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
+    ".odt": "application/vnd.oasis.opendocument.text", ".oga": "audio/ogg", ".ogg": "audio/ogg", ".ogv": "video/ogg",
+    ".opus": "audio/ogg", ".otf": "font/otf",
+    ".pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation", ".rss": "application/rss+xml",
+    ".rst": "text/plain", ".rtf": "application/rtf", ".sh": "text/plain", ".tex": "text/plain",
+    ".tgz": "application/gzip", ".toml": "text/plain", ".ttc": "font/collection", ".ttf": "font/ttf",
+    ".vtt": "text/vtt", ".wasm": "application/wasm", ".wav": "audio/wav", ".weba": "audio/webm", ".webm": "video/webm",
     ".webmanifest": "application/manifest+json", ".webp": "image/webp", ".woff": "font/woff", ".woff2": "font/woff2",
-    ".xml": "text/xml", ".xz": "application/x-xz", ".yaml": "text/plain", ".yml": "text/plain",
-    ".zip": "application/zip", ".zst": "application/zstd", ".7z": "application/x-7z-compressed",
+    ".xht": "application/xhtml+xml", ".xhtml": "application/xhtml+xml",
+    ".xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet", ".xml": "text/xml",
+    ".xz": "application/x-xz", ".yaml": "text/plain", ".yml": "text/plain", ".zip": "application/zip",
+    ".zst": "application/zstd",
 }  # fmt: skip
+OCTETS = "application/octet-stream"
+PLAIN_TEXT = "text/plain; charset=utf-8"
 
 
 @functools.lru_cache(1024)
-def media_type(name: bytes) -> str:
-    """Return the Content-Type for a file's name: the same on every system, text as UTF-8."""
+def known_type(name: bytes) -> str:
+    """Return the Content-Type that a file's name tells, the same on every system, or "".
+
+    Text is UTF-8, but for HTML and XML, which name their encoding themselves, and Content-Type would overrule that.
+    """
     import mimetypes
 
     # types_map before init() is the module's own table; init() would add what this machine happens to have.
     extension = os.path.splitext(name)[1].lower().decode("latin-1")
-    known = TYPES.get(extension) or mimetypes.types_map.get(extension) or "application/octet-stream"
-    return f"{known}; charset=utf-8" if known.startswith("text/") else known
+    known = TYPES.get(extension) or mimetypes.types_map.get(extension) or ""
+    return f"{known}; charset=utf-8" if known.startswith("text/") and known not in ("text/html", "text/xml") else known
+
+
+def media_type(name: bytes, beginning: bytes | None = None) -> str:
+    """Return the Content-Type for a file's name, or, when the name does not tell it, for how the file begins."""
+    return known_type(name) or (PLAIN_TEXT if beginning is not None and is_text(beginning) else OCTETS)
+
+
+SNIFFED = 4096  # bytes of a file that are looked at; also the size that /sys gives to what it makes up
+_BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # as browsers decide (MIME Sniffing, 3)
+
+
+def is_text(beginning: bytes) -> bool:
+    """Return whether a file that begins so is text in UTF-8."""
+    if _BINARY.search(beginning):
+        return False
+    try:
+        beginning.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data" and len(beginning) >= SNIFFED  # its last character is cut off
+    return True
 
 
 class Plan(NamedTuple):
@@ -2684,8 +2727,15 @@ class Plan(NamedTuple):
     ranges: list[tuple[int, int]] = []
 
 
+# Times of files, in seconds, that tell nothing: Nix, container images and reproducible archives give them to all files.
+_NO_TIMES = {0, 1, 315532800}
+
+
 def choose(method: str, headers: Headers, tag: str, modified: int, size: int, now: float) -> Plan:
-    """Decide between 200, 206, 304, 412 and 416, in the order of RFC 9110, 13.2.2; `modified` in whole seconds."""
+    """Decide between 200, 206, 304, 412 and 416, in the order of RFC 9110, 13.2.2; `modified` in whole seconds.
+
+    Without a `tag` the file has no validator and no ranges.
+    """
     if "if-match" in headers:
         if not tag_matches(headers.get("if-match", ""), tag, weak=False):
             return Plan(412)
@@ -2698,12 +2748,12 @@ def choose(method: str, headers: Headers, tag: str, modified: int, size: int, no
             return Plan(304)
     elif "if-modified-since" in headers:
         since = parse_date(headers.get("if-modified-since", ""), now)
-        if since is not None and modified <= since:
+        if since is not None and modified <= since and modified not in _NO_TIMES:
             return Plan(304)
-    if "range" not in headers or method != "GET":
+    if "range" not in headers or method != "GET" or not tag:
         return Plan(200)
     condition = headers.get("if-range", tag)
-    if condition != tag and parse_date(condition, now) != modified:
+    if condition != tag and (modified in _NO_TIMES or parse_date(condition, now) != modified):
         return Plan(200)
     ranges = parse_ranges(headers.get("range", ""), size)
     if ranges is None:
@@ -2714,7 +2764,7 @@ def choose(method: str, headers: Headers, tag: str, modified: int, size: int, no
 METHODS = ("GET", "HEAD", "OPTIONS")
 _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
-ENCODINGS = {"br": b".br", "gzip": b".gz"}  # what a file beside another one may be, the best first
+ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
 
 
 def is_hidden(segment: bytes) -> bool:
@@ -2747,13 +2797,25 @@ class SiteOptions:
     auth: str = ""  # "USER:PASSWORD"
 
 
-def file_error(error: OSError) -> ProtocolError:
-    """Return what a client is told of the file system's refusal."""
+# Names that cannot be one, links in a circle, sockets, devices that are not there.
+_NOTHING_THERE = {
+    errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENXIO,
+    errno.EOPNOTSUPP,
+}  # fmt: skip
+
+
+def file_error(error: OSError, place: bytes = b"") -> ProtocolError:
+    """Return what a client is told of an error of the file system; one that is a fault is logged, with the path."""
     if isinstance(error, PermissionError):
         return ProtocolError(403, "this cannot be read")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return ProtocolError(503, "too many open files", headers=[("Retry-After", "1")])
-    return ProtocolError(404, "there is nothing here")
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return ProtocolError(503, "this cannot be read now", headers=[("Retry-After", "1")])
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _NOTHING_THERE:
+        return ProtocolError(404, "there is nothing here")
+    tell(f"cannot read {os.fsdecode(error.filename or place)}: {describe(error)}")
+    return ProtocolError(500, "the file system failed; the server's log has the details")
 
 
 _DIGITS = re.compile("0*([0-9]+)")
@@ -2810,20 +2872,20 @@ class Site:
         if not directory and segments:
             location = redirect_below(segments[-1], request.target)
             return text_response(301, "it is a directory\n", [("Location", location)])
-        as_json = as_json or self.options.listing and wants_json(request.headers)
         if not as_json:
             index = self._open_index(segments, found.place)
             if index is not None:
-                return self._respond_file(request, index, (*segments, b"index.html"), "Accept")
+                return self._respond_file(request, index, (*segments, b"index.html"))
         if not self.options.listing:
             raise ProtocolError(404, "there is nothing here")
+        as_json = as_json or wants_json(request.headers)
         return await self._respond_directory(request, found, segments, as_json)
 
     def open(self, segments: tuple[bytes, ...]) -> Found:
         """Open what is at a path.
 
         Raises ProtocolError: 404 for what is missing, outside or special, 403 for what cannot be read, 503 when there
-        are no descriptors left.
+        are no descriptors left, 500 when the file system fails.
         """
         try:
             return self._open(self._inside + b"/".join(segments), segments)
@@ -2887,44 +2949,36 @@ class Site:
                 continue
         return False
 
-    def _respond_file(self, request: Request, found: Found, segments: tuple[bytes, ...], vary: str = "") -> Response:
+    def _respond_file(self, request: Request, found: Found, segments: tuple[bytes, ...]) -> Response:
         """Answer with an open file, which is closed here or by the body."""
-        headers = request.headers
-        kind = media_type(segments[-1])
-        encoding = ""
-        if "accept-encoding" in headers:
-            found, encoding, varies = self._precompressed(request, found, segments)
-            vary = ", ".join(filter(None, (vary, varies)))
         assert found.fd is not None
-        fd, facts = found.fd, found.facts
-        size = facts.st_size
-        tag = f'"{facts.st_mtime_ns:x}-{size:x}{encoding and "-" + encoding}"'
+        try:
+            kind, beginning, sized = _look_into(found.fd, found.facts, segments[-1])
+        except OSError as error:
+            os.close(found.fd)
+            raise file_error(error, found.place) from None
+        if not sized:
+            return _unsized_response(request, found, kind)
+        encoding = vary = ""
+        if "accept-encoding" in request.headers:
+            plain = found
+            found, encoding, vary = self._precompressed(request, found, segments)
+            beginning = beginning if found is plain else b""
+        facts = found.facts
+        # The inode and when it changed, since a file of the same size and time may be another one.
+        tag = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}-{facts.st_ino:x}-{facts.st_ctime_ns:x}{encoding}"'
         modified = facts.st_mtime_ns // 1_000_000_000
         now = time.time()
-        plan = choose(request.method, headers, tag, modified, size, now)
         # RFC 9110, 8.8.2.1: never in the future. Some file systems hold times before the first, too.
         fields = [("ETag", tag), ("Last-Modified", format_date(max(0, min(modified, int(now)))))]
         if vary:
             fields.append(("Vary", vary))
-        if plan.status in (304, 412, 416):
-            os.close(fd)
-            if plan.status == 304:
-                return Response(304, [*fields, NOSNIFF])
-            if plan.status == 412:
-                raise ProtocolError(412, "a precondition failed", headers=fields)
-            raise ProtocolError(416, "no such range", headers=[*fields, ("Content-Range", f"bytes */{size}")])
-        fields += [("Accept-Ranges", "bytes"), NOSNIFF]
+        plan = choose(request.method, request.headers, tag, modified, facts.st_size, now)
+        if plan.status not in (200, 206):
+            return _without_file(plan.status, found, fields)
         if encoding:
             fields.append(("Content-Encoding", encoding))
-        if len(plan.ranges) > 1:
-            boundary = f"ptth-{facts.st_mtime_ns:x}-{size:x}"
-            fields.append(("Content-Type", f"multipart/byteranges; boundary={boundary}"))
-            return Response(206, fields, _multipart(fd, facts, kind, boundary, plan.ranges))
-        fields.append(("Content-Type", kind))
-        first, last = plan.ranges[0] if plan.ranges else (0, size - 1)
-        if plan.ranges:
-            fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
-        return Response(plan.status, fields, _file_body(request.method, fd, facts, first, last - first + 1))
+        return _with_file(request.method, found, kind, beginning, plan, fields)
 
     def _precompressed(self, request: Request, plain: Found, segments: tuple[bytes, ...]) -> tuple[Found, str, str]:
         """Return the file beside `plain` that the client takes instead, its coding, and what Vary must name.
@@ -2936,8 +2990,12 @@ class Site:
         accepted = {} if ranged else weights(request.headers, "accept-encoding")
         weight = {encoding: accepted.get(encoding, accepted.get("*", 0)) for encoding in ENCODINGS}
         for encoding in sorted(ENCODINGS, key=lambda encoding: -weight[encoding]):
-            other = self._open_if_there((*segments[:-1], segments[-1] + ENCODINGS[encoding]))
+            name, beginning = ENCODINGS[encoding]
+            other = self._open_if_there((*segments[:-1], segments[-1] + name))
             if other is None or other.fd is None or plain.fd is None:
+                continue
+            if not _is_current(plain, other, beginning):
+                os.close(other.fd)
                 continue
             varies = "Accept-Encoding"
             if weight[encoding] > 0 and weight[encoding] >= accepted.get("identity", 0):
@@ -2960,12 +3018,12 @@ class Site:
             raise file_error(error) from None
 
     def _open_index(self, segments: tuple[bytes, ...], place: bytes) -> Found | None:
-        """Open a folder's index.html, if there is one.  ProtocolError 403 when it cannot be read, 503."""
+        """Open a folder's index.html, if there is one.  ProtocolError 403 when it cannot be read, 500, 503."""
         try:
-            return self._open_if_there((*segments, b"index.html"), 403, 503)
+            return self._open_if_there((*segments, b"index.html"), 403, 500, 503)
         except ProtocolError as error:
             # In a folder without x permission nothing can be opened, but its names may be read: then they tell.
-            if error.status == 503 or os.access(place, os.X_OK):
+            if error.status != 403 or os.access(place, os.X_OK):
                 raise
             try:
                 names = os.listdir(place)
@@ -3305,20 +3363,99 @@ class ZipBody(Body):
         del self._zip  # closes what is open in it, when no thread is at work on it any more
 
 
-def _file_body(method: str, fd: int, facts: os.stat_result, first: int, count: int) -> Body:
+_PAGES = (16 * 1024, 64 * 1024)  # bytes; that size with other processors
+
+
+def _look_into(fd: int, facts: os.stat_result, name: bytes) -> tuple[str, bytes, bool]:
+    """Return the media type of an open file, what was read of its beginning, and whether its size is true. OSError.
+
+    /proc and /sys make up what is in a file while it is read, and give it a size of 0, or of a page of memory.
+    """
+    kind, size = known_type(name), facts.st_size
+    if kind and size > SNIFFED and size not in _PAGES:
+        return kind, b"", True
+    count = min(size, SNIFFED) or SNIFFED
+    beginning = read_at(fd, 0, count)
+    sized = len(beginning) == min(size, SNIFFED) or os.fstat(fd).st_size != size  # it is being written
+    return media_type(name, beginning), beginning if sized else b"", sized
+
+
+def _unsized_response(request: Request, found: Found, kind: str) -> Response:
+    """Answer with all that can be read from a file whose size is not true: it has no validators and no ranges."""
+    assert found.fd is not None
+    plan = choose(request.method, request.headers, "", 0, 0, 0)
+    if plan.status != 200:
+        return _without_file(plan.status, found, [])
+    body: Body = FileBody(found.fd, found.facts, 0, None)
+    if request.method == "HEAD":
+        os.close(found.fd)
+        body = AbsentBody(None)
+    return Response(200, [NOSNIFF, ("Content-Type", kind)], body)
+
+
+def _without_file(status: int, found: Found, fields: Fields) -> Response:
+    """Close a file that is not sent, and answer 304; ProtocolError for 412 and 416."""
+    assert found.fd is not None
+    os.close(found.fd)
+    if status == 304:
+        return Response(304, [*fields, NOSNIFF])
+    if status == 412:
+        raise ProtocolError(412, "a precondition failed", headers=fields)
+    size = found.facts.st_size
+    raise ProtocolError(416, "no such range", headers=[*fields, ("Content-Range", f"bytes */{size}")])
+
+
+def _with_file(method: str, found: Found, kind: str, beginning: bytes, plan: Plan, fields: Fields) -> Response:
+    """Answer with a file or with ranges of it; `beginning` is what was read of it already."""
+    fd, facts, _ = found
+    assert fd is not None
+    size = facts.st_size
+    fields += [("Accept-Ranges", "bytes"), NOSNIFF]
+    if len(plan.ranges) > 1:
+        boundary = f"ptth-{facts.st_mtime_ns:x}-{size:x}"
+        fields.append(("Content-Type", f"multipart/byteranges; boundary={boundary}"))
+        return Response(206, fields, _multipart(fd, facts, kind, boundary, plan.ranges))
+    fields.append(("Content-Type", kind))
+    first, last = plan.ranges[0] if plan.ranges else (0, size - 1)
+    if plan.ranges:
+        fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
+    count = last - first + 1
+    if method != "HEAD" and last < len(beginning):
+        os.close(fd)
+        return Response(plan.status, fields, BytesBody(beginning[first : last + 1]))
+    return Response(plan.status, fields, _file_body(method, found, first, count))
+
+
+def _file_body(method: str, found: Found, first: int, count: int) -> Body:
     """Return the body for a part of an open file; a small one is read now, so that it leaves with its head."""
+    fd, facts, place = found
+    assert fd is not None
     if method == "HEAD":
         os.close(fd)
         return AbsentBody(count)
     if count <= SMALL:
         try:
             data = read_at(fd, first, count)
-        except OSError:
-            data = b""  # it fails again when it is sent, where the file is closed
+        except OSError as error:
+            os.close(fd)
+            raise file_error(error, place) from None
         if len(data) == count:
             os.close(fd)
             return BytesBody(data)
     return FileBody(fd, facts, first, count)
+
+
+def _is_current(plain: Found, other: Found, beginning: bytes) -> bool:
+    """Return whether a file holds what `plain` does in another coding: it is not older, not empty, and begins so."""
+    assert other.fd is not None
+    time_, others = plain.facts.st_mtime_ns, other.facts.st_mtime_ns
+    # Programs that copy the time to what they compress may cut it off, to whole seconds or to microseconds.
+    if others < time_ and others not in (time_ // 10**9 * 10**9, time_ // 1000 * 1000) or not other.facts.st_size:
+        return False
+    try:
+        return read_at(other.fd, 0, len(beginning)) == beginning if beginning else True
+    except OSError:
+        return False
 
 
 def _multipart(

@@ -46,6 +46,7 @@ import base64
 import contextlib
 import errno
 import functools
+import gzip
 import hashlib
 import http.client
 import inspect
@@ -1548,7 +1549,7 @@ class TestHTTPClient:
         asyncio.run(talk())
 
 
-ETAG = f'"{MTIME * 10**9:x}-{len(HELLO):x}"'
+ETAG = '"of-hello.txt"'  # stands in the table for what depends on the file's inode
 TEXT = {"content-type": "text/plain; charset=utf-8", "etag": ETAG, "last-modified": DATE, "accept-ranges": "bytes"}
 
 
@@ -1858,8 +1859,8 @@ class TestFileServer:
         ("/hello.txt?query", [], 200, TEXT, HELLO),
         ("/./sub/..//hello%2etxt", [], 200, TEXT, HELLO),
         ("/empty", [], 200, {"content-length": "0"}, b""),
-        ("/page.html", [], 200, {"content-type": "text/html; charset=utf-8", "x-content-type-options": "nosniff"}, b"<p>page</p>\n"),
-        ("/noext", [], 200, {"content-type": "application/octet-stream"}, b"?"),
+        ("/page.html", [], 200, {"content-type": "text/html", "x-content-type-options": "nosniff"}, b"<p>page</p>\n"),
+        ("/noext", [], 200, {"content-type": "text/plain; charset=utf-8"}, b"?"),
         ("/a%20b%26c%3Cd%3E%22e%27%23%25%3F.txt", [], 200, {}, b"odd\n"),
         ("/%C3%BCml%C3%A4ut.txt", [], 200, {}, b"umlaut\n"),
         ("/bytes%FF%fe", [], 200, {}, b"not UTF-8\n"),
@@ -1867,10 +1868,11 @@ class TestFileServer:
         ("/new%0Aline", [], 200, {}, b"newline\n"),
         ("/back\\slash", [], 200, {}, b"backslash\n"),
         ("/a:b", [], 200, {}, b"colon\n"),
-        ("/big", [], 200, {"content-length": "262144"}, bytes(range(256)) * 1024),
-        ("/inside", [], 200, {"content-type": "application/octet-stream"}, HELLO),
+        ("/big", [], 200, {"content-length": "262144", "content-type": "application/octet-stream"}, bytes(range(256)) * 1024),
+        ("/inside", [], 200, {"content-type": "text/plain; charset=utf-8"}, HELLO),
         ("/insub/file", [], 200, {}, b"in sub\n"),
-        ("/index/", [], 200, {"content-type": "text/html; charset=utf-8"}, b"the index\n"),
+        ("/index/", [], 200, {"content-type": "text/html"}, b"the index\n"),
+        ("/index/", ["Accept: application/json, text/plain, */*"], 200, {"content-type": "text/html", "vary": None}, b"the index\n"),
         ("/.well-known/x", [], 200, {}, b"well known\n"),
         ("/sub", [], 301, {"location": "./sub/"}, None),
         ("/sub?a=b&c", [], 301, {"location": "./sub/?a=b&c"}, None),
@@ -1941,7 +1943,9 @@ class TestFileServer:
         root: str,
         files_tunnel: Tunnel,
     ) -> None:
-        answer = self.both(root, files_tunnel, path, fields)
+        tag = one(say(self.site(root), get("/hello.txt")))[1]["etag"]
+        expected = {name: value and value.replace(ETAG, tag) for name, value in expected.items()}
+        answer = self.both(root, files_tunnel, path, [field.replace(ETAG, tag) for field in fields])
         assert answer[0] == status
         assert {name: answer[1].get(name) for name in expected} == expected
         assert body is None or answer[2] == body
@@ -2522,8 +2526,8 @@ class TestFileServer:
         assert made.headers == before
 
     def test_a_vary_of_the_operator_adds_to_ours(self, tmp_path: object) -> None:
-        for name in ("x", "x.gz"):
-            (tmp_path / name).write_text(name)
+        (tmp_path / "x").write_text("x")
+        (tmp_path / "x.gz").write_bytes(gzip.compress(b"x"))
         answer = say(self.site(tmp_path, headers=(("Vary", "Origin"),)), get("/x", "Accept-Encoding: gzip"))
         assert b"Vary: Accept-Encoding\r\n" in answer and b"Vary: Origin\r\n" in answer
 
@@ -2542,10 +2546,10 @@ class TestFileServer:
             assert status == 200 or answer[1]["www-authenticate"] == f'Basic realm="{realm}", charset="UTF-8"'
 
     ENCODED = [  # (fields, the coding of the answer, its body)
-        ([], None, b"plain"), (["Accept-Encoding: gzip"], "gzip", b"zipped"), (["Accept-Encoding: deflate, gzip;q=0.5"], "gzip", b"zipped"),
+        ([], None, b"plain"), (["Accept-Encoding: gzip"], "gzip", b"\x1f\x8bzipped"), (["Accept-Encoding: deflate, gzip;q=0.5"], "gzip", b"\x1f\x8bzipped"),
         (["Accept-Encoding: br, gzip"], "br", b"brotli"), (["Accept-Encoding: *"], "br", b"brotli"), (["Accept-Encoding: gzip;q=0"], None, b"plain"),
-        (["Accept-Encoding: br;q=0, *"], "gzip", b"zipped"), (["Accept-Encoding: gzip", "Range: bytes=0-1"], None, b"pl"),
-        (["Accept-Encoding: identity"], None, b"plain"), (["Accept-Encoding: br;q=0.1, gzip"], "gzip", b"zipped"),
+        (["Accept-Encoding: br;q=0, *"], "gzip", b"\x1f\x8bzipped"), (["Accept-Encoding: gzip", "Range: bytes=0-1"], None, b"pl"),
+        (["Accept-Encoding: identity"], None, b"plain"), (["Accept-Encoding: br;q=0.1, gzip"], "gzip", b"\x1f\x8bzipped"),
         (["Accept-Encoding: gzip;q=0.5, identity"], None, b"plain"),
     ]  # fmt: skip
 
@@ -2553,8 +2557,8 @@ class TestFileServer:
     def test_a_compressed_file_beside_the_plain_one(
         self, fields: list[str], coding: str | None, body: bytes, tmp_path: object
     ) -> None:
-        for name, data in (("x.txt", "plain"), ("x.txt.gz", "zipped"), ("x.txt.br", "brotli")):
-            (tmp_path / name).write_text(data)
+        for name, data in (("x.txt", b"plain"), ("x.txt.gz", b"\x1f\x8bzipped"), ("x.txt.br", b"brotli")):
+            (tmp_path / name).write_bytes(data)
         status, answer, got = one(say(self.site(tmp_path), get("/x.txt", *fields)))
         assert (answer.get("content-encoding"), got) == (coding, body)
         assert answer["content-type"] == "text/plain; charset=utf-8"
@@ -2568,13 +2572,171 @@ class TestFileServer:
     TYPES = [
         ("x.wasm", "application/wasm"), ("x.mjs", "text/javascript; charset=utf-8"), ("x.webmanifest", "application/manifest+json"),
         ("x.avif", "image/avif"), ("x.webp", "image/webp"), ("x.woff2", "font/woff2"), ("x.md", "text/plain; charset=utf-8"),
-        ("X.HTML", "text/html; charset=utf-8"), ("x.tar.gz", "application/gzip"), ("x.svg", "image/svg+xml"), ("x.json", "application/json"),
+        ("X.HTML", "text/html"), ("x.xml", "text/xml"), ("x.xhtml", "application/xhtml+xml"), ("x.svg", "image/svg+xml"), ("x.csv", "text/csv; charset=utf-8"),
+        ("x.css", "text/css; charset=utf-8"), ("x.js", "text/javascript; charset=utf-8"), ("x.m4v", "video/mp4"), ("x.epub", "application/epub+zip"),
+        ("x.jxl", "image/jxl"), ("x.ics", "text/calendar; charset=utf-8"), ("x.bin", "application/octet-stream"), ("x.tar.gz", "application/gzip"), ("x.svg", "image/svg+xml"), ("x.json", "application/json"),
         ("x", "application/octet-stream"), ("x.pdf", "application/pdf"), ("x.png", "image/png"), ("x.mp4", "video/mp4"), ("x.\xff", "application/octet-stream"),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("name", "kind"), TYPES)
     def test_types(self, name: str, kind: str) -> None:
         assert ptth.media_type(name.encode("latin-1")) == kind
+
+    SNIFFED = [
+        ("README", b"read me\n", True), ("x.rs", "\u00e4".encode() * 5000, True), ("x.diff", b"x" + "\u20ac".encode() * 5000, True), ("LICENSE", b"", True),
+        (".gitignore", b"*.o\n", True), ("x.conf", b"a\r\n\tb\x1b[0m\x0c", True), ("x.rs", b"\xe4", False), ("x.rs", b"caf\xc3", False),
+        ("Makefile", b"a\0b", False), ("x", b"\x7fELF\x02", False), ("x", b"\x01", False), ("x", b"x" * 300 + b"\xff" + b"x" * 5000, False),
+        ("x.exe", b"MZ text", False), ("x", b"text" * 2000 + b"\0", True),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("name", "data", "text"), SNIFFED, ids=range(len(SNIFFED)))
+    def test_text_without_a_type_is_shown_and_not_saved(
+        self, name: str, data: bytes, text: bool, tmp_path: object
+    ) -> None:
+        (tmp_path / name).write_bytes(data)
+        for method, fields in (("GET", []), ("HEAD", []), ("GET", ["Range: bytes=0-1"])):
+            answer = say(self.site(tmp_path, hidden=True), get(f"/{name}", *fields, method=method))
+            assert (b"Content-Type: text/plain; charset=utf-8\r\n" in answer) is text
+            assert (b"Content-Type: application/octet-stream\r\n" in answer) is not text
+        assert one(say(self.site(tmp_path, hidden=True), get(f"/{name}")))[2] == data
+
+    def test_another_file_of_the_same_size_and_time_has_another_tag(self, tmp_path: object) -> None:
+        site = self.site(tmp_path)
+        for name, data in (("x", b"old"), ("y", b"new")):
+            (tmp_path / name).write_bytes(data)
+            os.utime(tmp_path / name, (1, 1))
+        fields = one(say(site, get("/x")))[1]
+        tag = fields["etag"]
+        assert one(say(self.site(tmp_path), get("/x")))[1]["etag"] == tag and tag[0] == '"'
+        assert one(say(site, get("/x", f"If-None-Match: {tag}")))[0] == 304
+        assert one(say(site, get("/x", "Range: bytes=1-", f"If-Range: {tag}")))[2] == b"ld"
+        (tmp_path / "y").rename(tmp_path / "x")
+        for field in (f"If-None-Match: {tag}", f"If-Modified-Since: {fields['last-modified']}"):
+            assert one(say(site, get("/x", field)))[2] == b"new"
+        for value in (tag, fields["last-modified"]):
+            assert one(say(site, get("/x", "Range: bytes=1-", f"If-Range: {value}")))[2] == b"new"
+        assert one(say(site, get("/x", f"If-Match: {tag}")))[0] == 412
+
+    def test_a_file_written_in_place_has_another_tag(self, tmp_path: object) -> None:
+        (tmp_path / "x").write_bytes(b"old")
+        facts = os.stat(tmp_path / "x")
+        tag = one(say(self.site(tmp_path), get("/x")))[1]["etag"]
+
+        def write() -> bool:  # until the clock of the file system has moved on
+            (tmp_path / "x").write_bytes(b"new")
+            os.utime(tmp_path / "x", ns=(facts.st_mtime_ns, facts.st_mtime_ns))
+            return os.stat(tmp_path / "x").st_ctime_ns != facts.st_ctime_ns
+
+        eventually(write)
+        assert one(say(self.site(tmp_path), get("/x", f"If-None-Match: {tag}")))[2] == b"new"
+
+    GZIPPED = gzip.compress(b"new")
+    STALE = [  # (the compressed file, how much newer than the plain one it is in nanoseconds, is it taken)
+        (GZIPPED, 10**9, True), (GZIPPED, 0, True), (GZIPPED, -123_456_789, True), (GZIPPED, -789, True), (GZIPPED, -1, False), (GZIPPED, -10**9, False),
+        (GZIPPED, -456_789, False), (b"", 10**9, False), (b"new", 10**9, False), (b"\x1f", 10**9, False), (b"PK\3\4", 10**9, False),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("data", "newer", "taken"), STALE)
+    def test_a_compressed_file_that_cannot_be_the_plain_one_is_not_used(
+        self, data: bytes, newer: int, taken: bool, tmp_path: object
+    ) -> None:
+        when = MTIME * 10**9 + 123_456_789
+        (tmp_path / "x.json").write_bytes(b"new")
+        os.utime(tmp_path / "x.json", ns=(when, when))
+        (tmp_path / "x.json.gz").write_bytes(data)
+        os.utime(tmp_path / "x.json.gz", ns=(when + newer, when + newer))
+        before = len(os.listdir("/proc/self/fd"))
+        _, fields, body = one(say(self.site(tmp_path), get("/x.json", "Accept-Encoding: gzip")))
+        assert (fields.get("content-encoding"), body) == (("gzip", data) if taken else (None, b"new"))
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_an_empty_or_special_compressed_file_is_not_used(self, tmp_path: object) -> None:
+        (tmp_path / "x").write_bytes(b"plain")
+        (tmp_path / "x.br").write_bytes(b"")
+        os.mkfifo(tmp_path / "x.gz")
+        assert one(say(self.site(tmp_path), get("/x", "Accept-Encoding: br, gzip")))[2] == b"plain"
+
+    MADE_UP = ["/proc/sys/kernel/ostype", "/proc/cpuinfo", "/sys/kernel/mm/transparent_hugepage/enabled"]
+
+    @pytest.mark.parametrize("path", MADE_UP)
+    @pytest.mark.parametrize("fields", [[], ["Range: bytes=0-1"], ['If-None-Match: "x"', f"If-Modified-Since: {DATE}"]])
+    def test_a_file_whose_size_is_not_true_is_read_to_its_end(
+        self, path: str, fields: list[str], background: Background
+    ) -> None:
+        if not os.path.exists(path):
+            pytest.skip(f"there is no {path}")
+        folder, name = os.path.split(path)
+        tunnel = Tunnel(background, ptth.server_handler(ptth.Site(folder), "n"))
+        before = len(os.listdir("/proc/self/fd"))
+        for answer in (
+            fetch_direct(folder, get(f"/{name}", *fields)),
+            tunnel.fetch(get(f"/frontend/servers/n/files/{name}", *fields)),
+        ):
+            status, got, body = one(answer)
+            with open(path, "rb") as file:
+                whole = file.read()
+            assert status == 200 and got["transfer-encoding"] == "chunked" and got["content-type"] == ptth.PLAIN_TEXT
+            assert not {"content-length", "accept-ranges", "etag", "last-modified"} & got.keys()
+            assert body == whole or path == "/proc/cpuinfo" and len(body) > 100  # the clock rates change
+        old = fetch_direct(folder, f"GET /{name} HTTP/1.0\r\n\r\n".encode())
+        assert old.partition(b"\r\n\r\n")[2] and b"Content-Length" not in old
+        head = fetch_direct(folder, get(f"/{name}", method="HEAD"))
+        assert b" 200 " in head and b"Content-Length" not in head
+        tunnel.close()
+        eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+    ERRORS = [
+        (errno.ENOENT, 404), (errno.ENOTDIR, 404), (errno.ELOOP, 404), (errno.ENAMETOOLONG, 404), (errno.EILSEQ, 404), (errno.EINVAL, 404), (errno.ENXIO, 404),
+        (errno.EACCES, 403), (errno.EPERM, 403), (errno.EMFILE, 503), (errno.ENFILE, 503), (errno.ENOMEM, 503),
+        (errno.EIO, 500), (errno.ETIMEDOUT, 500), (errno.ESTALE, 500), (errno.EHOSTDOWN, 500), (errno.ENOTCONN, 500),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("number", "status"), ERRORS, ids=[errno.errorcode[row[0]] for row in ERRORS])
+    def test_an_error_of_the_file_system_is_told_apart(
+        self,
+        number: int,
+        status: int,
+        tmp_path: object,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "x").write_text("x")
+        real = os.open
+
+        def open_(path: bytes, *args: object) -> int:
+            if path == os.fsencode(tmp_path / "x"):
+                raise OSError(number, os.strerror(number), path)
+            return real(path, *args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", open_)
+            assert one(say(self.site(tmp_path), get("/x")))[0] == status
+        told = capfd.readouterr().err
+        assert (f"{tmp_path}/x" in told and "cannot read" in told) is (status == 500)
+        assert told.count("\n") == (status == 500)
+
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT])
+    @pytest.mark.parametrize("name", ["x.txt", "x", "large.txt"])
+    def test_a_file_that_cannot_be_read_is_500_with_its_path_in_the_log(
+        self,
+        name: str,
+        number: int,
+        tmp_path: object,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / name).write_bytes(b"x" * (50_000 if name == "large.txt" else 10))
+        site = self.site(tmp_path)
+        before = len(os.listdir("/proc/self/fd"))
+
+        def fail(*args: object) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ptth, "read_at", fail)
+            assert one(say(site, get(f"/{name}")))[0] == 500
+        assert f"{tmp_path}/{name}: {os.strerror(number).lower()}" in capfd.readouterr().err
+        assert len(os.listdir("/proc/self/fd")) == before
 
     def test_a_time_that_no_calendar_has_is_no_error(self, tmp_path: object) -> None:
         (tmp_path / "f").write_text("x")
