@@ -2774,6 +2774,33 @@ def is_hidden(segment: bytes) -> bool:
 
 # What no name holds, and what would leave the root if it were taken for one: an escaped slash, a drive, a stream.
 _FOREIGN = re.compile(rb"[/\\:]" if os.name == "nt" else rb"/")
+_SLASHES = b"\\/" if os.name == "nt" else b"/"
+
+
+def _absolute(path: str) -> bytes:
+    """Return an absolute path. os.path.abspath would remove `..`, which behind a link leads elsewhere."""
+    name = os.fsencode(path)
+    return name if os.path.isabs(name) else os.path.join(os.getcwdb(), name)
+
+
+def _is_below(place: bytes, root: bytes) -> bool:
+    """Return whether a real path is that of the directory `root`, or below it."""
+    return place == root or place.startswith(root.rstrip(_SLASHES) + os.fsencode(os.sep))
+
+
+def _open_place(place: bytes) -> int | None:
+    """Open a file or a directory, but no link; None for a directory that cannot be opened, though what is in it can.
+
+    So it is with all of them on Windows, and elsewhere with those that may be searched and not read.
+    """
+    try:
+        return os.open(place, _OPEN_FLAGS)
+    except PermissionError:
+        if os.path.isdir(place):
+            return None
+        raise
+
+
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -2844,13 +2871,17 @@ ORDERS: dict[str, Callable[[Entry], Any]] = {
 
 
 class Site:
-    """A directory that is served.  `private` are files never served, wherever the root points: a key's file."""
+    """A directory that is served.
+
+    `private` are files that are never served, wherever they lie: a key's file.
+    """
 
     def __init__(self, root: str, options: SiteOptions | None = None, *, private: Iterable[str] = ()) -> None:
-        self.root = os.path.realpath(os.fsencode(root))
         self.options = options or SiteOptions()
-        self._inside = self.root.rstrip(b"/\\" if os.name == "nt" else b"/") + os.fsencode(os.sep)
-        self._private = [os.path.realpath(os.fsencode(path)) for path in private]
+        # The names that the user gave are followed anew each time: a link to the directory, or to a key, may change.
+        self._root = _absolute(root)
+        self._inside = self._root.rstrip(_SLASHES) + os.fsencode(os.sep)
+        self._private = [_absolute(path) for path in private]
 
     async def respond(
         self, request: Request, segments: tuple[bytes, ...], directory: bool, *, as_json: bool = False
@@ -2879,6 +2910,10 @@ class Site:
         if not self.options.listing:
             raise ProtocolError(404, "there is nothing here")
         as_json = as_json or wants_json(request.headers)
+        try:  # a link to the root that changes meanwhile must not mix two directories
+            found = found._replace(place=self._follow(found.place))
+        except OSError as error:
+            raise file_error(error) from None
         return await self._respond_directory(request, found, segments, as_json)
 
     def open(self, segments: tuple[bytes, ...]) -> Found:
@@ -2888,7 +2923,7 @@ class Site:
         are no descriptors left, 500 when the file system fails.
         """
         try:
-            return self._open(self._inside + b"/".join(segments), segments)
+            return self._open(self._inside + (b"/".join(segments) or b"."), segments)
         except OSError as error:
             raise file_error(error) from None
 
@@ -2914,16 +2949,16 @@ class Site:
                 break
             path += b"/"
         try:
-            fd = os.open(place, _OPEN_FLAGS)
+            fd = _open_place(place)
         except OSError:
-            if os.name == "nt" and os.path.isdir(place):
-                return Found(None, os.stat(place), place)
             if not os.path.islink(place):
                 raise
             place = self._follow(place)
-            fd = os.open(place, _OPEN_FLAGS)
+            fd = _open_place(place)
+        if fd is None:
+            return Found(None, os.stat(place), place)
         facts = os.fstat(fd)
-        if stat.S_ISREG(facts.st_mode) and not (self._private and self._is_private(place, facts)):
+        if stat.S_ISREG(facts.st_mode) and not (self._private and self._is_private(facts)):
             return Found(fd, facts, place)
         os.close(fd)
         if not stat.S_ISDIR(facts.st_mode):
@@ -2933,15 +2968,13 @@ class Site:
     def _follow(self, place: bytes) -> bytes:
         """Return where a path with links leads; FileNotFoundError when that is outside the root."""
         real = os.path.realpath(place, strict=True)
-        if real != self.root and not real.startswith(self._inside) and not self.options.follow_symlinks:
+        if not self.options.follow_symlinks and not _is_below(real, os.path.realpath(self._root)):
             raise FileNotFoundError
         return real
 
-    def _is_private(self, place: bytes, facts: os.stat_result) -> bool:
-        """Return whether this is a private file, by its place or, for a hard link, by its inode."""
+    def _is_private(self, facts: os.stat_result) -> bool:
+        """Return whether this is a private file, or a hard link to one."""
         for private in self._private:
-            if place == private:
-                return True
             try:
                 if os.path.samestat(facts, os.stat(private)):
                     return True
@@ -3073,7 +3106,7 @@ class Site:
                 is_dir = stat.S_ISDIR(facts.st_mode)
                 if not is_dir and not stat.S_ISREG(facts.st_mode):
                     continue
-                if not is_dir and self._private and self._is_private(item.path, facts):
+                if not is_dir and self._private and self._is_private(facts):
                     continue
                 yield Entry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
 

@@ -2110,6 +2110,16 @@ class TestFileServer:
         assert one(say(handler, get("/ptth_server.toml")))[0] == 404
         assert b"toml" not in say(handler, get("/"))
 
+    def test_a_secret_behind_a_link_that_changes_is_never_served(self, tmp_path: object) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).write_text(name)
+        (tmp_path / "key.pem").symlink_to("a")
+        site = ptth.site_handler(ptth.Site(str(tmp_path), private=[str(tmp_path / "key.pem")]))
+        assert [one(say(site, get(f"/{name}")))[0] for name in ("a", "b", "key.pem")] == [404, 200, 404]
+        (tmp_path / "key.pem").unlink()
+        (tmp_path / "key.pem").symlink_to("b")
+        assert [one(say(site, get(f"/{name}")))[0] for name in ("a", "b", "key.pem")] == [200, 404, 404]
+
     @pytest.mark.parametrize(
         ("query", "names"),
         [("", "b d a C"), ("?sort=name", "b d a C"), ("?sort=-name", "d b C a"), ("?sort=size", "b d C a"), ("?sort=-size", "b d a C"),
@@ -2656,6 +2666,48 @@ class TestFileServer:
         os.mkfifo(tmp_path / "x.gz")
         assert one(say(self.site(tmp_path), get("/x", "Accept-Encoding: br, gzip")))[2] == b"plain"
 
+    @pytest.mark.parametrize("below", ["", "/sub", "/sub/..", "/deep/../sub"])
+    def test_the_root_that_was_named_is_followed(self, below: str, tmp_path: object) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name / "sub" / "deep").mkdir(parents=True)
+            (tmp_path / name / "deep").mkdir()
+            for folder in (".", "sub"):
+                (tmp_path / name / folder / "x").write_text(name)
+                (tmp_path / name / folder / f"only-in-{name}").write_text("")
+                (tmp_path / name / folder / "inside").symlink_to("x")
+            for folder in (".", "sub"):
+                (tmp_path / name / folder / "outside").symlink_to(tmp_path / "a" / "x")
+        (tmp_path / "current").symlink_to("a")
+        site = ptth.site_handler(ptth.Site(f"{tmp_path}/current{below}"))
+
+        def check(name: str) -> None:
+            assert [one(say(site, get(path)))[2] for path in ("/x", "/inside")] == [name.encode()] * 2
+            listing = say(site, get("/"))
+            assert f"only-in-{name}".encode() in listing and listing.count(b"only-in-") == 2
+            assert f"only-in-{name}".encode() in say(site, get("/?zip"))
+
+        check("a")
+        (tmp_path / "next").symlink_to("b")
+        (tmp_path / "next").rename(tmp_path / "current")
+        check("b")
+        assert one(say(site, get("/outside")))[0] == 404
+        shutil.rmtree(tmp_path / "a")
+        check("b")
+        (tmp_path / "b").rename(tmp_path / "c")
+        assert one(say(site, get("/x")))[0] == 404
+        (tmp_path / "current").unlink()
+        (tmp_path / "c").rename(tmp_path / "current")  # now it is no link any more
+        check("b")
+
+    def test_a_relative_root_is_the_one_of_the_start(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name / "root").mkdir(parents=True)
+            (tmp_path / name / "root" / "x").write_text(name)
+        monkeypatch.chdir(tmp_path / "a")
+        site = ptth.site_handler(ptth.Site("root"))
+        monkeypatch.chdir(tmp_path / "b")
+        assert one(say(site, get("/x")))[2] == b"a"
+
     MADE_UP = ["/proc/sys/kernel/ostype", "/proc/cpuinfo", "/sys/kernel/mm/transparent_hugepage/enabled"]
 
     @pytest.mark.parametrize("path", MADE_UP)
@@ -2737,6 +2789,38 @@ class TestFileServer:
             assert one(say(site, get(f"/{name}")))[0] == 500
         assert f"{tmp_path}/{name}: {os.strerror(number).lower()}" in capfd.readouterr().err
         assert len(os.listdir("/proc/self/fd")) == before
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
+    def test_a_folder_that_can_only_be_searched_or_only_be_listed(self) -> None:
+        import pathlib
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as made:  # nobody else gets into tmp_path
+            self.check_closed_folders(pathlib.Path(made))
+
+    def check_closed_folders(self, tmp_path: object) -> None:
+        for name in ("searched/deep", "listed", "closed"):
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "index.html").write_text("the index")
+            (tmp_path / name / "x.txt").write_text("x")
+        (tmp_path / "searched" / "index.html").write_text("the index")
+        (tmp_path / "link").symlink_to("searched")
+        (tmp_path / "bare").mkdir(0o711)
+        for name, mode in (("searched", 0o711), ("listed", 0o744), ("closed", 0o700)):
+            (tmp_path / name).chmod(mode)
+        tmp_path.chmod(0o711)
+        site = self.site(tmp_path)
+        statuses = {
+            "/searched/": 200, "/searched": 301, "/link/": 200, "/link": 301, "/searched/index.html": 200, "/searched/deep/x.txt": 200,
+            "/searched/missing": 404, "/bare/": 403, "/bare/?zip": 403, "/listed/index.html": 403, "/listed/x.txt": 403, "/closed/": 403, "/closed/x.txt": 403,
+        }  # fmt: skip
+        os.seteuid(65534)
+        try:
+            got = {path: one(say(site, get(path)))[0] for path in statuses}
+            index = one(say(site, get("/link/", "Accept: application/json")))[2]
+        finally:
+            os.seteuid(0)
+        assert got == statuses and index == b"the index"
 
     def test_a_time_that_no_calendar_has_is_no_error(self, tmp_path: object) -> None:
         (tmp_path / "f").write_text("x")
