@@ -2766,15 +2766,71 @@ _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
 ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
 
+# What HFS+ leaves out when it compares names.
+_IGNORED = re.compile("[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]")
 
-def is_hidden(segment: bytes) -> bool:
+
+def compared_name(name: bytes, system: str = sys.platform) -> bytes:
+    """Return a file's name as the file system compares it, but for upper and lower case."""
+    if system != "darwin" or name.isascii():
+        return name
+    return _IGNORED.sub("", name.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+def is_hidden(segment: bytes, system: str = sys.platform) -> bool:
     """Return whether a name is hidden: it begins with a dot, .well-known excepted (RFC 8615)."""
-    return segment.startswith(b".") and segment != b".well-known"
+    name = compared_name(segment, system)
+    return name.startswith(b".") and name != b".well-known"
 
 
-# What no name holds, and what would leave the root if it were taken for one: an escaped slash, a drive, a stream.
-_FOREIGN = re.compile(rb"[/\\:]" if os.name == "nt" else rb"/")
+# What Windows takes for a path, a drive or a stream, for another name (it leaves out what is at the end, and GIT~1 may
+# be the short name of .git), or for a device.
+_NO_WINDOWS_NAME = re.compile(
+    r"[\x00-\x1f\"*/:<>?\\|]|[ .]\Z|\A[^.]{0,6}~[0-9]{1,6}(?:\.[^.]{0,3})?\Z"
+    r"|\A(?:con|prn|aux|nul|clock\$|conin\$|conout\$|(?:com|lpt)[0-9\xb9\xb2\xb3]) *(?:\.|\Z)",
+    re.IGNORECASE,
+)
+
+
+def is_foreign(segment: bytes, system: str = sys.platform) -> bool:
+    """Return whether a segment is no file's name: the system would open something of another name, or a device."""
+    if b"/" in segment:
+        return True
+    if system in ("win32", "cygwin"):
+        try:
+            return bool(_NO_WINDOWS_NAME.search(segment.decode()))
+        except UnicodeDecodeError:
+            return True
+    return system == "darwin" and compared_name(segment, system).lower() == b"..namedfork"
+
+
+def is_refused(segments: tuple[bytes, ...], hidden: bool) -> bool:
+    """Return whether a path is not served because of a name in it; `hidden` says that hidden ones are."""
+    return any(map(is_foreign, segments)) or not hidden and any(map(is_hidden, segments))
+
+
+_CONFIGURATIONS = (b"ptth_server.toml", b"ptth_relay.toml")
+# What editors, installers and people add to the name of a copy.
+_COPY_MARK = (
+    rb"(?:[~#]+|[ ._~#(-]+"
+    rb"(?:bak|backup|copy|new|old|orig|prev|sav|te?mp|sw[a-z]|un~|dpkg-|ucf-|rpm|gz|xz|bz2|zst|br|zip|tar|[0-9]).*)"
+)
+
+
+def secret_names(names: Iterable[bytes]) -> re.Pattern[bytes]:
+    """Return a pattern that finds the names of secret files, of this program's configurations, and of their copies."""
+    patterns = [rb"ptth_(?:server|relay).*\.toml"]
+    for name in {*_CONFIGURATIONS, *names}:
+        stem, extension = map(re.escape, os.path.splitext(name))
+        copy = _COPY_MARK + rb"?"
+        if extension:
+            copy = rb"(?:" + copy + extension + rb"(?:[^a-z0-9].*)?|" + _COPY_MARK + rb")"
+        patterns.append(rb"\A[.#~_]*(?:(?:copy|backup|bak|old)[ ._-](?:of )?)?" + stem + copy + rb"\Z")
+    return re.compile(rb"\A(?!.*\.example\Z).*?(?:" + rb"|".join(patterns) + rb")", re.IGNORECASE | re.DOTALL)
+
+
 _SLASHES = b"\\/" if os.name == "nt" else b"/"
+_OF_A_PROCESS = re.compile(rb"/proc/[0-9]+/")
 
 
 def _absolute(path: str) -> bytes:
@@ -2873,7 +2929,8 @@ ORDERS: dict[str, Callable[[Entry], Any]] = {
 class Site:
     """A directory that is served.
 
-    `private` are files that are never served, wherever they lie: a key's file.
+    `private` are files that are never served, wherever they lie: a configuration, a certificate, a key. Nor are their
+    copies, nor any configuration of this program: all of these are known by their names.
     """
 
     def __init__(self, root: str, options: SiteOptions | None = None, *, private: Iterable[str] = ()) -> None:
@@ -2882,6 +2939,22 @@ class Site:
         self._root = _absolute(root)
         self._inside = self._root.rstrip(_SLASHES) + os.fsencode(os.sep)
         self._private = [_absolute(path) for path in private]
+        pattern = secret_names(os.path.basename(path) for path in self._private)
+
+        @functools.lru_cache(1024)
+        def is_secret(place: bytes) -> bool:
+            return bool(pattern.match(compared_name(os.path.basename(place))))
+
+        self._is_secret = is_secret
+
+    def tell_secrets(self, command: str) -> None:
+        """Tell the operator in one line which secrets lie below the root; only usual places are looked at."""
+        root = os.path.realpath(self._root)
+        usual = [os.path.join(root, folder, name) for folder in (b"", b"config") for name in _CONFIGURATIONS]
+        places = map(os.path.realpath, [*self._private, *filter(os.path.exists, usual)])
+        below = [os.fsdecode(place) for place in dict.fromkeys(places) if _is_below(place, root)]
+        if below:
+            tell(f"ptth {command}: not served, although below the directory that is: {', '.join(below)}")
 
     async def respond(
         self, request: Request, segments: tuple[bytes, ...], directory: bool, *, as_json: bool = False
@@ -2892,7 +2965,7 @@ class Site:
             raise ProtocolError(status, f"{request.method} is not possible here", headers=[_ALLOW])
         if request.method == "OPTIONS":
             return Response(204, [_ALLOW, NOSNIFF])
-        if not self.options.hidden and any(map(is_hidden, segments)):
+        if is_refused(segments, self.options.hidden):
             raise ProtocolError(404, "there is nothing here")
         found = self.open(segments)
         if found.fd is not None:
@@ -2938,8 +3011,7 @@ class Site:
         return found if found.fd is not None else None
 
     def _open(self, place: bytes, segments: tuple[bytes, ...]) -> Found:
-        if _FOREIGN.search(b"".join(segments)):
-            raise FileNotFoundError
+        asked = place
         # Only links need the costly look at the whole path. O_NOFOLLOW finds one in the last place, lstat before it.
         path = self._inside
         for segment in segments[:-1] if hasattr(os, "O_NOFOLLOW") else segments:
@@ -2958,7 +3030,7 @@ class Site:
         if fd is None:
             return Found(None, os.stat(place), place)
         facts = os.fstat(fd)
-        if stat.S_ISREG(facts.st_mode) and not (self._private and self._is_private(facts)):
+        if stat.S_ISREG(facts.st_mode) and not self._is_private(place, facts, asked):
             return Found(fd, facts, place)
         os.close(fd)
         if not stat.S_ISDIR(facts.st_mode):
@@ -2972,15 +3044,18 @@ class Site:
             raise FileNotFoundError
         return real
 
-    def _is_private(self, facts: os.stat_result) -> bool:
-        """Return whether this is a private file, or a hard link to one."""
+    def _is_private(self, place: bytes, facts: os.stat_result, asked: bytes) -> bool:
+        """Return whether a file is a secret, by its inode or its names: `asked` may be a link to `place`."""
+        if self._is_secret(place) or asked is not place and self._is_secret(asked):
+            return True
         for private in self._private:
             try:
                 if os.path.samestat(facts, os.stat(private)):
                     return True
             except OSError:
                 continue
-        return False
+        # What the system shows of a process holds its memory, and the passwords that it was started with.
+        return not facts.st_size and bool(_OF_A_PROCESS.match(os.path.realpath(place)))
 
     def _respond_file(self, request: Request, found: Found, segments: tuple[bytes, ...]) -> Response:
         """Answer with an open file, which is closed here or by the body."""
@@ -3095,8 +3170,7 @@ class Site:
                 if is_hidden(item.name) and not self.options.hidden:
                     continue
                 try:
-                    if item.is_symlink():
-                        self._follow(item.path)
+                    place = self._follow(item.path) if item.is_symlink() else item.path
                     facts = item.stat()
                 except OSError as error:
                     # A link that leads nowhere, outside or in a circle, or a file that has gone meanwhile, is nothing.
@@ -3106,7 +3180,7 @@ class Site:
                 is_dir = stat.S_ISDIR(facts.st_mode)
                 if not is_dir and not stat.S_ISREG(facts.st_mode):
                     continue
-                if not is_dir and self._private and self._is_private(facts):
+                if not is_dir and self._is_private(place, facts, item.path):
                     continue
                 yield Entry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
 
@@ -6520,7 +6594,9 @@ async def run_file_server(args: argparse.Namespace) -> None:
     auth, headers = find_auth(args.auth), tuple(args.header)
     options = SiteOptions(args.hidden, args.follow_symlinks, not args.no_listing, args.cors, headers, auth)
     tls = load_certificate(args.tls_cert, args.tls_key)
-    server = HTTPServer(site_handler(Site(root, options)), log=None if args.quiet else AccessLog(), tls=tls)
+    site = Site(root, options, private=filter(None, (args.tls_cert, args.tls_key)))
+    site.tell_secrets(args.command)
+    server = HTTPServer(site_handler(site), log=None if args.quiet else AccessLog(), tls=tls)
     sock = open_socket(args.bind, args.port)
     stop = stop_event(functools.partial(reload_certificate, tls, args.tls_cert, args.tls_key))
     await server.listen(sock)
@@ -6683,7 +6759,9 @@ def make_content(config: ServerConfig) -> Handler:
     if config.app:
         return guard(App(Client(config.app_origin), config.app_host).handle, config.site, config.name, app=True)
     private = [config.path] if os.path.exists(config.path) else []
-    return server_handler(Site(config.file_server_root, config.site, private=private), config.name)
+    site = Site(config.file_server_root, config.site, private=private)
+    site.tell_secrets("server")
+    return server_handler(site, config.name)
 
 
 def describe_content(config: ServerConfig) -> str:
@@ -6742,7 +6820,9 @@ async def run_demo(args: argparse.Namespace) -> None:
     stop = stop_event(lambda: tell("ptth demo: there is nothing to read again"))
     await http.listen(sock)
     port = sock.getsockname()[1]
-    handler = server_handler(Site(root, SiteOptions(auth=find_auth())), "demo")
+    site = Site(root, SiteOptions(auth=find_auth()))
+    site.tell_secrets(args.command)
+    handler = server_handler(site, "demo")
     server = Server(Client(Origin(False, "127.0.0.1", port, "")), "demo", key, handler)
     running = asyncio.create_task(server.run())
     await wait_for_any(server.connected.wait(), stop.wait(), running)

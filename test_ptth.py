@@ -2110,6 +2110,61 @@ class TestFileServer:
         assert one(say(handler, get("/ptth_server.toml")))[0] == 404
         assert b"toml" not in say(handler, get("/"))
 
+    COPIES = [
+        "{}", "{}~", "{}.bak", "{}.old", "{}.orig", "{}.save", "{}.save.1", "{}.1", "{}.2026-11-25", "{}-copy", "{} (1)", "{}.~1~", ".{}.swp", ".{}.swo", ".{}.un~",
+        "#{}#", ".#{}", "{}.gz", "{}.dpkg-old", "{}.rpmsave", "Copy of {}", "backup-{}", "{}_backup", "{}.new", "{}.tmp",
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "name", ["ptth_server.toml", "ptth_relay.toml", "site.key", "key", "Full Chain.PEM", "a+b[c].toml"]
+    )
+    def test_copies_of_a_secret_are_never_served(self, name: str, tmp_path: object) -> None:
+        import io
+        import zipfile
+
+        sub = tmp_path / "sub"
+        sub.mkdir()
+        stem, extension = os.path.splitext(name)
+        middle = (f"{stem} - Copy", f"{stem} (2)", f"{stem}.bak", f"{stem}-old", f"{stem}.2026")
+        secrets = [
+            *(copy.format(name) for copy in self.COPIES),
+            name.upper(),
+            *(m + extension for m in middle),
+            f"{stem}.orig",
+        ]
+        others = [f"{name}.example", f"x{stem}y", f"{stem}s.txt", "x.toml", "x.key"]
+        for folder in (tmp_path, sub):
+            for each in (*secrets, *others):
+                (folder / each).write_text("secret")
+        (tmp_path / "link.txt").symlink_to(secrets[1])
+        (sub / f"{name}~~").symlink_to("x.toml")
+        site = ptth.site_handler(
+            ptth.Site(str(tmp_path), ptth.SiteOptions(hidden=True), private=[f"/elsewhere/{name}"])
+        )
+        for folder in ("", "sub/"):
+            for each in secrets:
+                assert one(say(site, get(f"/{folder}{ptth.quote(each.encode())}")))[0] == 404, each
+            for each in others:
+                assert one(say(site, get(f"/{folder}{ptth.quote(each.encode())}")))[0] == 200, each
+            rows = json.loads(one(say(site, get(f"/{folder}", "Accept: application/json")))[2])["entries"]
+            assert {row["name"] for row in rows} - {"sub"} == set(others)
+        with zipfile.ZipFile(io.BytesIO(one(say(site, get("/?zip")))[2])) as archive:
+            assert set(archive.namelist()) == {"sub/", *others, *(f"sub/{each}" for each in others)}
+        for path in ("/link.txt", f"/sub/{ptth.quote(name.encode())}~~"):
+            assert one(say(site, get(path)))[0] == 404
+
+    def test_a_configuration_of_this_program_is_never_served(self, tmp_path: object) -> None:
+        (tmp_path / "deep" / "er").mkdir(parents=True)
+        for name in (
+            "ptth_server.toml",
+            "deep/er/ptth_relay.toml",
+            "deep/PTTH_Server2.toml",
+            "deep/old_ptth_relay.toml.x",
+        ):
+            (tmp_path / name).write_text("api_key")
+            assert one(say(self.site(tmp_path), get(f"/{name}")))[0] == 404
+        assert b"toml" not in say(self.site(tmp_path), get("/deep/"))
+
     def test_a_secret_behind_a_link_that_changes_is_never_served(self, tmp_path: object) -> None:
         for name in ("a", "b"):
             (tmp_path / name).write_text(name)
@@ -2119,6 +2174,56 @@ class TestFileServer:
         (tmp_path / "key.pem").unlink()
         (tmp_path / "key.pem").symlink_to("b")
         assert [one(say(site, get(f"/{name}")))[0] for name in ("a", "b", "key.pem")] == [200, 404, 404]
+
+    def test_the_operator_is_told_which_secrets_lie_below_the_root(
+        self, tmp_path: object, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        root = tmp_path / "root"
+        (root / "config").mkdir(parents=True)
+        ptth.Site(str(root), private=[str(tmp_path / "key.pem")]).tell_secrets("file-server")
+        assert capfd.readouterr().err == ""
+        for path in (
+            root / "ptth_server.toml",
+            root / "config" / "ptth_relay.toml",
+            root / "k.pem",
+            tmp_path / "root2.pem",
+        ):
+            path.write_text("")
+        (tmp_path / "link").symlink_to(root)
+        for served, key in ((root, root / "k.pem"), (tmp_path / "link", tmp_path / "link" / "k.pem")):
+            ptth.Site(str(served), private=[str(key), str(tmp_path / "root2.pem")]).tell_secrets("file-server")
+            told = capfd.readouterr().err
+            assert told.count("\n") == 1 and "root2.pem" not in told
+            for name in ("ptth_server.toml", "config/ptth_relay.toml", "k.pem"):
+                assert f"{root}/{name}" in told
+
+    FOREIGN = [
+        *(("win32", name) for name in (
+            "GIT~1", "git~12", "PROGRA~1.TXT", "SECRET~1.", "GI7EBA~1", "CON", "con.txt", "NUL", "nul .txt", "Aux.tar.gz", "PRN ", "COM1", "lpt9.log", "COM\xb9", "CONIN$",
+            "CLOCK$", "a.txt.", "a.txt ", "...", "a.txt::$DATA", "a:b", "C:", "a\\b", "..\\x", "a/b", "a?", "a*", "a|b", "a<", "\x01",
+        )),
+        *(("darwin", name) for name in ("a/b", "..namedfork", "..NamedFork", "..named\u200cfork")), ("linux", "a/b"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("system", "name"), FOREIGN)
+    def test_a_name_by_which_a_system_opens_something_else_is_refused(self, system: str, name: str) -> None:
+        assert ptth.is_foreign(name.encode(), system)
+        assert name in ("a/b",) or not ptth.is_foreign(name.encode(), "linux")
+
+    @pytest.mark.parametrize(
+        "name", ["a", ".git", "console.txt", "COM", "COM10", "a~b", "a~1b", "longer-name~1.txt", "nul-x", "\u00e4"]
+    )
+    def test_an_ordinary_name_is_not_refused(self, name: str) -> None:
+        assert not any(ptth.is_foreign(name.encode(), system) for system in ("win32", "darwin", "linux"))
+
+    def test_a_name_that_is_not_utf_8_is_none_on_windows_only(self) -> None:
+        assert [ptth.is_foreign(b"\xff", system) for system in ("win32", "darwin", "linux")] == [True, False, False]
+
+    def test_what_hfs_ignores_does_not_show_a_hidden_name(self) -> None:
+        for name in ("\u200c.git", "\ufeff.git", ".\u200dgit", "\u202e\u206a.x", ".well\u200cknown"):
+            assert ptth.is_hidden(name.encode(), "darwin")
+        assert not ptth.is_hidden("\u200c.git".encode(), "linux") and not ptth.is_hidden("\u200cgit".encode(), "darwin")
+        assert not ptth.is_hidden(b".well-known", "darwin") and ptth.is_hidden(b".git\xff", "darwin")
 
     @pytest.mark.parametrize(
         ("query", "names"),
@@ -2736,6 +2841,13 @@ class TestFileServer:
         assert b" 200 " in head and b"Content-Length" not in head
         tunnel.close()
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+    def test_what_the_system_shows_of_a_process_is_not_served(self) -> None:
+        if not os.path.exists("/proc/self/environ"):
+            pytest.skip("there is no /proc")
+        for path in ("/self/environ", f"/{os.getpid()}/environ", f"/{os.getpid()}/maps"):
+            assert one(say(self.site("/proc"), get(path)))[0] == 404
+        assert one(say(self.site("/proc/self"), get("/status")))[0] == 404
 
     ERRORS = [
         (errno.ENOENT, 404), (errno.ENOTDIR, 404), (errno.ELOOP, 404), (errno.ENAMETOOLONG, 404), (errno.EILSEQ, 404), (errno.EINVAL, 404), (errno.ENXIO, 404),
@@ -5246,6 +5358,26 @@ class TestCommandLine:
         assert key.hash == ptth.tripcode(err.split()[-1]) and err.split()[-1] not in out
         assert run("relay", "--new-scraper-key", "a b")[0] == 2
 
+    @pytest.mark.parametrize("command", ["file-server", "demo", "server"])
+    def test_secrets_below_the_root_are_told_and_not_served(
+        self, command: str, start: object, tmp_path: object
+    ) -> None:
+        write_configs(tmp_path, free_port(), str(tmp_path))
+        args = {
+            "file-server": [str(tmp_path), "--bind", "127.0.0.1", "--port", "0"],
+            "demo": [str(tmp_path), "--port", "0"],
+            "server": [],
+        }
+        process = start(command, *args[command], cwd=str(tmp_path))
+        line = process.wait_for("not served")
+        assert line.startswith(f"ptth {command}: ") and f"{tmp_path}/ptth_server.toml" in line
+        assert f"{tmp_path}/ptth_relay.toml" in line and sum("not served" in told for told in process.told) == 1
+        if command != "server":
+            prefix = "/" if command == "file-server" else "/frontend/servers/demo/files/"
+            port = process.listening().port
+            assert one(fetch(port, get(f"{prefix}ptth_server.toml")))[0] == 404
+            assert b"toml" not in fetch(port, get(f"{prefix}?zip"))
+
     def test_version(self) -> None:
         assert run("--version")[:2] == (0, f"ptth {ptth.__version__}\n")
 
@@ -6324,6 +6456,23 @@ class TestRealPrograms:
             proxy.wait(10)
             background.run(relay.stop(0.1))
             background.run(server.stop(0.1))
+
+    @needs("openssl")
+    def test_a_key_in_the_served_folder_is_not_served(self, start: object, tmp_path: object) -> None:
+        make_certificate(tmp_path)
+        cert, key = "cert", "key"
+        context = ssl.create_default_context(cafile=str(tmp_path / cert))
+        shutil.copy(tmp_path / key, tmp_path / f"{key}~")
+        (tmp_path / "public.txt").write_text("public")
+        args = ["--bind", "127.0.0.1", "--port", "0", "--tls-cert", cert, "--tls-key", key]
+        server = start("file-server", ".", *args, cwd=str(tmp_path))
+        port = int(re.search(r"https://[^/ ]*:(\d+)/", server.wait_for("https://"))[1])
+        eventually(lambda: any("not served" in line and f"{tmp_path}/{key}" in line for line in server.told))
+        for path, status in (("/public.txt", 200), (f"/{cert}", 404), (f"/{key}", 404), (f"/{key}~", 404)):
+            connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=20)
+            connection.request("GET", path)
+            assert connection.getresponse().status == status
+            connection.close()
 
     @needs("openssl")
     def test_https_by_the_file_server(self, start: object, tmp_path: object, root: str) -> None:
