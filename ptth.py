@@ -2727,6 +2727,8 @@ class Plan(NamedTuple):
     ranges: list[tuple[int, int]] = []
 
 
+_WHOLE = Plan(200)
+_CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "range"}
 # Times of files, in seconds, that tell nothing: Nix, container images and reproducible archives give them to all files.
 _NO_TIMES = {0, 1, 315532800}
 
@@ -2736,6 +2738,8 @@ def choose(method: str, headers: Headers, tag: str, modified: int, size: int, no
 
     Without a `tag` the file has no validator and no ranges.
     """
+    if headers.keys().isdisjoint(_CONDITIONS):
+        return _WHOLE
     if "if-match" in headers:
         if not tag_matches(headers.get("if-match", ""), tag, weak=False):
             return Plan(412)
@@ -2807,6 +2811,9 @@ def is_foreign(segment: bytes, system: str = sys.platform) -> bool:
 def is_refused(segments: tuple[bytes, ...], hidden: bool) -> bool:
     """Return whether a path is not served because of a name in it; `hidden` says that hidden ones are."""
     return any(map(is_foreign, segments)) or not hidden and any(map(is_hidden, segments))
+
+
+_is_short_path_refused = functools.lru_cache(256)(is_refused)
 
 
 _CONFIGURATIONS = (b"ptth_server.toml", b"ptth_relay.toml")
@@ -2965,7 +2972,8 @@ class Site:
             raise ProtocolError(status, f"{request.method} is not possible here", headers=[_ALLOW])
         if request.method == "OPTIONS":
             return Response(204, [_ALLOW, NOSNIFF])
-        if is_refused(segments, self.options.hidden):
+        check = _is_short_path_refused if len(segments) < 32 else is_refused
+        if check(segments, self.options.hidden):
             raise ProtocolError(404, "there is nothing here")
         found = self.open(segments)
         if found.fd is not None:
@@ -3481,10 +3489,10 @@ def _look_into(fd: int, facts: os.stat_result, name: bytes) -> tuple[str, bytes,
     kind, size = known_type(name), facts.st_size
     if kind and size > SNIFFED and size not in _PAGES:
         return kind, b"", True
-    count = min(size, SNIFFED) or SNIFFED
-    beginning = read_at(fd, 0, count)
-    sized = len(beginning) == min(size, SNIFFED) or os.fstat(fd).st_size != size  # it is being written
-    return media_type(name, beginning), beginning if sized else b"", sized
+    count = min(size, SNIFFED)
+    beginning = read_at(fd, 0, count or SNIFFED)
+    sized = len(beginning) == count or os.fstat(fd).st_size != size  # it is being written
+    return kind or media_type(name, beginning), beginning if sized else b"", sized
 
 
 def _unsized_response(request: Request, found: Found, kind: str) -> Response:

@@ -5369,7 +5369,8 @@ class TestCommandLine:
             "server": [],
         }
         process = start(command, *args[command], cwd=str(tmp_path))
-        line = process.wait_for("not served")
+        eventually(lambda: any("not served" in told for told in process.told))
+        line = next(told for told in process.told if "not served" in told)
         assert line.startswith(f"ptth {command}: ") and f"{tmp_path}/ptth_server.toml" in line
         assert f"{tmp_path}/ptth_relay.toml" in line and sum("not served" in told for told in process.told) == 1
         if command != "server":
