@@ -1862,16 +1862,16 @@ class AccessLog:
         self._stamp = ""
 
     def add(self, request: Request, status: int, size: int) -> None:
-        """Add the line for one response; a backend request's query may hold what must not be logged."""
+        """Add the line for one response, without the query where it may hold a key."""
         now = int(time.time())
         if now != self._second:
             t = time.gmtime(now)
             month = _MONTHS[t.tm_mon - 1]
             self._second = now
             self._stamp = f"{t.tm_mday:02}/{month}/{t.tm_year}:{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} +0000"
-        target = request.target.partition("?")[0] if request.target.startswith(BACKEND) else request.target
-        what = _quoted(f"{request.method} {target} HTTP/1.{request.minor}")
-        referer, agent = (_quoted(request.headers.get(name, "-")) for name in ("referer", "user-agent"))
+        what = _quoted(f"{request.method} {_without_key(request.target)} HTTP/1.{request.minor}")
+        referer = _quoted(_without_key(request.headers.get("referer", "-")))
+        agent = _quoted(request.headers.get("user-agent", "-"))
         line = f'{request.peer} - - [{self._stamp}] "{what}" {status} {size} "{referer}" "{agent}"\n'
         if not self._lines:
             asyncio.get_running_loop().call_soon(self.flush)
@@ -1884,6 +1884,15 @@ class AccessLog:
 
 
 _LOGGED = {code: f"\\x{code:02x}" for code in (*range(32), *b'"\\', *range(127, 256))}
+
+
+# Where keys are asked for, and may be found in the query by mistake.
+_ASKS_FOR_KEY = re.compile(rf"(?:https?://[^/?]*)?/*(?:{BACKEND[1:-1]}|scraper|frontend/audit_log)\b", re.IGNORECASE)
+
+
+def _without_key(url: str) -> str:
+    """Take the query off a URL where it may hold a key."""
+    return url.partition("?")[0] if _ASKS_FOR_KEY.match(url) else url
 
 
 def _quoted(text: str) -> str:
@@ -4403,6 +4412,7 @@ class RelayConfig:
     enable_scraper_api: bool = False
     scraper_keys: list[ScraperKey] = field(default_factory=list)
     dev_mode: bool = False
+    audit_log_public: bool = False
 
 
 class Event(NamedTuple):
@@ -4588,6 +4598,31 @@ def is_loopback(address: str) -> bool:
     return address.startswith("127.") or address in ("::1", "-", "")
 
 
+_FORWARDING = {"forwarded", "via", "x-real-ip"}  # and x-forwarded-*: what proxies add
+
+
+def is_local(request: Request) -> bool:
+    """Return whether a request comes from this machine itself, and not through a proxy on it."""
+    if request.peer == "-" or not is_loopback(request.peer):
+        return False
+    return not any(name in _FORWARDING or name.startswith("x-forwarded-") for name in request.headers)
+
+
+def is_local_name(host: str) -> bool:
+    """Return whether a Host field names this machine for itself: localhost, a name below it, a loopback address."""
+    name = re.sub(r":[0-9]*\Z", "", host.lower()) if not host.endswith("]") else host
+    if name.startswith("["):
+        family, name, own = socket.AF_INET6, name.strip("[]"), b"\0" * 15 + b"\1"
+    else:
+        family, name, own = socket.AF_INET, name.removesuffix("."), b"\x7f"
+    if name == "localhost" or name.endswith(".localhost"):
+        return family == socket.AF_INET
+    try:
+        return socket.inet_pton(family, name).startswith(own)
+    except (OSError, ValueError):
+        return False
+
+
 def outer_address(addresses: str) -> str:
     """Return the last of these addresses, as in X-Forwarded-For, that is not this machine's own, or "".
 
@@ -4744,7 +4779,7 @@ class Desk:
             "/frontend/servers": lambda request: text_response(301, "see servers/\n", [("Location", "./servers/")]),
             "/frontend/servers/": self._server_list,
             "/frontend/unregistered_servers": self._unregistered_servers,
-            "/frontend/audit_log": self._audit_log,
+            "/frontend/audit_log": self._audit_counts,
             "/frontend/debug/": self._debug,
             "/frontend/relay_up_check": lambda request: text_response(200, "Relay is up\n", [NO_STORE]),
             "/ptth.py": lambda request: Response(
@@ -4759,13 +4794,22 @@ class Desk:
             "metrics": self._metrics_response,
         }
 
-    def show(self, request: Request, path: str) -> Response:
+    async def show(self, request: Request, path: str) -> Response:
         """Answer a request for a page of the relay's; ProtocolError 404, 405."""
         show = self._pages.get(path)
         if show is None:
             raise ProtocolError(404, "there is nothing here")
         self._check_method(request)
+        if path == "/frontend/audit_log" and await self._may_see_clients(request):
+            return self._audit_log(request)
         return show(request)
+
+    async def _may_see_clients(self, request: Request) -> bool:
+        """Return whether the addresses of clients and what they asked for may be shown to who sends this request."""
+        config = self.relay.config
+        if config.audit_log_public or is_local(request):
+            return True
+        return config.enable_scraper_api and "x-apikey" in request.headers and await self.relay.is_scraper(request)
 
     def show_scraper(self, request: Request, what: str) -> Response:
         """Answer the part of the scraper API that does not go to a server; ProtocolError 404, 405."""
@@ -4884,6 +4928,21 @@ class Desk:
         content = "<h1>Audit log</h1>\n" + (table(columns, rows) if rows else "<p>Nothing has happened.</p>")
         return self._page("Audit log", content, "../")
 
+    def _audit_counts(self, request: Request) -> Response:
+        """Show of the audit log how often each server had which event, for those who may not see more."""
+        counts: dict[tuple[str, str], int] = {}
+        for event in self.relay.events:
+            server = event.server if event.server in self.relay.servers else ""
+            counts[server, event.event] = counts.get((server, event.event), 0) + 1
+        rows = [(server, event, count) for (server, event), count in sorted(counts.items())]
+        if wants_json(request.headers):
+            return json_response([dict(zip(("server", "event", "count"), row, strict=True)) for row in rows])
+        content = "<h1>Audit log</h1>\n<p>Counts only: addresses and paths are shown on the relay's own machine and to "
+        content += "programs with a scraper key, or to everybody with <code>audit_log_public = true</code>.</p>\n"
+        columns, cells = {"Server": "", "What": "b", "Count": "n"}, (map(escape, map(str, row)) for row in rows)
+        content += table(columns, cells) if rows else "<p>Nothing has happened.</p>"
+        return self._page("Audit log", content, "../")
+
     def _debug(self, request: Request) -> Response:
         """Show build and state, in dev mode."""
         if not self.relay.config.dev_mode:
@@ -4988,7 +5047,7 @@ class Relay:
             return await self._scrape(request, target.removeprefix("/scraper/"))
         if path.startswith(BACKEND):
             return await self._backend(request, path.removeprefix(BACKEND))
-        return self.desk.show(request, path)
+        return await self.desk.show(request, path)
 
     def _known(self, name: str) -> Registered:
         """Return the server of that name; ProtocolError 404."""
@@ -5143,7 +5202,8 @@ class Relay:
         version, _, rest = path.partition("/")
         if not self.config.enable_scraper_api or version not in ("v1", "api"):
             raise ProtocolError(404, "there is nothing here")
-        await self._verify_scraper(request)
+        if not await self.is_scraper(request):
+            raise ProtocolError(403, "this needs a valid X-ApiKey", headers=[NO_STORE])
         what = rest.partition("?")[0]
         if not what.startswith("server/"):
             return self.desk.show_scraper(request, what)
@@ -5152,8 +5212,8 @@ class Relay:
             raise ProtocolError(404, "there is nothing here")
         return await self._forward(request, self._known(name), "/" + below)
 
-    async def _verify_scraper(self, request: Request) -> None:
-        """Return when the request shows a scraper's key that is valid now; only the log learns why another is not."""
+    async def is_scraper(self, request: Request) -> bool:
+        """Return whether the request shows a scraper's key that is valid now; only the log learns why it is not."""
         key = request.headers.get("x-apikey")
         why, name, now = "no key", "-", time.time()
         if key and len(key) > MAX_KEY:
@@ -5168,10 +5228,10 @@ class Relay:
                     if verdict.is_new:
                         self._warn_of_weakness("scraper", name, key)
                     if entry.not_before <= now <= entry.not_after:
-                        return
+                        return True
                     why = "a key that is not yet valid" if now < entry.not_before else "a key that has expired"
         self._refuse("scraper", request, name, why)
-        raise ProtocolError(403, "this needs a valid X-ApiKey", headers=[NO_STORE])
+        return False
 
     async def _listen(self, request: Request, server: Registered) -> Response:
         """P1: answer with what waits, or wait for it."""
@@ -6115,6 +6175,10 @@ class Table:
         self.problem(f"{key} must be a string in quotes")
         return default
 
+    def is_text(self, key: str) -> bool:
+        """Return whether a string is there, or nothing: otherwise `text` has noted the wrong type already."""
+        return isinstance(self.values.get(key, ""), str)
+
     def number(self, key: str, default: int, low: int, high: int) -> int:
         """Return a whole number of a range."""
         value = self.values.get(key, default)
@@ -6227,6 +6291,13 @@ def find_config(given: str | None, name: str) -> str:
     return original if not os.path.exists(name) and os.path.exists(original) else name
 
 
+# Of browsers' schemes only these two: javascript: would run in the relay's origin. White space and control characters
+# are not possible in a URL, and browsers skip them, so that "java\nscript:" would be one.
+_NEWS_URL = re.compile(
+    r"(?:https?://[^\s\x00-\x20\x7f/][^\s\x00-\x20\x7f]*|(?![A-Za-z][A-Za-z0-9+.\-]*:)[^\s\x00-\x20\x7f]*)", re.I
+)
+
+
 def load_relay_config(path: str) -> RelayConfig:
     """Read ptth_relay.toml; UserError with a line for each thing that is wrong."""
     values = read_toml(path, "it needs a [[servers]] block from each `ptth.py server --print-tripcode`")
@@ -6241,39 +6312,48 @@ def load_relay_config(path: str) -> RelayConfig:
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
     config.news_url = table.text("news_url")
     config.enable_scraper_api = table.flag("enable_scraper_api", False)
+    config.audit_log_public = table.flag("audit_log_public", False)
     config.dev_mode = values.get("dev_mode", False) is not False
     if not isinstance(values.get("dev_mode", {}), dict | bool):
         table.problem("dev_mode must be written as [dev_mode]")
-    if config.news_url and not re.match("https?://", config.news_url):
-        table.problem("news_url must begin with http:// or https://")
-    config.scraper_keys = [read_scraper_key(block) for block in table.tables("scraper_keys")]
-    for name in sorted({key.name for key in config.scraper_keys}):
-        if sum(key.name == name for key in config.scraper_keys) > 1:
-            table.problem(f"there are two scraper keys named {name}")
-    names = set()
-    for block in table.tables("servers"):
-        block.allow_only(["name", "tripcode", "display_name", "sandbox"])
-        name, code = block.text("name"), block.text("tripcode")
-        if not _NAME.fullmatch(name):
-            block.problem(f"name = {name!r} {NAME_RULE}")
-        if name in names:
-            block.problem(f"there are two servers named {name}")
-        names.add(name)
-        if not is_tripcode(code):
-            block.problem("tripcode must be what `ptth.py server --print-tripcode` prints, 44 characters that end in =")
-        config.servers.append(ServerEntry(name, code, block.text("display_name"), block.flag("sandbox", True)))
+    if not _NEWS_URL.fullmatch(config.news_url):
+        table.problem("news_url must begin with http:// or https://, or be relative to /frontend/servers/")
+    key_names: set[str] = set()
+    config.scraper_keys = [read_scraper_key(block, key_names) for block in table.tables("scraper_keys")]
+    names: set[str] = set()
+    config.servers = [read_server_entry(block, names) for block in table.tables("servers")]
     if problems:
         raise UserError(*problems)
     return config
 
 
-def read_scraper_key(block: Table) -> ScraperKey:
-    """Read one [[scraper_keys]] block; a key lives 30 days at most, so that a lost one is not lost for ever."""
+def read_server_entry(block: Table, names: set[str]) -> ServerEntry:
+    """Read one [[servers]] block, whose name may not be one of `names`, and add it to them."""
+    block.allow_only(["name", "tripcode", "display_name", "sandbox"])
+    name, code = block.text("name"), block.text("tripcode")
+    if block.is_text("name") and not _NAME.fullmatch(name):
+        block.problem(f"name = {name!r} {NAME_RULE}")
+    elif name and name in names:
+        block.problem(f"name = {name!r}: there are two servers named {name}")
+    names.add(name)
+    if block.is_text("tripcode") and not is_tripcode(code):
+        block.problem("tripcode must be what `ptth.py server --print-tripcode` prints, 44 characters that end in =")
+    return ServerEntry(name, code, block.text("display_name"), block.flag("sandbox", True))
+
+
+def read_scraper_key(block: Table, names: set[str]) -> ScraperKey:
+    """Read one [[scraper_keys]] block, whose name may not be one of `names`, and add it to them.
+
+    A key lives 30 days at most, so that a stolen one is of use for no longer.
+    """
     block.allow_only(["name", "not_before", "not_after", "hash"])
     key = ScraperKey(block.text("name"), block.text("hash"), block.time("not_before"), block.time("not_after"))
-    if not key.name:
+    if block.is_text("name") and not key.name:
         block.problem("name is missing")
-    if not is_tripcode(key.hash):
+    if key.name and key.name in names:
+        block.problem(f"name = {key.name!r}: there are two scraper keys named {key.name}")
+    names.add(key.name)
+    if block.is_text("hash") and not is_tripcode(key.hash):
         block.problem("hash must be what `ptth.py relay --new-scraper-key NAME` prints, 44 characters that end in =")
     span = key.not_after - key.not_before
     if span < 0 or span > SCRAPER_DAYS * 86400:
@@ -6816,6 +6896,22 @@ def print_server_key(name: str, relay_url: str) -> None:
     write_error(registration(name, key) + "\n")
 
 
+def local_names_only(handler: Handler) -> Handler:
+    """Answer only requests that name this machine in Host.
+
+    A page of a stranger's may change its own name's address to 127.0.0.1, and its scripts could then read everything.
+    """
+
+    async def handle(request: Request) -> Response:
+        host = request.headers.get("host", "")
+        if not is_local_name(host) and (host or "host" in request.headers):
+            wrong = f"this demo answers to localhost and 127.0.0.1 only, and the request is for {host[:MAX_NOTED]!r}"
+            raise ProtocolError(403, f"{wrong}; open it under one of these names", close=True)
+        return await handler(request)
+
+    return handle
+
+
 async def run_demo(args: argparse.Namespace) -> None:
     """Run a relay and a server that share nothing but a connection, until a signal."""
     import secrets
@@ -6824,7 +6920,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     key = secrets.token_urlsafe(32)
     sock = open_socket("127.0.0.1", args.port)
     relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))]))
-    http = HTTPServer(relay.handle, log=None if args.quiet else AccessLog())
+    http = HTTPServer(local_names_only(relay.handle), log=None if args.quiet else AccessLog())
     stop = stop_event(lambda: tell("ptth demo: there is nothing to read again"))
     await http.listen(sock)
     port = sock.getsockname()[1]

@@ -252,9 +252,9 @@ def fetch(port: int, request: bytes, *, half_close: bool = True, patience: float
     return b"".join(pieces)
 
 
-def get(path: str, *fields: str, method: str = "GET") -> bytes:
+def get(path: str, *fields: str, method: str = "GET", host: str = "example.com") -> bytes:
     """A request's bytes; the connection closes behind it."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: example.com", "Connection: close", *fields, "", ""]
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", *fields, "", ""]
     return "\r\n".join(lines).encode("latin-1")
 
 
@@ -4387,6 +4387,62 @@ class TestOperator:
             assert one(tunnel.fetch(long))[0] == 200
         assert len(one(tunnel.fetch(get("/frontend/audit_log")))[2]) < 150_000
 
+    ELSEWHERE = [
+        "X-Forwarded-For: 192.0.2.7",
+        "Forwarded: for=192.0.2.7",
+        "X-Real-IP: 192.0.2.7",
+        "Via: 1.1 front",
+        "X-Forwarded-Proto: https",
+    ]
+
+    @pytest.mark.parametrize("field", ELSEWHERE)
+    def test_strangers_see_counts_of_the_audit_log_only(self, field: str, tunnel: Tunnel) -> None:
+        self.configure(tunnel, self.key(), self.key(-20, -10, "old", "old-key-that-is-long-enough"))
+
+        def look(*fields: str) -> tuple[object, str]:
+            answers = [
+                tunnel.fetch(get("/frontend/audit_log", *fields, *more)) for more in (["Accept: application/json"], [])
+            ]
+            assert all(one(answer)[0] == 200 for answer in answers)
+            return json.loads(one(answers[0])[2]), one(answers[1])[2].decode()
+
+        for _ in range(2):
+            assert one(tunnel.fetch(get("/frontend/servers/n/private", "X-Forwarded-For: 192.0.2.1")))[0] == 200
+        for shown in ([], ["X-ApiKey: old-key-that-is-long-enough"], ["X-ApiKey: wrong"], ["X-ApiKey: "]):
+            events, page = look(field, *shown)
+            assert {"server": "n", "event": "request", "count": 2} in events
+            assert {key for event in events for key in event} == {"server", "event", "count"}
+            assert "private" not in page and "192.0.2" not in page and "audit_log_public" in page
+        for seen in ([field, f"X-ApiKey: {self.SCRAPER}"], []):
+            events, page = look(*seen)
+            assert "/private" in [event["path"] for event in events] and "/private" in page and "192.0.2.1" in page
+        self.configure(tunnel, audit_log_public=True)
+        assert "/private" in look(field)[1]
+        self.configure(tunnel, self.key(), enable_scraper_api=False)
+        assert "private" not in look(field, f"X-ApiKey: {self.SCRAPER}")[1]
+
+    @pytest.mark.parametrize(
+        "request_", [get("/scraper/v1/test?key=sesame"), get("/scraper?sesame"), get("//scraper/v1/metrics?sesame"), get("/Scraper/?sesame"),
+                     get("/scraper/v1/server/n/x?sesame"), get("/frontend/audit_log?key=sesame"), get("/7ZSFUKGV/http_listen/n?sesame"),
+                     get("/", "Referer: https://r.example/scraper/v1/test?key=sesame")],
+    )  # fmt: skip
+    def test_a_key_in_a_query_is_not_logged(
+        self, request_: bytes, tunnel: Tunnel, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        self.configure(tunnel, self.key())
+        request_ = request_.replace(b"\r\n\r\n", f"\r\nX-ApiKey: {self.SCRAPER}\r\n\r\n".encode())
+        tunnel.http.log = ptth.AccessLog()
+        tunnel.fetch(request_)
+        assert b"sesame" not in tunnel.fetch(get("/frontend/audit_log"))
+        told: list[str] = []
+
+        def is_logged() -> bool:
+            told.append(capfd.readouterr().err)
+            return "".join(told).count(" HTTP/1.1") >= 2
+
+        eventually(is_logged)
+        assert "sesame" not in "".join(told) and self.SCRAPER not in "".join(told)
+
     def test_the_pages_say_what_they_should(self, tunnel: Tunnel) -> None:
         assert one(tunnel.fetch(get("/frontend/debug/")))[0] == 404
         self.configure(tunnel, news_url="https://news.example/?a=1&b=2", dev_mode=True)
@@ -4977,7 +5033,7 @@ class TestConfiguration:
         ("dev_mode = 1", ["[dev_mode]"]), ("x = " + "[" * 9999, ["TOML"]), ("port = " + "9" * 9999, ["TOML"]),
         (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=1970-01-01T00:00:00Z\nnot_after=2099-01-01T00:00:00Z", ["30 days"]),
         ("[server_tripcodes]\na = 'x'", ["[[servers]]", "old form"]), ("servers = 1", ["[[servers]]"]), ("[[servers]]\nnmae = 'x'", ["nmae", "name"]),
-        ("news_url = 'ftp://x'", ["news_url"]), ("enable_scraper_api = 1", ["true or false"]), ("[[scraper_keys]]\nname = 'a'", ["hash", "not_before"]),
+        ("news_url = 'ftp://x'", ["news_url"]), ("audit_log_public = 1", ["true or false"]), ("enable_scraper_api = 1", ["true or false"]), ("[[scraper_keys]]\nname = 'a'", ["hash", "not_before"]),
         (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=2026-01-01T00:00:00Z\nnot_after=2026-02-01T00:00:00Z", ["30 days", "number 1"]),
         (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before='2026-01-02T00:00:00Z'\nnot_after='2026-01-01T00:00:00Z'", ["30 days"]),
         (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=2026-01-01T00:00:00\nnot_after=2026-01-02", ["not_before", "not_after", "offset"]),
@@ -5084,6 +5140,46 @@ class TestConfiguration:
         path.write_text('name = "a"')
         with pytest.raises(ptth.UserError, match="PTTH_API_KEY in the environment has 6 characters"):
             ptth.load_server_config(str(path), {}, to_connect=False)
+
+    SPAN = "not_before=2026-01-01T00:00:00Z\nnot_after=2026-01-30T00:00:00Z\n"
+    ONE_FAULT = [  # (file, words of its only line)
+        (f"[[scraper_keys]]\nname='a'\nhash=5\n{SPAN}", ["[[scraper_keys]] number 1", "hash", "string"]),
+        (f"[[scraper_keys]]\nname=5\nhash='{TRIP}'\n{SPAN}", ["[[scraper_keys]] number 1", "name", "string"]),
+        (f"[[scraper_keys]]\nhash='{TRIP}'\n{SPAN}", ["[[scraper_keys]] number 1", "name is missing"]),
+        (2 * f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\n{SPAN}", ["[[scraper_keys]] number 2", "two scraper keys named a"]),
+        (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=5\nnot_after=2026-01-30T00:00:00Z", ["[[scraper_keys]] number 1", "not_before"]),
+        (f"[[servers]]\nname=5\ntripcode='{TRIP}'", ["[[servers]] number 1", "name", "string"]),
+        ("[[servers]]\nname='a'\ntripcode=['x']", ["[[servers]] number 1", "tripcode", "string"]),
+        (f"[[servers]]\nname='a'\n[[servers]]\nname='b'\ntripcode='{TRIP}'", ["[[servers]] number 1", "tripcode"]),
+        (2 * f"[[servers]]\nname='a'\ntripcode='{TRIP}'\n", ["[[servers]] number 2", "two servers named a"]),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("text", "words"), ONE_FAULT)
+    def test_one_fault_is_one_line_with_the_table_and_the_key(
+        self, text: str, words: list[str], tmp_path: object
+    ) -> None:
+        path = tmp_path / "r.toml"
+        path.write_text(text)
+        with pytest.raises(ptth.UserError) as caught:
+            ptth.load_relay_config(str(path))
+        (line,) = caught.value.args
+        assert all(word in line for word in [str(path), *words]), line
+
+    @pytest.mark.parametrize(
+        ("url", "good"),
+        [("https://n.example/a?b#c", True), ("HTTP://n.example", True), ("/news", True), ("../../news.html", True), ("?x=a:b", True), ("./a:b", True),
+         ("//n.example/", True), ("", True), ("javascript:alert(1)", False), ("JavaScript:alert(1)", False), (" javascript:alert(1)", False),
+         ("java\\nscript:alert(1)", False), ("\\u0001javascript:alert(1)", False), ("data:text/html,x", False), ("http:n.example", False),
+         ("http://", False), ("vbscript:x", False), ("a b", False)],
+    )  # fmt: skip
+    def test_the_news_may_be_anywhere_but_in_a_script(self, url: str, good: bool, tmp_path: object) -> None:
+        path = tmp_path / "r.toml"
+        path.write_text(f'news_url = "{url}"')
+        if good:
+            assert ptth.load_relay_config(str(path)).news_url == url
+        else:
+            with pytest.raises(ptth.UserError, match="news_url"):
+                ptth.load_relay_config(str(path))
 
     def test_dev_mode_may_be_switched_off(self, tmp_path: object) -> None:
         path = tmp_path / "r.toml"
@@ -5376,7 +5472,7 @@ class TestCommandLine:
         if command != "server":
             prefix = "/" if command == "file-server" else "/frontend/servers/demo/files/"
             port = process.listening().port
-            assert one(fetch(port, get(f"{prefix}ptth_server.toml")))[0] == 404
+            assert one(fetch(port, get(f"{prefix}ptth_server.toml", host="localhost")))[0] == 404
             assert b"toml" not in fetch(port, get(f"{prefix}?zip"))
 
     def test_version(self) -> None:
@@ -5546,7 +5642,8 @@ class TestCommandLine:
         demo = start("demo", root, "--port", "0").listening()
         demo.process.send_signal(signal.SIGHUP)
         demo.wait_for("nothing to read again")
-        assert one(fetch(demo.port, get("/frontend/servers/demo/files/hello.txt")))[2] == HELLO
+        request = get("/frontend/servers/demo/files/hello.txt", host="localhost")
+        assert one(fetch(demo.port, request))[2] == HELLO
         assert demo.end(number) == 0
         assert "Traceback" not in "".join(demo.told)
 
@@ -5563,6 +5660,31 @@ class TestCommandLine:
         monkeypatch.setattr(ptth.Link, "run", never_connected)
         args = ptth.build_parser().parse_args(["demo", root, "--port", "0", "-q"])
         asyncio.run(asyncio.wait_for(args.run(args), 20))
+
+    def test_the_demo_answers_to_names_of_this_machine_only(self, start: object, root: str) -> None:
+        demo = start("demo", root, "--port", "0").listening()
+
+        def status(host: str, path: str = "/frontend/servers/demo/files/hello.txt") -> int:
+            return one(fetch(demo.port, get(path, host=host)))[0]
+
+        for host in (
+            "localhost",
+            "LocalHost:80",
+            "demo.localhost:4000",
+            "localhost.",
+            "127.0.0.1",
+            "127.1.2.3:9",
+            "[::1]",
+            "[::1]:4000",
+            "127.0.0.1:",
+        ):
+            assert status(host) == 200, host
+        for host in ("evil.example", "evil.example:4000", "localhost.evil.example", "evillocalhost", "127.0.0.1.evil.example", "[::2]", "10.0.0.1",
+                     "0.0.0.0", "[::127.0.0.1]", "[localhost]", "localhost:80.evil.example", ""):  # fmt: skip
+            assert status(host) in (403, 400), host
+            assert status("localhost", f"http://{host or 'x'}/frontend/servers/") in (403, 400), host
+        text = fetch(demo.port, get("/"))
+        assert text.startswith(b"HTTP/1.1 403 ") and b"localhost" in text and b"example.com" in text
 
     def test_both_families_by_default(self, start: object, root: str) -> None:
         server = start("file-server", root, "--port", "0").listening()
