@@ -2828,7 +2828,7 @@ _is_short_path_refused = functools.lru_cache(256)(is_refused)
 _CONFIGURATIONS = (b"ptth_server.toml", b"ptth_relay.toml")
 # What editors, installers and people add to the name of a copy.
 _COPY_MARK = (
-    rb"(?:[~#]+|[ ._~#(-]+"
+    rb"(?:[~#0-9]+|[ ._~#(-]+"
     rb"(?:bak|backup|copy|new|old|orig|prev|sav|te?mp|sw[a-z]|un~|dpkg-|ucf-|rpm|gz|xz|bz2|zst|br|zip|tar|[0-9]).*)"
 )
 

@@ -2125,7 +2125,7 @@ class TestFileServer:
         sub = tmp_path / "sub"
         sub.mkdir()
         stem, extension = os.path.splitext(name)
-        middle = (f"{stem} - Copy", f"{stem} (2)", f"{stem}.bak", f"{stem}-old", f"{stem}.2026")
+        middle = (f"{stem} - Copy", f"{stem} (2)", f"{stem}.bak", f"{stem}-old", f"{stem}.2026", f"{stem}7")
         secrets = [
             *(copy.format(name) for copy in self.COPIES),
             name.upper(),
