@@ -121,6 +121,8 @@ MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
 MAX_BATCHES_BYTES = (
     8 * 1024 * 1024
 )  # bytes of one server's batches that the relay reads at once: eight servers' of a name
+MAX_INLINE = 64 * 1024  # bytes of a request's body that travels in P3; longer ones are fetched
+MAX_INLINE_TOTAL = 16 * 1024 * 1024  # bytes of all such bodies that wait at the relay
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
 MAX_FROM_ADDRESS = 500  # requests of one client's address that one server may have waiting or being answered
@@ -146,6 +148,7 @@ MAX_UNREGISTERED = 100  # names remembered for /frontend/unregistered_servers
 WAIT_TIME = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
 P1_TIME = 35.0  # seconds after which the server takes an unanswered P1 for lost
 ANSWER_TIME = 50.0  # seconds for a response's head; nginx itself gives up at 60
+FETCH_GRACE = 5.0  # seconds that a response may still come in after the server stopped reading the request's body
 ABSENT_TIME = 10.0  # seconds that a request waits for a server that may be reconnecting
 RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server takes a quicker empty answer for a failure
 AWAY_TIME = 2.0  # seconds without any of its connections after which a server is shown as away
@@ -424,12 +427,10 @@ class Headers(dict[str, str]):
         return [member for part in parts if (member := part.strip(" \t").lower())]
 
 
-class Connection(Protocol):
-    """What a handler or a body may know of the connection to its peer."""
+class Peer(Protocol):
+    """What a handler may know of the other end of a request's connection."""
 
-    peer: str  # the peer's address, for logs and X-Forwarded-For
-    can_send_file: bool  # otherwise a file's bytes go by `send`
-    can_splice: bool  # otherwise what another connection receives goes by `send`
+    peer: str  # its address, for logs and X-Forwarded-For
     closing: bool  # one of the two sides has said "Connection: close"
     ended: list[Callable[[], None]]  # called once when the connection ends
 
@@ -439,8 +440,22 @@ class Connection(Protocol):
     def lost(self) -> bool:
         """Return whether the connection was reset: a client that only ended its side still waits for the answer."""
 
+    def abort(self) -> None:
+        """Close at once; what was not sent yet is lost."""
+
+
+class Sink(Protocol):
+    """Where a body puts its bytes."""
+
+    can_send_file: bool  # otherwise a file's bytes go by `send`
+    can_splice: bool  # otherwise what another connection receives goes by `send`
+
+    @property
+    def written(self) -> int:
+        """The bytes that were put there until now."""
+
     async def send(self, data: bytes) -> None:
-        """Send `data`; returns when the connection can take more."""
+        """Send `data`; returns when more can be taken. ConnectionError when the peer is gone or stalls."""
 
     async def send_file(self, fd: int, offset: int, count: int) -> None:
         """Send `count` bytes of an open file; raises BrokenBody when the file is shorter."""
@@ -465,6 +480,11 @@ class Body:
     def __aiter__(self) -> AsyncIterator[bytes]:
         raise NotImplementedError
 
+    @property
+    def known_length(self) -> int | None:
+        """The bytes still to come, also of a body that has arrived without a length; None when that is not known."""
+        return self.length
+
     async def read(self) -> bytes:
         """Return the next bytes, or b"" at the end. Raises BrokenBody when the body ends before its length."""
         if self._pieces is None:
@@ -481,14 +501,14 @@ class Body:
                 raise ProtocolError(502, "the body is too large", close=True)
         return b"".join(pieces)
 
-    async def write_to(self, connection: Connection) -> None:
+    async def write_to(self, sink: Sink) -> None:
         """Send the whole body.
 
         Raises BrokenBody when the body has fewer bytes than `length`, ConnectionError when the peer is gone or stalls.
         The caller must then close the connection so that the peer sees an incomplete message.
         """
         async for piece in self:
-            await connection.send(piece)
+            await sink.send(piece)
 
     async def check(self, *, discard: bool) -> None:
         """Look at the framing of a body before it is answered; with `discard` read the body, too, as nobody will."""
@@ -535,7 +555,7 @@ class Request:
     headers: Headers
     minor: int = 1  # of HTTP/1.x
     body: Body = EMPTY
-    connection: Connection | None = None  # None where there is none of its own: behind a tunnel
+    connection: Peer | None = None  # None where there is none of its own: behind a tunnel
     secure: bool = False
     upgrade: str = ""  # the protocol of an Upgrade field that may be followed; after a 101, `body` has no framing
 
@@ -1328,6 +1348,11 @@ class IncomingBody(Body):
         """The bytes still to come, or None when only the end will tell."""
         return None if self.chunked or self.until_close else self.left + len(self.held)
 
+    @property
+    def known_length(self) -> int | None:
+        """The same, but also known of a chunked body that has arrived."""
+        return len(self.held) if self.complete else self.length
+
     async def read(self) -> bytes:
         """Return the next piece, or b"" at the end; BrokenBody when the connection ends before it."""
         if self.held:
@@ -1439,22 +1464,24 @@ class IncomingBody(Body):
         while piece := await self.read():
             yield piece
 
-    async def write_to(self, connection: Connection) -> None:
+    async def write_to(self, sink: Sink) -> None:
         stream = self.stream
+        if self.expects:
+            await sink.send(await self.read())
         worth_it = self.left >= SPLICE_MIN and not self.chunked  # of chunks, `left` is the rest of one
-        if worth_it and stream.can_splice and connection.can_splice:
+        if worth_it and stream.can_splice and sink.can_splice:
             try:
                 await stream.take_buffered()
                 while self.held or stream.held and self.left:
-                    await connection.send(await self.read())
-                if self.left and await connection.splice(stream, self.left):
+                    await sink.send(await self.read())
+                if self.left and await sink.splice(stream, self.left):
                     self.left = 0
                     self.complete = True
             finally:
                 if not stream.transport.is_closing():
                     stream.transport.resume_reading()
         while piece := await self.read():
-            await connection.send(piece)
+            await sink.send(piece)
 
     async def aclose(self) -> None:
         on_end, self.on_end = self.on_end, None
@@ -1500,12 +1527,12 @@ class FileBody(Body):
                 raise BrokenBody("the file became shorter")
             yield data
 
-    async def write_to(self, connection: Connection) -> None:
-        if self.length is None or not connection.can_send_file:
-            await super().write_to(connection)
+    async def write_to(self, sink: Sink) -> None:
+        if self.length is None or not sink.can_send_file:
+            await super().write_to(sink)
             return
         for offset, count in self.slices(4 * SENDFILE_SLICE):
-            await connection.send_file(self._fd, offset, count)
+            await sink.send_file(self._fd, offset, count)
 
     async def aclose(self) -> None:
         if self._fd >= 0:
@@ -1531,24 +1558,49 @@ class MultipartBody(Body):
                 yield piece
         yield self._last
 
-    async def write_to(self, connection: Connection) -> None:
+    async def write_to(self, sink: Sink) -> None:
         for head, part in self._parts:
-            await connection.send(head)
-            await part.write_to(connection)
-        await connection.send(self._last)
+            await sink.send(head)
+            await part.write_to(sink)
+        await sink.send(self._last)
 
     async def aclose(self) -> None:
         await self._whole.aclose()
 
 
-async def write_body(connection: Connection, body: Body, *, chunked: bool) -> None:
+class ChunkedSink:
+    """Puts each piece on another sink as a chunk (RFC 9112, 7.1)."""
+
+    can_send_file = can_splice = False
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    @property
+    def written(self) -> int:
+        """The bytes that were put on the other sink."""
+        return self._sink.written
+
+    async def send(self, data: bytes) -> None:
+        """Send a chunk; none for no data, which would be the last."""
+        if data:
+            await self._sink.send(format_chunk(data))
+
+    async def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Not possible, as `can_send_file` says."""
+        raise NotImplementedError
+
+    async def splice(self, source: Any, count: int) -> bool:
+        """Return False: not possible."""
+        return False
+
+
+async def write_body(connection: Stream, body: Body, *, chunked: bool) -> None:
     """Send a body as it is, or by chunks (RFC 9112, 7.1)."""
     if not chunked:
         await body.write_to(connection)
         return
-    async for piece in body:
-        if piece:
-            await connection.send(format_chunk(piece))
+    await body.write_to(ChunkedSink(connection))
     await connection.send(b"0\r\n\r\n")
 
 
@@ -1926,12 +1978,14 @@ class HTTPServer:
         *,
         log: AccessLog | None = None,
         tls: ssl.SSLContext | None = None,
+        takes_bodies: bool = False,
         idle_time: float = IDLE_TIME,
         head_time: float = HEAD_TIME,
     ) -> None:
         self.handler = handler
         self.log = log
         self.tls = tls
+        self.takes_bodies = takes_bodies  # the handler reads also those of GET and HEAD
         self.idle_time = idle_time
         self.head_time = head_time
         self.streams: set[Stream] = set()
@@ -2021,7 +2075,7 @@ class HTTPServer:
             request.connection = stream
             request.secure = self.tls is not None
             self._find_body(stream, request)
-            await request.body.check(discard=request.method in ("GET", "HEAD"))
+            await request.body.check(discard=not self.takes_bodies and request.method in ("GET", "HEAD"))
         except TimeoutError:
             if data or stream.held:
                 await self._refuse(stream, data, ProtocolError(408, "the request came too slowly", close=True))
@@ -2491,6 +2545,8 @@ class Client:
 
     def close(self) -> None:
         """Close all connections at once."""
+        if self._sweeper:
+            self._sweeper.cancel()
         for stream in list(self.streams):
             stream.abort()
         self._idle.clear()
@@ -3681,6 +3737,7 @@ def server_handler(site: Site, name: str) -> Handler:
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
+FEATURES = ("PTTH-Features", "body")  # what this program can do, said in P1 and in the answer to it
 MAX_IN_BATCH = 64 * 1024  # bytes of a response's body that may travel with others in one POST
 
 # Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
@@ -3688,11 +3745,15 @@ _HOP_BY_HOP = {
     "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
     "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
 }  # fmt: skip
-_NOT_TO_SERVER = _HOP_BY_HOP | {
-    "cookie", "cookie2", "via", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "max-forwards",
-    "available-dictionary", "dictionary-id",  # a text that another server of this origin chose: a cookie
+_NOT_TO_HOST = _HOP_BY_HOP - {"x-apikey"} | {
+    "via", "max-forwards", "forwarded",
+    "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix",
     "proxy",  # CGI makes HTTP_PROXY of it
     "x-sendfile-type",  # with X-Accel-Mapping it lets Rack give the path of any file to a proxy
+}  # fmt: skip
+_NOT_TO_SERVER = _NOT_TO_HOST | {
+    "x-apikey",  # of the scraper API
+    "cookie", "cookie2", "available-dictionary", "dictionary-id",  # texts that another server of this origin chose
 }  # fmt: skip
 # The fields of a response that reach the client. All servers share the relay's origin, and browsers and proxies obey
 # fields that nobody here has heard of, so what is not listed stays away. Among what does, and what it would do:
@@ -3716,11 +3777,17 @@ _TO_CLIENT = {
 _TO_CLIENT_PREFIXES = ("content-", "access-control-", "sec-websocket-", "x-")
 # Of X-*, which do nothing beyond their own page, those that make a proxy in front send a file or another URL, or run or
 # forget what it keeps.
-_NOT_TO_CLIENT = (
+_PROXY_COMMANDS = (
     "x-accel-", "x-sendfile", "x-lighttpd-",  # nginx, Apache and others, lighttpd
     "x-litespeed-", "x-lscache", "x-reproxy-", "x-perlbal-", "x-cascade", "x-esi",  # LiteSpeed, Perlbal, Rack, Varnish
-    "x-forwarded-", "x-content-type-options",  # which the relay says
 )  # fmt: skip
+_NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the last two are the relay's to say
+# What a server with a host of its own may not say either: it holds for longer than the name is the server's, or for
+# other ports, and commands to a proxy in front.
+_NOT_TO_OWN_CLIENT = _HOP_BY_HOP - {"x-apikey"} | {
+    "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
+}  # fmt: skip
+_COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|\Z)", re.IGNORECASE)
 _NOT_IN_304 = {"content-type", "content-security-policy"}
 _RUNS_NOTHING = re.compile(
     r"(?![^;]*\+xml)(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
@@ -3829,14 +3896,21 @@ def max_forwards(request: Request) -> int | None:
     return int(digits or "0") if len(digits) < 10 else 10**9
 
 
-def pack_request(identity: str, request: Request, target: str) -> bytes:
-    """Format a client's request for the server: P3. It never has a body."""
+def pack_request(
+    identity: str, request: Request, target: str, framing: Fields, *, prefix: str = "", trusted: bool = False
+) -> bytes:
+    """Format the head of a client's request for the server: P3.
+
+    `framing` are the fields that tell of the body. `prefix` is the path in front of `target` at the relay, or "" on a
+    host of the server's own, where cookies pass. A client is believed what it forwards for others if it is `trusted`.
+    """
     headers = request.headers
     left = max_forwards(request)
-    forwarded = headers.get("x-forwarded-for", "")
+    forwarded = headers.get("x-forwarded-for", "") if trusted else ""
+    proto = headers.get("x-forwarded-proto", "") if trusted else ""
     via = headers.get("via", "")
     host = headers.get("host") or "localhost"  # an HTTP/1.0 client may have left it out
-    fields = [("PTTH-Request-Id", identity), *_passing(headers, _NOT_TO_SERVER)]
+    fields = [("PTTH-Request-Id", identity), *framing, *_passing(headers, _NOT_TO_SERVER if prefix else _NOT_TO_HOST)]
     if "host" not in headers:
         fields.append(("Host", host))
     if left is not None:
@@ -3845,20 +3919,35 @@ def pack_request(identity: str, request: Request, target: str) -> bytes:
         fields.append(("Max-Forwards", headers["max-forwards"]))
     fields += [
         ("X-Forwarded-For", f"{forwarded}, {request.peer}" if forwarded else request.peer),
-        ("X-Forwarded-Proto", headers.get("x-forwarded-proto", "") or ("https" if request.secure else "http")),
-        ("X-Forwarded-Host", headers.get("x-forwarded-host", "") or host),
+        ("X-Forwarded-Proto", proto or ("https" if request.secure else "http")),
+        ("X-Forwarded-Host", host),
         ("Via", f"{via}, 1.{request.minor} ptth" if via else f"1.{request.minor} ptth"),
     ]
+    if trusted and "forwarded" in headers:
+        fields.append(("Forwarded", headers["forwarded"]))
+    if prefix:
+        fields.append(("X-Forwarded-Prefix", prefix))
+    if request.upgrade:
+        fields += [("Connection", "Upgrade"), ("Upgrade", request.upgrade)]
     return format_request_head(request.method, target, fields)
 
 
 _REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IGNORECASE)
 
 
-def unpack_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]]:
+Fetch = Callable[[str, "int | None"], Body]  # makes the body of a request by its id and length; None is not known
+
+
+def no_fetch(identity: str, length: int | None) -> Body:
+    """Refuse a body that would have to be fetched."""
+    raise ProtocolError(400, "a body that cannot be fetched")
+
+
+def unpack_requests(data: bytes, fetch: Fetch = no_fetch) -> Iterator[tuple[str, Request | ProtocolError]]:
     """Yield the (id, request) of each request in a P3's body.
 
-    One that is invalid yields its error in the request's place; without a readable id the rest is lost: ProtocolError.
+    For an invalid request yields (id, ProtocolError), so that it gets a response. Raises ProtocolError 502 when an id
+    or a length cannot be read: the rest of the P3 cannot be used then.
     """
     position = 0
     while position < len(data):
@@ -3872,18 +3961,38 @@ def unpack_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]
             raise ProtocolError(502, "the relay sent a request without an id", close=True)
         identity = found[1].decode("ascii")
         head = head[: found.start()] + head[found.end() - 2 :]  # the handler has no use for it
+        lengths = _INNER_LENGTH.findall(head)
+        if len(lengths) > 1 or lengths and not re.fullmatch(rb"[0-9]{1,18}|chunked", lengths[0][1]):
+            raise ProtocolError(502, "the relay sent a request with two lengths, or a strange one", close=True)
+        inline = int(lengths[0][1]) if lengths and lengths[0][0].lower() == b"content-length" else 0
+        position += inline
+        if position > len(data):
+            raise ProtocolError(502, "the relay's requests end inside a body", close=True)
         try:
-            if len(head) > MAX_INNER_HEAD:
-                raise ProtocolError(431, "the head is too large")
-            request = parse_request_head(head, MAX_INNER_FIELDS)
-            length = parse_framing(request.headers)
-            if length:
-                position += max(length, 0)
-                raise ProtocolError(400, "a request with a body in the tunnel")
+            yield identity, _unpack_request(identity, head, data[end:position], lengths, fetch)
         except ProtocolError as error:
             yield identity, error
-            continue
-        yield identity, request
+
+
+_INNER_LENGTH = re.compile(rb"\r\n(Content-Length|PTTH-Body-Length|Transfer-Encoding):[ \t]*([^\r\n]*)", re.IGNORECASE)
+
+
+def _unpack_request(
+    identity: str, head: bytes, content: bytes, lengths: list[tuple[bytes, bytes]], fetch: Fetch
+) -> Request:
+    """Parse one request of a P3, and attach its body."""
+    if len(head) > MAX_INNER_HEAD:
+        raise ProtocolError(431, "the head is too large")
+    request = parse_request_head(head, MAX_INNER_FIELDS)
+    if content:
+        request.body = BytesBody(content)
+    elif lengths and lengths[0][0].lower() != b"content-length":
+        value = lengths[0][1]
+        request.body = fetch(identity, None if value == b"chunked" else int(value))
+        request.body.expects = "expect" in request.headers
+    if "upgrade" in request.headers:
+        request.upgrade = request.headers["upgrade"]
+    return request
 
 
 def pack_response_head(response: Response, batched: Fields = []) -> bytes:  # noqa: B006  it is copied
@@ -3988,6 +4097,23 @@ _SEPARATORS = [
     re.compile(pattern, re.IGNORECASE) for pattern in ("/", _SLASH, rf"/|{_BACKSLASH}", rf"{_SLASH}|{_BACKSLASH}")
 ]
 _PATH_PARAMETER = re.compile(rf";(?:(?!{_SLASH}|{_BACKSLASH}).)*", re.IGNORECASE)  # Java's servers ignore it
+
+
+def own_host_fields(headers: Headers) -> Fields:
+    """Return the fields that a client gets of a server with a host of its own, and so an origin of its own.
+
+    A cookie loses its Domain, so that it is for this host only and not for those of other servers, too.
+    """
+    named = set(headers.tokens("connection")) if "connection" in headers else ()
+    fields: Fields = []
+    for name, value in headers.pairs:
+        lower = name.lower()
+        if lower in _NOT_TO_OWN_CLIENT or lower in named or lower.startswith(("ptth-", *_PROXY_COMMANDS)):
+            continue
+        fields.append((name, _COOKIE_DOMAIN.sub("", value) if lower == "set-cookie" else value))
+    via = headers.get("via", "")
+    fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
+    return fields
 
 
 def climbs(path: str) -> bool:
@@ -4390,6 +4516,7 @@ class ServerEntry(NamedTuple):
     tripcode: str
     display_name: str = ""
     sandbox: bool = True
+    host: str = ""  # a host of its own, in lower case
 
 
 class ScraperKey(NamedTuple):
@@ -4408,11 +4535,20 @@ class RelayConfig:
     port: int = 4000
     bind: str = "127.0.0.1"
     servers: list[ServerEntry] = field(default_factory=list)
+    domain: str = ""  # each server has the host NAME.domain
+    trusted_proxies: list[str] = field(default_factory=list)  # networks, besides this machine
+    response_timeout: float = ANSWER_TIME
     news_url: str = ""
     enable_scraper_api: bool = False
     scraper_keys: list[ScraperKey] = field(default_factory=list)
     dev_mode: bool = False
     audit_log_public: bool = False
+
+    def hosts_of(self, entry: ServerEntry) -> list[str]:
+        """Return the hosts of a server, its own before the one below `domain`, which only a DNS label has."""
+        is_label = re.fullmatch(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)", entry.name)
+        below = f"{entry.name.lower()}.{self.domain}" if self.domain and is_label else ""
+        return list(filter(None, (entry.host, below)))
 
 
 class Event(NamedTuple):
@@ -4431,18 +4567,33 @@ class Event(NamedTuple):
 class Exchange:
     """One client's request on its way: waiting, then offered in a P3, then claimed by the P5 that answers it."""
 
-    def __init__(self, server: Registered, request: Request, target: str, now: float) -> None:
+    def __init__(self, route: Route, request: Request, now: float, inline: bytes | None, trusted: bool) -> None:
         loop = asyncio.get_running_loop()
         self.identity = os.urandom(16).hex()
-        self.server = server
+        self.server = route.server
+        self.own_host = not route.prefix
         self.method = request.method
-        self.head = pack_request(self.identity, request, target)
+        self.body = request.body if inline is None else None  # to be fetched
+        self.was_fetched = False
+        self.fetching: asyncio.Task[object] | None = None
+        self.fetch_sink: Sink | None = None  # the connection on which it was fetched
+        self.fetch_broke: float | None = None  # when that connection ended too early
+        self._fetched = 0  # bytes written there
+        self.inline_size = len(inline or b"")
+        framing: Fields = [("Content-Length", str(len(inline)))] if inline else []
+        if self.body:
+            framing = [("PTTH-Body-Length", "chunked" if self.body.length is None else str(self.body.length))]
+            framing += [("Expect", "100-continue")] if self.body.expects else []
+        head = pack_request(self.identity, request, route.target, framing, prefix=route.prefix, trusted=trusted)
+        self.head = head + (inline or b"")  # with the body, if that travels with it
+        self.has_content = bool(framing)
         self.client = request.connection
-        self.address = outer_address(known_client(request))
-        self.arrived = now
+        self.on_leave: Callable[[], object] = int
+        self.address = ""  # of the client, for the bound on requests of one address
+        self.moved = now  # when the request arrived, or a byte of its body moved
         self.offers = 0
         self.instance = ""  # the server that it was handed to
-        self.connection: Connection | None = None  # of the P5 that has claimed it
+        self.connection: Peer | None = None  # of the P5 that has claimed it
         self.answering = 0  # P5 that have begun
         self.answer: asyncio.Future[Response] = loop.create_future()
         self.finished: asyncio.Future[bool] | None = None  # for a P5 that waits: whether the client has it all
@@ -4453,8 +4604,43 @@ class Exchange:
             self.finished.set_result(whole)
         self.leave()
 
+    def is_late(self, now: float, response_timeout: float) -> bool:
+        """Return whether the response's head is overdue. The time begins anew with each byte of the request's body."""
+        if self.fetch_sink and self.fetch_sink.written != self._fetched:
+            self._fetched = self.fetch_sink.written
+            self.moved = now
+        return now - self.moved >= (max(response_timeout, RELAY_STALL_TIME) if self.fetching else response_timeout)
+
+    async def write_body_to(self, sink: Sink) -> None:
+        """Send the request's body to the server that fetches it; a fault of the client's is told to the client."""
+        assert self.body
+        self.fetching, self.fetch_sink = asyncio.current_task(), sink
+        self._fetched = sink.written
+        try:
+            await self.body.write_to(sink)
+        except BrokenBody as error:
+            if not self.answer.done():
+                self.answer.set_exception(error)  # the client has left
+                self.answer.exception()
+            raise
+        except ProtocolError as error:
+            self.fail(error.status, error.reason)
+            raise
+        except OSError:
+            self.fetch_broke = asyncio.get_running_loop().time()  # perhaps since the response is coming: see `_watch`
+            raise
+        finally:
+            self.fetching = None
+
+    async def end_fetch(self) -> None:
+        """End the fetch of the body: the client's connection is then free to be read by the HTTP server."""
+        if task := self.fetching:
+            task.cancel()
+            await asyncio.wait({task})
+
     def leave(self) -> None:
         """Give back the place among the server's requests."""
+        self.on_leave()
         if self.server.exchanges.pop(self.identity, None):
             self.server.addresses[self.address] -= 1
             if not self.server.addresses[self.address]:
@@ -4477,12 +4663,45 @@ class Exchange:
             self.answer.exception()  # looked at, so that nobody complains when the client has gone
 
 
+class UploadBody(Body):
+    """A request's body as the server fetches it, from the client's connection."""
+
+    complete = False
+
+    def __init__(self, exchange: Exchange, body: Body) -> None:
+        self._exchange = exchange
+        self.length = body.length
+
+    async def write_to(self, sink: Sink) -> None:
+        await self._exchange.write_body_to(sink)
+
+
+class LastBody(Body):
+    """A response's body whose end is also that of the request's body."""
+
+    def __init__(self, exchange: Exchange, body: Body) -> None:
+        self._exchange = exchange
+        self._body = body
+        self.length, self.data = body.length, body.data
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return aiter(self._body)
+
+    async def write_to(self, sink: Sink) -> None:
+        await self._body.write_to(sink)
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+        await self._exchange.end_fetch()
+
+
 class Parked(NamedTuple):
     """A P1 that waits for work."""
 
     batch: asyncio.Future[list[Exchange]]
-    connection: Connection | None
+    connection: Peer | None
     instance: str  # which of the servers of this name
+    features: set[str]
     since: float
     until: float
 
@@ -4513,6 +4732,7 @@ class Registered:
         self.statuses: dict[int, int] = {}  # how many requests were answered with each
         self.body_bytes = 0
         self.last_seen: float | None = None  # in the loop's time
+        self.features = {"body"}  # what its last P1 said that it can do
         self.instances: dict[str, float] = {}  # when each server of this name was last seen
         self.present = False  # as people are told: a moment between two P1 is no absence
         self.flushing = False
@@ -4545,8 +4765,9 @@ class Registered:
         if len(self.instances) > MAX_INSTANCES:
             del self.instances[next(iter(self.instances))]
 
-    def take(self, instance: str) -> list[Exchange]:
-        """Take what goes into one P3."""
+    def take(self, instance: str, features: set[str]) -> list[Exchange]:
+        """Take what goes into one P3 for a server with these features."""
+        self.features = features
         batch: list[Exchange] = []
         size = 0
         for exchange in list(itertools.islice(self.waiting.values(), MAX_BATCH)):
@@ -4556,6 +4777,9 @@ class Registered:
             del self.waiting[exchange.identity]
             if exchange.answer.done() or exchange.client is not None and exchange.client.lost():
                 exchange.fail(502, "the client went away")
+                continue
+            if exchange.has_content and "body" not in features:
+                exchange.fail(501, NO_BODIES)
                 continue
             exchange.offers += 1
             exchange.instance = instance
@@ -4571,7 +4795,7 @@ class Registered:
                 self.dismiss(Parked.gone)
             else:
                 parked = self.parked.popleft()
-                parked.batch.set_result(self.take(parked.instance))
+                parked.batch.set_result(self.take(parked.instance, parked.features))
 
     def dismiss(self, which: Callable[[Parked], bool] = lambda parked: True) -> None:
         """Answer parked P1 with nothing: all, or those that `which` picks."""
@@ -4585,12 +4809,6 @@ class Registered:
         if not self.flushing and self.parked:
             self.flushing = True
             asyncio.get_running_loop().call_soon(self.flush)
-
-
-def known_client(request: Request) -> str:
-    """Return the client's address as it is known: what proxies in front say (its end, which the nearest said)."""
-    forwarded = request.headers.get("x-forwarded-for")
-    return f"{forwarded}, {request.peer}"[-MAX_NOTED:] if forwarded else request.peer
 
 
 def is_loopback(address: str) -> bool:
@@ -4759,11 +4977,11 @@ class TunnelBody(Body):
         if left:
             raise BrokenBody("the server sent less than it announced")
 
-    async def write_to(self, connection: Connection) -> None:
+    async def write_to(self, sink: Sink) -> None:
         if self._body.length == self.length:
-            await self._body.write_to(connection)
+            await self._body.write_to(sink)
         else:
-            await super().write_to(connection)
+            await super().write_to(sink)
 
 
 class Desk:
@@ -4973,16 +5191,34 @@ class Desk:
 
 _BACKEND_ACTIONS = {
     "http_listen": ("GET", _NAME),
+    "http_request": ("GET", _ID),
     "http_response": ("POST", _ID),
     "http_responses": ("POST", _NAME),
 }
 _GONE = (410, "nobody waits for this response")
 
 
+class Route(NamedTuple):
+    """Where a request goes: its server, the target there, and the path in front of that ("" on a host of its own)."""
+
+    server: Registered
+    target: str
+    prefix: str = ""
+
+
+def request_host(text: str) -> str:
+    """Return the host of a Host field's value, in lower case, without port and without one dot at its end."""
+    host = re.sub(r":[0-9]*\Z", "", text.lower())
+    return host.removesuffix(".")
+
+
+NO_BODIES = "this server is too old to take request bodies"
+
+
 class Relay:
     """Tells clients and servers apart, and brings them together.  `handle` is its handler."""
 
-    def __init__(self, config: RelayConfig, *, answer_time: float = ANSWER_TIME) -> None:
+    def __init__(self, config: RelayConfig) -> None:
         self.loop = asyncio.get_running_loop()
         self.servers: dict[str, Registered] = {}
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
@@ -4990,13 +5226,15 @@ class Relay:
         self.connections: Callable[[], int] = int  # how many are open: the HTTP server knows
         self.exchanges: dict[str, Exchange] = {}  # all that is not claimed, the oldest first
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
-        self.answer_time = answer_time
+        self.hosts: dict[str, Registered] = {}  # by the host that is a server's own
+        self.uploads: dict[str, Exchange] = {}  # those whose body can be fetched
+        self._inline = 0  # bytes of requests' bodies that wait here
         self.stopping = False
         self.keys = Keys()  # of servers
         self.scraper_keys = Keys()
         self.desk = Desk(self)
         self._refusals: dict[str, float] = {}  # when the last one was told, by name
-        self._delivered: dict[Connection, list[Exchange]] = {}  # by the connection that took the P3
+        self._delivered: dict[Peer, list[Exchange]] = {}  # by the connection that took the P3
         self._started = self.loop.time()
         self._watcher = self.loop.create_task(self._watch())
         self.configure(config)
@@ -5006,6 +5244,8 @@ class Relay:
 
         One that went or changed its key loses its parked P1; what it is sending finishes.
         """
+        import ipaddress
+
         self.config = config
         entries = {entry.name: entry for entry in config.servers}
         for name, server in list(self.servers.items()):
@@ -5019,6 +5259,8 @@ class Relay:
             else:
                 server.entry = new
         self.servers |= {name: Registered(entry) for name, entry in entries.items()}
+        self.hosts = {host: server for server in self.servers.values() for host in config.hosts_of(server.entry)}
+        self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
         self.keys.configure(entry.tripcode for entry in config.servers)
         self.scraper_keys.configure(key.hash for key in config.scraper_keys)
 
@@ -5032,6 +5274,11 @@ class Relay:
         The prefixes and the name are matched on the raw target, not decoded, not normalised: what a proxy in front of
         us allows by its prefix must not become something else here.
         """
+        host = request_host(request.headers.get("host", ""))
+        if server := self.hosts.get(host):
+            return await self._forward(request, Route(server, request.target))
+        if self.config.domain and host.endswith(f".{self.config.domain}"):
+            raise ProtocolError(404, "there is no server with this host here")
         target = request.target
         path = target.partition("?")[0]
         if target == "*":
@@ -5042,12 +5289,32 @@ class Relay:
                 name = name.partition("?")[0]
                 self._known(name)
                 return text_response(301, "see below\n", [("Location", redirect_below(name.encode("latin-1"), target))])
-            return await self._forward(request, self._known(name), "/" + rest)
+            return await self._forward(request, Route(self._known(name), f"/{rest}", f"/frontend/servers/{name}"))
         if path.startswith("/scraper/"):
             return await self._scrape(request, target.removeprefix("/scraper/"))
         if path.startswith(BACKEND):
             return await self._backend(request, path.removeprefix(BACKEND))
         return await self.desk.show(request, path)
+
+    def trusts(self, address: str) -> bool:
+        """Return whether an address is that of a proxy which is believed what it says of its clients."""
+        import ipaddress
+
+        if is_loopback(address):
+            return True
+        try:
+            return any(ipaddress.ip_address(address) in network for network in self._trusted)
+        except ValueError:
+            return False
+
+    def client_address(self, request: Request) -> str:
+        """Return the client's address: the peer's, or what trusted proxies say in X-Forwarded-For, the nearest last."""
+        address = request.peer
+        for said in request.headers.get("x-forwarded-for", "").rsplit(",", 8)[:-9:-1]:
+            if not said or not self.trusts(address):
+                break
+            address = said.strip()[:MAX_NOTED]
+        return address
 
     def _known(self, name: str) -> Registered:
         """Return the server of that name; ProtocolError 404."""
@@ -5058,22 +5325,22 @@ class Relay:
 
     # P2 and P6
 
-    async def _forward(self, request: Request, server: Registered, target: str) -> Response:
+    async def _forward(self, request: Request, route: Route) -> Response:
         """Have the server answer a client's request, and keep account of it.
 
         A target that climbs above the server's own prefix is refused: a proxy in front may have normalised the path,
         and then its rule for the other path, perhaps without a password, let this request through.
         """
-        if climbs(target.partition("?")[0]):
+        server, target = route.server, route.target
+        if route.prefix and climbs(target.partition("?")[0]):
             raise ProtocolError(404, "the path leads out of the server's")
+        if request.method == "TRACE":
+            raise ProtocolError(405, "TRACE is not possible here")
         if max_forwards(request) == 0:  # the relay answers as the last recipient
-            allow = ("Allow", "GET, HEAD, OPTIONS")
-            if request.method == "OPTIONS":
-                return Response(204, [allow, NOSNIFF])
-            raise ProtocolError(405, "Max-Forwards ends the way here", headers=[allow])
+            return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
         server.transfers += 1
         try:
-            response = await self._ask(request, server, target)
+            response = await self._ask(request, route)
         except ProtocolError as error:
             response = error_response(request, error)
         except BaseException:
@@ -5089,39 +5356,57 @@ class Relay:
             status = response.status
             server.statuses[status] = server.statuses.get(status, 0) + 1
             method, path = request.method[:MAX_NOTED], target.partition("?")[0][:MAX_NOTED]
-            client = known_client(request)
+            client = self.client_address(request)
             self.events.append(Event(time.time(), "request", server.name, client, method, path, status, size))
 
         response.sent = sent
         return response
 
-    async def _ask(self, request: Request, server: Registered, target: str) -> Response:
+    async def _ask(self, request: Request, route: Route) -> Response:
         """Let a request wait for a P1, and for the P5 that answers it."""
-        await self._refuse_body(request)
-        now = self.loop.time()
+        server, now = route.server, self.loop.time()
         if self.stopping:
             raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
         if not server.connected and now - (server.last_seen or self._started) >= RECENT_TIME:
             raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
-        exchange = Exchange(server, request, target, now)
+        inline = await self._read_inline(request, server)
+        trusted = self.trusts(request.peer)
+        exchange = Exchange(route, request, self.loop.time(), inline, trusted)
+        exchange.address = outer_address(self.client_address(request))
         server.admit(exchange)
         self.exchanges[exchange.identity] = exchange
+        self._inline += exchange.inline_size
+        if exchange.body:
+            self.uploads[exchange.identity] = exchange
+            exchange.on_leave = lambda: self.uploads.pop(exchange.identity, None)
         server.offer(exchange)
         try:
-            return await exchange.answer
+            response = await exchange.answer
         except BaseException:
             exchange.finish(False)
+            await exchange.end_fetch()
             raise
         finally:
+            self._inline -= exchange.inline_size
             self._forget(exchange)
+        if exchange.body:
+            response.body = LastBody(exchange, response.body)
+        return response
 
-    async def _refuse_body(self, request: Request) -> None:
-        """Refuse a request with a body: it has no way through the tunnel.  That of GET or HEAD means nothing."""
+    async def _read_inline(self, request: Request, server: Registered) -> bytes | None:
+        """Return a request's body if it is small enough to travel with its head; None if it is to be fetched."""
         body = request.body
-        if request.method in ("GET", "HEAD") or not isinstance(body, IncomingBody):
-            return
-        if body.expects or body.length or await body.read():
-            raise ProtocolError(501, "request bodies cannot pass this tunnel", close=True)
+        if body is EMPTY:
+            return b""
+        if "body" not in server.features:
+            if request.method not in ("GET", "HEAD"):
+                raise ProtocolError(501, NO_BODIES, close=True)
+            await body.drain()  # as it was before: it means nothing
+            return b""
+        size = MAX_INLINE + 1 if body.known_length is None else body.known_length
+        if body.expects or size > MAX_INLINE or self._inline + size > MAX_INLINE_TOTAL:
+            return None
+        return await body.read_all(MAX_INLINE)
 
     def _forget(self, exchange: Exchange) -> None:
         """Take a request out of all lists of what is to be answered."""
@@ -5140,8 +5425,9 @@ class Relay:
             raise ProtocolError(404, "there is nothing here")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
-        exchange = self.exchanges.get(rest) if action == "http_response" else None
-        if exchange is None and action == "http_response":
+        by_id = {"http_response": self.exchanges, "http_request": self.uploads}.get(action)
+        exchange = by_id.get(rest) if by_id is not None else None
+        if exchange is None and by_id is not None:
             raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self._settle(request))
         server = exchange.server if exchange else self.servers.get(rest)
         verified = await self._verify(request, server, server.name if server else rest)
@@ -5151,7 +5437,7 @@ class Relay:
             challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
             raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, challenge])
         if exchange:
-            return await self._take_response(request, exchange)
+            return self._give_body(exchange) if method == "GET" else await self._take_response(request, exchange)
         return await (self._listen if method == "GET" else self._take_batch)(request, server)
 
     async def _verify(self, request: Request, server: Registered | None, name: str) -> bool:
@@ -5159,7 +5445,7 @@ class Relay:
         key = request.headers.get("x-apikey", "")
         if not key or len(key) > MAX_KEY:
             return False
-        address = outer_address(known_client(request))
+        address = outer_address(self.client_address(request))
         if server:
             verdict = await self.keys.find(key, [server.entry.tripcode], f"{name} {address}")
             if verdict.is_new:
@@ -5191,7 +5477,7 @@ class Relay:
         if now - self._refusals.get(known, -math.inf) < 60:
             return
         self._refusals[known] = now
-        client = known_client(request)
+        client = self.client_address(request)
         tell(f"ptth relay: {api} key refused: {why} for {name!r} from {client}; not told again for a minute")
         self.note(f"{api} key refused: {why}", name, client=client)
 
@@ -5210,7 +5496,7 @@ class Relay:
         name, slash, below = rest.removeprefix("server/").partition("/")
         if not slash or "?" in name:
             raise ProtocolError(404, "there is nothing here")
-        return await self._forward(request, self._known(name), "/" + below)
+        return await self._forward(request, Route(self._known(name), f"/{below}", f"/scraper/{version}/server/{name}"))
 
     async def is_scraper(self, request: Request) -> bool:
         """Return whether the request shows a scraper's key that is valid now; only the log learns why it is not."""
@@ -5221,7 +5507,7 @@ class Relay:
         elif key:
             why = "unknown key"
             codes = [entry.hash for entry in self.config.scraper_keys]
-            verdict = await self.scraper_keys.find(key, codes, outer_address(known_client(request)))
+            verdict = await self.scraper_keys.find(key, codes, outer_address(self.client_address(request)))
             for entry in self.config.scraper_keys:
                 if is_same_secret(verdict.tripcode.encode(), entry.hash.encode()):
                     name = entry.name
@@ -5239,14 +5525,15 @@ class Relay:
         if not server.present:
             server.present = True
             tell(f"ptth relay: {server.name} is connected")
-            self.note("connected", server.name, client=known_client(request))
+            self.note("connected", server.name, client=self.client_address(request))
         instance = request.headers.get("ptth-instance", "")[:32]
         server.see(instance, now)
         wait = parse_wait(request.headers.get("prefer", ""))
         self._take_losses(server, request.headers)
         if instance and not wait:
             self._renew(server, instance, request.headers)
-        batch = server.take(instance)
+        features = set(request.headers.tokens("ptth-features"))
+        batch = server.take(instance, features)
         if not batch and self.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
@@ -5256,7 +5543,7 @@ class Relay:
                 self.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.dismiss)
             server.parked.clear()
         if not batch and wait:
-            parked = Parked(self.loop.create_future(), request.connection, instance, now, now + wait)
+            parked = Parked(self.loop.create_future(), request.connection, instance, features, now, now + wait)
             server.parked.append(parked)
             if len(server.parked) > MAX_PARKED:
                 server.parked.popleft().dismiss()
@@ -5271,7 +5558,18 @@ class Relay:
             data = self._pack_for_original(batch)
             return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, final=self.stopping)
         body = BytesBody(b"".join([exchange.head for exchange in batch]))
-        return Response(200, [("Content-Type", REQUESTS_TYPE), NO_STORE], body, sent, final=self.stopping)
+        fields = [("Content-Type", REQUESTS_TYPE), NO_STORE, FEATURES]
+        fields += [("PTTH-Host", host) for host in self.config.hosts_of(server.entry)[:1]]
+        return Response(200, fields, body, sent, final=self.stopping)
+
+    @staticmethod
+    def _give_body(exchange: Exchange) -> Response:
+        """Give the server the body of a request that did not fit into P3, straight from the client, once."""
+        if exchange.body is None or exchange.was_fetched:
+            raise ProtocolError(410, "the body was fetched before", headers=[NO_STORE])
+        exchange.was_fetched = True
+        fields = [("Content-Type", "application/octet-stream"), ("Cache-Control", "no-store, no-transform")]
+        return Response(200, fields, UploadBody(exchange, exchange.body))
 
     @staticmethod
     def _take_losses(server: Registered, headers: Headers) -> None:
@@ -5301,7 +5599,7 @@ class Relay:
                 exchange.answer.set_exception(error)
         return pack_value(requests)
 
-    def _handed_over(self, connection: Connection | None, batch: list[Exchange], whole: bool) -> None:
+    def _handed_over(self, connection: Peer | None, batch: list[Exchange], whole: bool) -> None:
         """Note the end of a P3: requests that it may not have brought are offered once more."""
         if not whole or connection is None:
             for exchange in batch:
@@ -5312,7 +5610,7 @@ class Relay:
         under_way = (*self._delivered.get(connection, ()), *batch)
         self._delivered[connection] = [one for one in under_way if one.identity in self.exchanges]
 
-    def _connection_ended(self, connection: Connection) -> None:
+    def _connection_ended(self, connection: Peer) -> None:
         """A connection that brought a P3 has ended: a plain close that was announced loses nothing."""
         for exchange in self._delivered.pop(connection, ()):
             if not connection.closing:
@@ -5322,7 +5620,7 @@ class Relay:
         """Offer a GET or HEAD again, once; anything else might have been done already, and gets 502."""
         if exchange.answering or exchange.server.offered.pop(exchange.identity, None) is None:
             return  # its P5 has begun, or it is over
-        if exchange.method in ("GET", "HEAD") and exchange.offers < 2:
+        if exchange.method in ("GET", "HEAD") and exchange.offers < 2 and not exchange.was_fetched:
             exchange.server.offer(exchange)
         elif reason:
             exchange.fail(502, reason)
@@ -5403,7 +5701,10 @@ class Relay:
     def _make_response(exchange: Exchange, status: int, headers: Headers, content: Body) -> Response:
         """Make the client's response of the server's; ProtocolError 502 when its lengths contradict each other."""
         server = exchange.server
-        fields = passing_response(status, headers, sandbox=server.entry.sandbox, server=server.name)
+        if exchange.own_host:
+            fields = own_host_fields(headers)
+        else:
+            fields = passing_response(status, headers, sandbox=server.entry.sandbox, server=server.name)
         told, length = parse_framing(headers), content.length
         if not has_body(exchange.method, status):
             if length:
@@ -5446,10 +5747,10 @@ class Relay:
             raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
         server.batch_bytes += size
         try:
-            async with asyncio.timeout(self.answer_time):
+            async with asyncio.timeout(self.config.response_timeout):
                 return await body.read_all(most)
         except TimeoutError:
-            reason = f"the batch took longer than {self.answer_time:.0f} seconds"
+            reason = f"the batch took longer than {self.config.response_timeout:.0f} seconds"
             raise ProtocolError(408, reason, close=True, headers=[NO_STORE]) from None
         finally:
             server.batch_bytes -= size
@@ -5464,9 +5765,10 @@ class Relay:
             for server in self.servers.values():
                 self._watch_server(server, now)
             for exchange in list(self.exchanges.values()):
-                if now - exchange.arrived < self.answer_time:
-                    break  # they are in the order of their arrival
-                exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
+                if exchange.is_late(now, self.config.response_timeout):
+                    exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
+                elif exchange.fetch_broke and now - exchange.fetch_broke > FETCH_GRACE:
+                    exchange.fail(502, "the server stopped reading the request")
 
     def _watch_server(self, server: Registered, now: float) -> None:
         """Answer parked P1 whose time is over or whose server has gone; give up on a server that does not return."""
@@ -5486,7 +5788,7 @@ class Relay:
             tell(f"ptth relay: {server.name} went away")
             self.note("went away", server.name)
         for exchange in list(server.waiting.values()):
-            if now - max(exchange.arrived, absent_since) >= ABSENT_TIME:
+            if now - max(exchange.moved, absent_since) >= ABSENT_TIME:
                 exchange.fail(503, f"the server {server.name} is not connected")
 
     async def stop(self, grace: float = GRACE_TIME) -> None:
@@ -5796,6 +6098,44 @@ _REFUSALS = {  # status: what to do about it
 }
 
 
+class FetchedBody(Body):
+    """The body of a request, which is fetched from the relay when it is first wanted, once."""
+
+    complete = False
+
+    def __init__(self, client: Client, key: str, identity: str, length: int | None) -> None:
+        self._client = client
+        self._request = Request(
+            "GET", f"{BACKEND}http_request/{identity}", Headers([("X-ApiKey", key), ("Accept", "*/*"), USER_AGENT])
+        )
+        self.length = length
+
+    async def _fetch(self) -> Response:
+        """Ask the relay for the body; BrokenBody when it does not have it any more."""
+        response = await self._client.handle(self._request, timeout=P1_TIME)
+        if response.status != 200 or response.body.length != self.length:
+            await response.body.aclose()
+            raise BrokenBody(f"the relay answers {response.status} to a request for a body")
+        return response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        body = (await self._fetch()).body
+        try:
+            async for piece in body:
+                yield piece
+            self.complete = True
+        finally:
+            await body.aclose()
+
+    async def write_to(self, sink: Sink) -> None:
+        body = (await self._fetch()).body
+        try:
+            await body.write_to(sink)
+            self.complete = True
+        finally:
+            await body.aclose()
+
+
 class Link:
     """Attends to one relay: says hello, and asks it for requests by P1."""
 
@@ -5980,7 +6320,7 @@ class Link:
             self.client.drop(stream)
             return False
         fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
-        fields.append(("PTTH-Instance", self._instance))
+        fields += [("PTTH-Instance", self._instance), FEATURES]
         lost = [self._sender.lost.popleft() for _ in range(min(len(self._sender.lost), MAX_LOST))]
         if lost:
             fields.append(("PTTH-Lost", ", ".join(lost)))
@@ -5992,7 +6332,7 @@ class Link:
             await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
             status, headers = await stream.read_response_head(P1_TIME)
             self._sender.original = check_listen_answer(status, headers, self.client)
-            limit = MAX_ORIGINAL if self._sender.original else MAX_BATCH_BYTES + MAX_INNER_HEAD
+            limit = MAX_ORIGINAL if self._sender.original else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
             body = b"" if status == 204 else await self.client.read_body(stream, headers, limit)
             self.accept(body)
         except BaseException:
@@ -6008,8 +6348,9 @@ class Link:
 
     def accept(self, data: bytes) -> None:
         """P3: let its requests be handled."""
-        unpack = unpack_original_requests if self._sender.original and data else unpack_requests
-        for identity, request in unpack(data):
+        original = self._sender.original and data
+        fetch = functools.partial(FetchedBody, self.client, self._key)
+        for identity, request in unpack_original_requests(data) if original else unpack_requests(data, fetch):
             if identity in self._sender.lost:  # offered again before the relay was told: this time it may get through
                 self._sender.lost.remove(identity)
             self._workers.add(identity, request, self._sender)
@@ -6310,6 +6651,9 @@ def load_relay_config(path: str) -> RelayConfig:
         )
     table.allow_only([*(field.name for field in fields(RelayConfig)), *({"server_tripcodes"} & values.keys())])
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
+    config.response_timeout = table.number("response_timeout", int(ANSWER_TIME), 1, 86400)
+    config.domain = read_host(table, "domain")
+    config.trusted_proxies = read_networks(table)
     config.news_url = table.text("news_url")
     config.enable_scraper_api = table.flag("enable_scraper_api", False)
     config.audit_log_public = table.flag("audit_log_public", False)
@@ -6322,14 +6666,47 @@ def load_relay_config(path: str) -> RelayConfig:
     config.scraper_keys = [read_scraper_key(block, key_names) for block in table.tables("scraper_keys")]
     names: set[str] = set()
     config.servers = [read_server_entry(block, names) for block in table.tables("servers")]
+    check_hosts(config, table)
     if problems:
         raise UserError(*problems)
     return config
 
 
+def read_host(table: Table, key: str) -> str:
+    """Return a host name in lower case, or ""."""
+    host = table.text(key).lower().removesuffix(".")
+    if host and not (re.fullmatch(r"[a-z0-9.-]+", host) and is_host(host)):
+        table.problem(f"{key} must be a host name without scheme, port and path, for example app.example.org")
+    return host
+
+
+def read_networks(table: Table) -> list[str]:
+    """Return trusted_proxies: addresses and networks."""
+    import ipaddress
+
+    networks = table.values.get("trusted_proxies", [])
+    for network in networks if isinstance(networks, list) else [networks]:
+        try:
+            ipaddress.ip_network(str(network))
+        except ValueError:
+            table.problem(f"trusted_proxies: {network!r} is not an address or a network such as 10.0.0.0/8")
+            return []
+    return [str(network) for network in networks] if isinstance(networks, list) else []
+
+
+def check_hosts(config: RelayConfig, table: Table) -> None:
+    """Note hosts that two servers, or a server and the relay, would have."""
+    owners = {config.domain: "the relay itself"} if config.domain else {}
+    for entry in config.servers:
+        for host in config.hosts_of(entry):
+            if owners.get(host, entry.name) != entry.name:
+                table.problem(f"the host {host} would be that of {entry.name} and of {owners[host]}")
+            owners[host] = entry.name
+
+
 def read_server_entry(block: Table, names: set[str]) -> ServerEntry:
     """Read one [[servers]] block, whose name may not be one of `names`, and add it to them."""
-    block.allow_only(["name", "tripcode", "display_name", "sandbox"])
+    block.allow_only(["name", "tripcode", "display_name", "sandbox", "host"])
     name, code = block.text("name"), block.text("tripcode")
     if block.is_text("name") and not _NAME.fullmatch(name):
         block.problem(f"name = {name!r} {NAME_RULE}")
@@ -6338,7 +6715,8 @@ def read_server_entry(block: Table, names: set[str]) -> ServerEntry:
     names.add(name)
     if block.is_text("tripcode") and not is_tripcode(code):
         block.problem("tripcode must be what `ptth.py server --print-tripcode` prints, 44 characters that end in =")
-    return ServerEntry(name, code, block.text("display_name"), block.flag("sandbox", True))
+    sandbox, host = block.flag("sandbox", True), read_host(block, "host")
+    return ServerEntry(name, code, block.text("display_name"), sandbox, host)
 
 
 def read_scraper_key(block: Table, names: set[str]) -> ScraperKey:
@@ -6770,7 +7148,7 @@ async def run_relay(args: argparse.Namespace) -> None:
         config = load_relay_config(path)
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
     relay = Relay(config)
-    server = HTTPServer(relay.handle, log=None if args.quiet else AccessLog())
+    server = HTTPServer(relay.handle, takes_bodies=True, log=None if args.quiet else AccessLog())
     relay.connections = lambda: len(server.streams)
     stop = stop_event(functools.partial(reload, relay, path))
     await server.listen(sock)
@@ -6920,7 +7298,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     key = secrets.token_urlsafe(32)
     sock = open_socket("127.0.0.1", args.port)
     relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))]))
-    http = HTTPServer(local_names_only(relay.handle), log=None if args.quiet else AccessLog())
+    http = HTTPServer(local_names_only(relay.handle), takes_bodies=True, log=None if args.quiet else AccessLog())
     stop = stop_event(lambda: tell("ptth demo: there is nothing to read again"))
     await http.listen(sock)
     port = sock.getsockname()[1]
