@@ -1908,7 +1908,8 @@ async def answer(handler: Handler, request: Request) -> Response:
 class AccessLog:
     """Lines in the Combined Log Format on stderr: those of one turn of the event loop leave in one write."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: Callable[[Request], str] = lambda request: request.peer) -> None:
+        self._address = address  # of the client, behind proxies
         self._lines: list[str] = []
         self._second = 0
         self._stamp = ""
@@ -1924,7 +1925,7 @@ class AccessLog:
         what = _quoted(f"{request.method} {_without_key(request.target)} HTTP/1.{request.minor}")
         referer = _quoted(_without_key(request.headers.get("referer", "-")))
         agent = _quoted(request.headers.get("user-agent", "-"))
-        line = f'{request.peer} - - [{self._stamp}] "{what}" {status} {size} "{referer}" "{agent}"\n'
+        line = f'{self._address(request)} - - [{self._stamp}] "{what}" {status} {size} "{referer}" "{agent}"\n'
         if not self._lines:
             asyncio.get_running_loop().call_soon(self.flush)
         self._lines.append(line)
@@ -4626,7 +4627,7 @@ class Exchange:
         except ProtocolError as error:
             self.fail(error.status, error.reason)
             raise
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             self.fetch_broke = asyncio.get_running_loop().time()  # perhaps since the response is coming: see `_watch`
             raise
         finally:
@@ -4984,6 +4985,20 @@ class TunnelBody(Body):
             await super().write_to(sink)
 
 
+class Route(NamedTuple):
+    """Where a request goes: its server, the target there, and the path in front of that ("" on a host of its own)."""
+
+    server: Registered
+    target: str
+    prefix: str = ""
+
+
+def request_host(text: str) -> str:
+    """Return the host of a Host field's value, in lower case, without port and without one dot at its end."""
+    host = re.sub(r":[0-9]*\Z", "", text.lower())
+    return host.removesuffix(".")
+
+
 class Desk:
     """Shows a relay's state: its pages, the audit log, metrics and the rest of the scraper API. Changes nothing."""
 
@@ -4999,6 +5014,7 @@ class Desk:
             "/frontend/unregistered_servers": self._unregistered_servers,
             "/frontend/audit_log": self._audit_counts,
             "/frontend/debug/": self._debug,
+            "/frontend/tls_check": self._tls_check,
             "/frontend/relay_up_check": lambda request: text_response(200, "Relay is up\n", [NO_STORE]),
             "/ptth.py": lambda request: Response(
                 200,
@@ -5098,9 +5114,17 @@ class Desk:
 
     # pages
 
+    def _tls_check(self, request: Request) -> Response:
+        """Tell a proxy whether `?domain=HOST` is a server's host, for which it should get a certificate."""
+        query = urllib.parse.parse_qs(request.target.partition("?")[2])
+        if request_host(query.get("domain", [""])[-1]) not in self.relay.hosts:
+            raise ProtocolError(404, "this is not the host of a server", headers=[NO_STORE])
+        return text_response(200, "this is the host of a server\n", [NO_STORE])
+
     def _server_list(self, request: Request) -> Response:
         """Show the servers: whether they are connected, and what they have done."""
         now = self.relay.loop.time()
+        port = re.search(r"(?::[0-9]+)?\Z", request.headers.get("host", ""))
         rows = []
         for server in self._servers():
             if server.present:
@@ -5110,7 +5134,9 @@ class Desk:
             else:
                 state = f"last seen {format_age(now - server.last_seen)}"
             shown = escape(server.entry.display_name or server.name)
-            link = f'<a href="./{server.name}/">{shown}</a>'
+            hosts = self.relay.config.hosts_of(server.entry)
+            url = f"//{hosts[0]}{port[0] if port else ''}/" if hosts else f"./{server.name}/"
+            link = f'<a href="{escape(url)}">{shown}</a>'
             state = f'<span class="{"on" if server.present else "q"}">{state}</span>'
             requests = f"{sum(server.statuses.values()):,}"
             rows.append((link, state, requests, format_size(server.body_bytes), str(server.transfers)))
@@ -5196,20 +5222,6 @@ _BACKEND_ACTIONS = {
     "http_responses": ("POST", _NAME),
 }
 _GONE = (410, "nobody waits for this response")
-
-
-class Route(NamedTuple):
-    """Where a request goes: its server, the target there, and the path in front of that ("" on a host of its own)."""
-
-    server: Registered
-    target: str
-    prefix: str = ""
-
-
-def request_host(text: str) -> str:
-    """Return the host of a Host field's value, in lower case, without port and without one dot at its end."""
-    host = re.sub(r":[0-9]*\Z", "", text.lower())
-    return host.removesuffix(".")
 
 
 NO_BODIES = "this server is too old to take request bodies"
@@ -5335,7 +5347,7 @@ class Relay:
         if route.prefix and climbs(target.partition("?")[0]):
             raise ProtocolError(404, "the path leads out of the server's")
         if request.method == "TRACE":
-            raise ProtocolError(405, "TRACE is not possible here")
+            raise ProtocolError(405, "TRACE is not possible here", headers=[("Allow", "GET, HEAD, OPTIONS")])
         if max_forwards(request) == 0:  # the relay answers as the last recipient
             return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
         server.transfers += 1
@@ -6150,6 +6162,7 @@ class Link:
         self._stopping = workers.stopping
         self._parked: set[Stream] = set()  # P1 that wait for their answer
         self._told = ""
+        self._host = ""  # a host of this server's own at the relay
         self._most_polls = 0  # listeners
         self._reporting = False
         self._sender = Sender(client, name, key, workers, self._tell)
@@ -6239,7 +6252,11 @@ class Link:
         started = loop.time()
         await self._poll(stream, 0)
         took = loop.time() - started
-        self._tell(f"connected to the relay at {self.client.origin.authority} as {self.name}")
+        origin = self.client.origin
+        url = f"{origin.url}/frontend/servers/{self.name}/"
+        if self._host:
+            url = origin._replace(host=self._host, path="").url + "/"
+        self._tell(f"connected to the relay at {origin.authority} as {self.name}; open {url}")
         self.connected.set()
         return took
 
@@ -6332,6 +6349,7 @@ class Link:
             await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
             status, headers = await stream.read_response_head(P1_TIME)
             self._sender.original = check_listen_answer(status, headers, self.client)
+            self._host = headers.get("ptth-host", "")
             limit = MAX_ORIGINAL if self._sender.original else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
             body = b"" if status == 204 else await self.client.read_body(stream, headers, limit)
             self.accept(body)
@@ -7146,24 +7164,29 @@ async def run_relay(args: argparse.Namespace) -> None:
         tell("ptth relay: there is no ptth_relay.toml, so no server is registered")
     else:
         config = load_relay_config(path)
+    if args.domain is not None:
+        config.domain = args.domain.lower().strip(".")
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
     relay = Relay(config)
-    server = HTTPServer(relay.handle, takes_bodies=True, log=None if args.quiet else AccessLog())
+    log = None if args.quiet else AccessLog(relay.client_address)
+    server = HTTPServer(relay.handle, takes_bodies=True, log=log)
     relay.connections = lambda: len(server.streams)
-    stop = stop_event(functools.partial(reload, relay, path))
+    stop = stop_event(functools.partial(reload, relay, path, args.domain))
     await server.listen(sock)
     announce(f"PTTH relay for {count_of(len(config.servers), 'server')} at {' '.join(urls(sock))}")
     await stop.wait()
     await stop_relay(relay, server)
 
 
-def reload(relay: Relay, path: str) -> None:
+def reload(relay: Relay, path: str, domain: str | None) -> None:
     """Read the configuration again; a broken one changes nothing."""
     try:
         config = load_relay_config(path)
     except UserError as error:
         tell(f"ptth relay: keeping the old configuration: {'; '.join(error.args)}")
         return
+    if domain is not None:
+        config.domain = relay.config.domain
     if (config.port, config.bind) != (relay.config.port, relay.config.bind):
         tell("ptth relay: port and bind change with a restart only")
     relay.configure(config)
@@ -7220,13 +7243,13 @@ async def run_server(args: argparse.Namespace) -> None:
     await running
 
 
-def make_content(config: ServerConfig) -> Handler:
+def make_content(config: ServerConfig, command: str = "server") -> Handler:
     """Return the handler for what `ptth server` serves, by its configuration."""
     if config.app:
         return guard(App(Client(config.app_origin), config.app_host).handle, config.site, config.name, app=True)
     private = [config.path] if os.path.exists(config.path) else []
     site = Site(config.file_server_root, config.site, private=private)
-    site.tell_secrets("server")
+    site.tell_secrets(command)
     return server_handler(site, config.name)
 
 
@@ -7294,23 +7317,31 @@ async def run_demo(args: argparse.Namespace) -> None:
     """Run a relay and a server that share nothing but a connection, until a signal."""
     import secrets
 
-    root = check_root(args.dir, f"python3 ptth.py {args.command} .")
+    path = "/frontend/servers/demo/files/"
+    config = ServerConfig("", name="demo", app=args.app, site=SiteOptions(auth=find_auth()))
+    if args.app:
+        if args.dir:
+            raise UserError("a directory and --app exclude each other", status=2)
+        try:
+            config.app_origin = parse_app(args.app)
+        except ValueError as error:
+            raise UserError(f"--app {error}", status=2) from None
+    else:
+        config.file_server_root = check_root(args.dir, f"python3 ptth.py {args.command} .")
     key = secrets.token_urlsafe(32)
     sock = open_socket("127.0.0.1", args.port)
-    relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))]))
+    relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))], domain="localhost"))
     http = HTTPServer(local_names_only(relay.handle), takes_bodies=True, log=None if args.quiet else AccessLog())
     stop = stop_event(lambda: tell("ptth demo: there is nothing to read again"))
     await http.listen(sock)
     port = sock.getsockname()[1]
-    site = Site(root, SiteOptions(auth=find_auth()))
-    site.tell_secrets(args.command)
-    handler = server_handler(site, "demo")
-    server = Server(Client(Origin(False, "127.0.0.1", port, "")), "demo", key, handler)
+    server = Server(Client(Origin(False, "127.0.0.1", port, "")), "demo", key, make_content(config, args.command))
     running = asyncio.create_task(server.run())
     await wait_for_any(server.connected.wait(), stop.wait(), running)
     if server.connected.is_set():
-        announce(f"Serving {os.path.realpath(root)} through a relay and a server; open:")
-        announce(f"    http://127.0.0.1:{port}/frontend/servers/demo/files/")
+        announce(f"Serving {describe_content(config)} through a relay and a server; open:")
+        url = f"demo.localhost:{port}/" if args.app else f"127.0.0.1:{port}{path}"
+        announce(f"    http://{url}")
     await wait_for_any(stop.wait(), running)
     await server.stop()
     await stop_relay(relay, http)
@@ -7348,6 +7379,7 @@ def build_parser() -> argparse.ArgumentParser:
     relay.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_relay.toml")
     relay.add_argument("--bind", metavar="ADDR", help="address to listen on (default: 127.0.0.1)")
     relay.add_argument("--port", type=port_number, metavar="N", help="default: 4000")
+    relay.add_argument("--domain", metavar="HOST", help="give each server the host NAME.HOST")
     relay.add_argument("--new-scraper-key", metavar="NAME", help="print a key for the scraper API, and exit")
 
     server = command("server", run_server, "serve a directory through a relay; makes only outgoing connections")

@@ -4176,7 +4176,7 @@ class TestRelay:
     )  # fmt: skip
     def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
         answer = one(bare_relay.fetch(get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)))
-        assert answer[0] == status and ("allow" in answer[1]) is (status == 204)
+        assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
         assert not bare_relay.relay.exchanges and not bare_relay.relay.servers["n"].transfers
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -4489,8 +4489,9 @@ class TestBodies:
         tunnel.close()
 
     def test_a_server_that_dies_with_half_a_body_is_502_and_the_request_is_not_offered_again(
-        self, bare_relay: Tunnel, hand: Hand
+        self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(ptth, "FETCH_GRACE", 0.1)
         hand.listen(20, "PTTH-Features: body")
         with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as client:
             client.sendall(
