@@ -1372,7 +1372,7 @@ class TestHTTPServer:
         for hostile in ("/a/..", "/", "%2e%2f", ";%2e", "/../", "\\..", "%25", "a%5c.."):
             for target in (hostile * (8190 // len(hostile)), "/a" * 2000 + "/.." * 1300):
                 assert self.steps(functools.partial(ptth.climbs, target)) < 100_000
-                assert self.steps(functools.partial(ptth.parse_path, target)) < 200_000
+                assert self.steps(functools.partial(ptth.parse_path, "/" + target)) < 200_000
 
 
 class TestHTTPClient:
@@ -4229,7 +4229,7 @@ class TestRelay:
 
     def test_pages_of_the_relay(self, bare_relay: Tunnel) -> None:
         page = one(bare_relay.fetch(get("/frontend/servers/")))[2].decode()
-        assert 'href="./n/"' in page and "never seen" in page
+        assert 'href="//n.example.com/"' in page and "never seen" in page
         with open(PROGRAM, "rb") as file:
             assert one(bare_relay.fetch(get("/ptth.py")))[2] == file.read()
         assert one(bare_relay.fetch(get("/", method="POST")))[0] == 405
@@ -5983,7 +5983,6 @@ class TestCommandLine:
         for host in (
             "localhost",
             "LocalHost:80",
-            "demo.localhost:4000",
             "localhost.",
             "127.0.0.1",
             "127.1.2.3:9",
