@@ -327,7 +327,14 @@ class Background:
         """Run a coroutine there and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(patience)
 
+    async def _end(self) -> None:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
     def close(self) -> None:
+        self.run(self._end())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
 
@@ -1061,6 +1068,183 @@ class TestConnections:
             sender.close(), receiver.close()
 
         asyncio.run(talk())
+
+    @staticmethod
+    async def outcome(work: object) -> object:
+        """The result of `work`, or what it raised; without either the test fails."""
+        return (await asyncio.wait_for(asyncio.gather(work, return_exceptions=True), 20))[0]
+
+    splices = pytest.mark.skipif(not hasattr(os, "splice"), reason="no os.splice")
+    sends_files = pytest.mark.skipif(not hasattr(os, "sendfile"), reason="no os.sendfile")
+
+    @splices
+    def test_a_large_body_goes_from_socket_to_socket(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        moved: list[int] = []
+        splice = os.splice
+
+        def count(*args: object, **options: object) -> int:
+            moved.append(splice(*args, **options))
+            return moved[-1]
+
+        async def talk() -> None:
+            source, sender = await self.pair()
+            sink, receiver = await self.pair()
+            data = os.urandom(2 * ptth.SPLICE_MIN)
+            body = ptth.IncomingBody(source, len(data))
+            work = [
+                asyncio.ensure_future(source.loop.sock_sendall(sender, data + b"next")),
+                asyncio.ensure_future(body.write_to(sink)),
+            ]
+            got = b""
+            while len(got) < len(data):
+                got += await source.loop.sock_recv(receiver, 1 << 20)
+            await asyncio.gather(*work)
+            assert got == data and body.complete
+            assert await source.fill(20) and source.held == b"next"  # nothing of the next message was taken
+            for end in (source, sink):
+                end.abort()
+            sender.close(), receiver.close()
+
+        monkeypatch.setattr(os, "splice", count)
+        asyncio.run(talk())
+        assert sum(moved) > ptth.SPLICE_MIN
+
+    @splices
+    @pytest.mark.parametrize("end", ["short", "reset", "silent", "unread", "left"])
+    def test_a_splice_says_how_it_ended(self, end: str) -> None:
+        async def talk() -> object:
+            source, sender = await self.pair()
+            sink, receiver = await self.pair(small=True)
+            source.stall_time, sink.stall_time = 0.05 if end == "silent" else 60, 0.05 if end == "unread" else 60
+            await source.take_buffered()
+            work = asyncio.ensure_future(self.outcome(sink.splice(source, 50_000_000)))
+            data = bytes(50_000_000 if end in ("unread", "left") else 500)
+            feeding = asyncio.ensure_future(source.loop.sock_sendall(sender, data))
+            leaving = {"short": sender, "reset": sender, "left": receiver}.get(end)
+            if leaving:
+                assert len(await source.loop.sock_recv(receiver, 500)) == 500  # it has begun
+                if end != "short":
+                    leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                leaving.close()
+            result = await work
+            feeding.cancel()
+            await asyncio.wait({feeding})
+            for stream in (source, sink):
+                stream.abort()
+            sender.close(), receiver.close()
+            return result
+
+        result = asyncio.run(talk())
+        assert isinstance(result, ptth.BrokenBody if end == "short" else ConnectionResetError | BrokenPipeError), result
+        assert ("stalls" in str(result)) is (end in ("silent", "unread"))
+
+    @sends_files
+    def test_a_file_goes_to_nobody_who_stalls(self, tmp_path: object) -> None:
+        (tmp_path / "x").write_bytes(bytes(20_000_000))
+
+        async def talk() -> object:
+            stream, other = await self.pair(small=True)
+            stream.stall_time = 0.05
+            with open(tmp_path / "x", "rb") as file:
+                result = await self.outcome(stream.send_file(file.fileno(), 0, 20_000_000))
+            stream.abort(), other.close()
+            return result
+
+        assert "stalls" in str(asyncio.run(talk()))
+
+    @sends_files
+    def test_a_fast_reader_does_not_keep_the_loop_from_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        turns = 0
+
+        async def talk() -> None:
+            stream, other = await self.pair()
+
+            def turn() -> None:
+                nonlocal turns
+                turns += 1
+                stream.loop.call_soon(turn)
+
+            turn()
+            await stream.send_file(0, 0, 50 * ptth.SENDFILE_SLICE)
+            stream.abort(), other.close()
+
+        monkeypatch.setattr(os, "sendfile", lambda out, file, offset, count: count)  # the reader takes all at once
+        asyncio.run(talk())
+        assert turns > 40
+
+    @pytest.mark.parametrize("how", ["ends", "is silent", "sends much", "sends for long"])
+    def test_lingering_takes_what_still_comes_and_ends(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {
+            "is silent": ("LINGER_TIME", 0.05),
+            "sends much": ("MAX_LINGER", 3_000_000),
+            "sends for long": ("MAX_LINGER_TIME", 0.1),
+        }.items():
+            monkeypatch.setattr(ptth, value[0], value[1] if how == name else 10**9)
+
+        async def talk() -> int:
+            stream, other = await self.pair()
+            taken = 0
+
+            async def send() -> None:
+                nonlocal taken
+                while how != "ends" or taken < 5_000_000:
+                    await stream.loop.sock_sendall(other, bytes(100_000))
+                    taken += 100_000
+                    await asyncio.sleep(3600 if how == "is silent" else 0.01 if how == "sends for long" else 0)
+                other.shutdown(socket.SHUT_WR)
+
+            sending = asyncio.ensure_future(send())
+            assert await self.outcome(self.swept(stream, stream.linger())) is None
+            assert await stream.loop.sock_recv(other, 1) == b""  # an end, and no reset
+            sending.cancel()
+            stream.abort(), other.close()
+            return taken
+
+        taken = asyncio.run(talk())
+        assert taken >= {"ends": 5_000_000, "sends much": 3_000_000}.get(how, 1)
+
+    def test_both_ends_are_tuned(self, background: Background) -> None:
+        """So that the kernel finds dead peers, nothing waits for more to send, and slow readers are seen to read."""
+        expected = {"NODELAY": 1, "KEEPIDLE": 20, "KEEPINTVL": 5, "KEEPCNT": 3, "NOTSENT_LOWAT": ptth.PIECE}
+
+        async def options(port: int) -> list[dict[str, int]]:
+            client = ptth.Client(ptth.Origin(False, "127.0.0.1", port, ""))
+            stream = await client.connect()
+            await stream.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            await stream.fill()
+            (accepted,) = serving.servers[0].streams
+            found = []
+            for sock in (stream.sock, accepted.sock):
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                found.append(
+                    {
+                        name: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"))
+                        for name in expected
+                        if hasattr(socket, f"TCP_{name}")
+                    }
+                )
+            client.close()
+            return found
+
+        with serving(background, echo) as port:
+            for found in background.run(options(port)):
+                assert found == {name: value for name, value in expected.items() if name in found}
+
+    def test_an_old_idle_connection_is_not_used_again(
+        self, background: Background, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def talk(port: int) -> None:
+            client = ptth.Client(ptth.Origin(False, "127.0.0.1", port, ""))
+            stream = await client.connect()
+            client.give(stream)
+            assert client.reuse() is stream
+            client.give(stream)
+            monkeypatch.setattr(ptth, "REUSE_TIME", -1)
+            assert client.reuse() is None and stream.lost()
+            client.close()
+
+        with serving(background, echo) as port:
+            background.run(talk(port))
 
 
 class TestHTTPServer:
@@ -3704,6 +3888,19 @@ class TestRelay:
         assert (new.reply(identity, OK), client.answer()[2]) == (200, b"hi")
         assert hand.requests() == []
 
+    def test_the_oldest_of_too_many_p1_is_answered(self, bare_relay: Tunnel, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ptth, "MAX_PARKED", 2)
+        hands = [Hand(bare_relay.port) for _ in range(3)]
+        for i, hand in enumerate(hands):
+            hand.listen()
+            eventually(lambda i=i: len(bare_relay.relay.servers["n"].parked) == min(i + 1, 2))
+        assert hands[0].requests() == []
+        client = Client(bare_relay.port)
+        ((identity, _),) = hands[1].requests()
+        assert (hands[1].reply(identity, OK), client.answer()[0]) == (200, 200)
+        for hand in hands:
+            hand.close()
+
     def test_what_a_dead_connection_took_is_offered_again_after_a_hello(self, bare_relay: Tunnel, hand: Hand) -> None:
         clients = []
         ids = []
@@ -5021,6 +5218,80 @@ class TestServer:
         bodies: list[bytes] = []
         assert background.run(post(b"")) == b"200 onetwo"  # as it is sent to a relay of the original
         assert background.run(post(b"begin")) == b"200 beginonetwo"
+
+    @pytest.mark.parametrize("size", [1, 1_000_000])
+    def test_a_p7_that_never_comes_is_given_up(
+        self, size: int, background: Background, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        release = asyncio.Event()
+
+        async def never(request: ptth.Request) -> ptth.Response:
+            await request.body.read_all(2_000_000)
+            await release.wait()
+            return ptth.text_response(200, "")
+
+        async def post(port: int) -> None:
+            client = ptth.Client(ptth.Origin(False, "127.0.0.1", port, ""))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(
+                    client.post("/", [], b"", ptth.BytesBody(bytes(size)), await client.connect()), 20
+                )
+            client.close()
+            release.set()
+
+        monkeypatch.setattr(ptth, "P7_TIME", 0.1)
+        with serving(background, never) as port:
+            begin = time.monotonic()
+            background.run(post(port))
+            assert time.monotonic() - begin < 20
+
+    def test_an_early_p7_ends_the_response(self, background: Background) -> None:
+        class Endless(ptth.Body):
+            async def __aiter__(self) -> object:
+                while True:
+                    yield bytes(10_000)
+
+        async def gone(request: ptth.Request) -> ptth.Response:
+            return ptth.text_response(410, "the client is gone")
+
+        async def post(port: int) -> int:
+            client = ptth.Client(ptth.Origin(False, "127.0.0.1", port, ""))
+            stream = await client.connect()
+            status, _ = await client.post("/", [], b"", Endless(), stream)
+            assert stream.closing  # what was sent of the body would be read as a request
+            client.close()
+            return status
+
+        with serving(background, gone) as port:
+            assert background.run(post(port)) == 410
+
+    def test_no_p1_is_open_while_there_is_no_room(
+        self, background: Background, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
+        begun: list[str] = []
+        release = threading.Event()
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            begun.append(request.target)
+            await asyncio.to_thread(release.wait)
+            return ptth.text_response(200, request.target)
+
+        tunnel = Tunnel(background, handler)
+        queue_ = tunnel.relay.servers["n"]
+        clients = []
+        for i in range(2):
+            clients.append(Client(tunnel.port, f"/{i}"))
+            eventually(lambda i=i: len(begun) == i + 1)
+        eventually(lambda: not queue_.parked)
+        clients.append(Client(tunnel.port, "/2"))
+        eventually(lambda: queue_.waiting)
+        for _ in range(20):
+            assert one(fetch(tunnel.port, get("/frontend/relay_up_check")))[0] == 200
+        assert len(queue_.waiting) == 1 and len(begun) == 2
+        release.set()
+        assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
+        tunnel.close()
 
     def test_a_relay_of_the_original(self, start: object, tmp_path: object) -> None:
         (tmp_path / "hello.txt").write_bytes(HELLO)
