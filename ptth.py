@@ -2646,6 +2646,10 @@ class Client:
         if bare:
             await end()
             return Response(status, headers.pairs, AbsentBody(None if framing == CHUNKED else framing))
+        if framing == len(stream.held) and (sending is None or sending.done()):  # all is here: it can go on with others
+            data = await body.read()
+            await end()
+            return Response(status, headers.pairs, BytesBody(data))
         body.on_end = end
         return Response(status, headers.pairs, body)
 

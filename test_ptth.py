@@ -1636,6 +1636,27 @@ class TestHTTPClient:
             b"\r\nA: b\r\n\r\n"
         )
 
+    @pytest.mark.parametrize(
+        ("reply", "data"),
+        [(OK, b"hello"), (OK.replace(b"5", b"0")[:-5], b""), (OK[:-1], None), (OK.replace(b"5", b"6"), None),
+         (b"HTTP/1.1 200 OK\r\n\r\nhello", None)],
+    )  # fmt: skip
+    def test_a_body_that_has_arrived_with_its_head_is_in_memory(self, reply: bytes, data: bytes | None) -> None:
+        """So that a server sends it to its relay together with others."""
+
+        async def talk() -> bytes | None:
+            server = await asyncio.start_server(lambda reader, writer: writer.write(reply), "127.0.0.1", 0)
+            client = ptth.Client(ptth.Origin(False, *server.sockets[0].getsockname(), ""))
+            response = await client.handle(ptth.Request("GET", "/", ptth.Headers([])))
+            await response.body.aclose()
+            spare = client.spare
+            client.close()
+            server.close()
+            assert spare == (data is not None)
+            return response.body.data
+
+        assert asyncio.run(talk()) == data
+
     class Slow(ptth.Body):
         """A body that ends, or breaks, when it is told to; `sent` pieces have been asked for."""
 
