@@ -5291,11 +5291,11 @@ class TestServer:
     ) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
         begun: list[str] = []
-        release = threading.Event()
+        release = asyncio.Event()
 
         async def handler(request: ptth.Request) -> ptth.Response:
             begun.append(request.target)
-            await asyncio.to_thread(release.wait)
+            await release.wait()
             return ptth.text_response(200, request.target)
 
         tunnel = Tunnel(background, handler)
@@ -5310,7 +5310,7 @@ class TestServer:
         for _ in range(20):
             assert one(fetch(tunnel.port, get("/frontend/relay_up_check")))[0] == 200
         assert len(queue_.waiting) == 1 and len(begun) == 2
-        release.set()
+        background.loop.call_soon_threadsafe(release.set)
         assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
         tunnel.close()
 
