@@ -7435,9 +7435,12 @@ def occupy_standard_descriptors() -> None:
 
     Otherwise a client's connection gets such a number, and with it what is meant for the log.
     """
-    while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:  # writing to it fails, as to a closed one
-        pass
-    os.close(fd)
+    try:
+        while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:  # writing to it fails, as to a closed one
+            pass
+        os.close(fd)
+    except OSError:
+        pass  # a chroot without /dev
 
 
 def main(argv: list[str] | None = None) -> int:

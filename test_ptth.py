@@ -528,6 +528,11 @@ def eventually(check: object, patience: float = 20) -> None:
         time.sleep(0.01)
 
 
+def in_time(work: object, patience: float = 20) -> object:
+    """Run a coroutine to its end, which must come."""
+    return asyncio.run(asyncio.wait_for(work, patience))
+
+
 class TestShape:
     """The file as a text: its map is true, its sections are layers, its functions are short."""
 
@@ -1008,7 +1013,7 @@ class TestConnections:
             reading.cancel()
             other.close()
 
-        asyncio.run(talk())
+        in_time(talk())
 
     def test_a_peer_that_reads_slowly_is_kept_until_it_stops(self) -> None:
         async def talk() -> None:
@@ -1030,7 +1035,7 @@ class TestConnections:
                 await sending
             other.close()
 
-        asyncio.run(talk())
+        in_time(talk())
 
     def test_a_connection_that_is_closed_with_unsent_bytes_ends_in_time(self) -> None:
         async def talk() -> None:
@@ -1044,7 +1049,7 @@ class TestConnections:
             await self.swept(stream, ended.wait())
             other.close()
 
-        asyncio.run(talk())
+        in_time(talk())
 
     @pytest.mark.parametrize("size", [ptth.SPLICE_MIN, 3 * ptth.SPLICE_MIN])
     def test_a_body_that_has_arrived_with_the_end_of_the_stream_is_complete(self, size: int) -> None:
@@ -1067,12 +1072,12 @@ class TestConnections:
                 end.abort()
             sender.close(), receiver.close()
 
-        asyncio.run(talk())
+        in_time(talk())
 
     @staticmethod
     async def outcome(work: object) -> object:
-        """The result of `work`, or what it raised; without either the test fails."""
-        return (await asyncio.wait_for(asyncio.gather(work, return_exceptions=True), 20))[0]
+        """The result of `work`, or what it raised."""
+        return (await asyncio.gather(work, return_exceptions=True))[0]
 
     splices = pytest.mark.skipif(not hasattr(os, "splice"), reason="no os.splice")
     sends_files = pytest.mark.skipif(not hasattr(os, "sendfile"), reason="no os.sendfile")
@@ -1106,7 +1111,7 @@ class TestConnections:
             sender.close(), receiver.close()
 
         monkeypatch.setattr(os, "splice", count)
-        asyncio.run(talk())
+        in_time(talk())
         assert sum(moved) > ptth.SPLICE_MIN
 
     @splices
@@ -1134,7 +1139,7 @@ class TestConnections:
             sender.close(), receiver.close()
             return result
 
-        result = asyncio.run(talk())
+        result = in_time(talk())
         assert isinstance(result, ptth.BrokenBody if end == "short" else ConnectionResetError | BrokenPipeError), result
         assert ("stalls" in str(result)) is (end in ("silent", "unread"))
 
@@ -1150,7 +1155,7 @@ class TestConnections:
             stream.abort(), other.close()
             return result
 
-        assert "stalls" in str(asyncio.run(talk()))
+        assert "stalls" in str(in_time(talk()))
 
     @sends_files
     def test_a_fast_reader_does_not_keep_the_loop_from_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1169,7 +1174,7 @@ class TestConnections:
             stream.abort(), other.close()
 
         monkeypatch.setattr(os, "sendfile", lambda out, file, offset, count: count)  # the reader takes all at once
-        asyncio.run(talk())
+        in_time(talk())
         assert turns > 40
 
     @pytest.mark.parametrize("how", ["ends", "is silent", "sends much", "sends for long"])
@@ -1200,7 +1205,7 @@ class TestConnections:
             stream.abort(), other.close()
             return taken
 
-        taken = asyncio.run(talk())
+        taken = in_time(talk())
         assert taken >= {"ends": 5_000_000, "sends much": 3_000_000}.get(how, 1)
 
     def test_both_ends_are_tuned(self, background: Background) -> None:
@@ -6132,6 +6137,10 @@ class TestCommandLine:
         assert ptth.main(["file-server", root, "--port", "0"]) == 1
         told = capfd.readouterr().err
         assert told.count("\n") == 1 and ptth.describe(error) in told
+
+    def test_a_system_without_dev_null_will_do(self, monkeypatch: pytest.MonkeyPatch, call: object) -> None:
+        monkeypatch.setattr(os, "devnull", "/nowhere/null")
+        assert call("--version") == (0, f"ptth {ptth.__version__}\n", "")
 
     @needs("openssl")
     def test_a_certificate_that_cannot_be_used_is_one_line(self, tmp_path: object) -> None:
