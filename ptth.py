@@ -38,7 +38,7 @@ This file is the whole program.  It reads from top to bottom; each section uses 
     15 Command line           demo, relay, server, file-server
 
 Start with `Handler` in section 3.  A file server is a handler given to an HTTP server; a PTTH server is the same
-handler given to `Server`; a relay is a handler that asks somebody else.
+handler given to `TunnelServer`; a relay is a handler that asks somebody else.
 """
 
 from __future__ import annotations
@@ -95,28 +95,28 @@ MAX_CHUNK_WASTE = 64 * 1024  # bytes of extensions and trailers in one body that
 MAX_INTERIM = 64  # interim responses before one response; more is an error of the peer
 MAX_DRAIN = 64 * 1024  # bytes of an unwanted body that are read to keep the connection
 
-IDLE_TIME = 75.0  # seconds a kept connection may be silent; as nginx
-HEAD_TIME = 10.0  # seconds from a head's first byte to its last
-STALL_TIME = 60.0  # seconds without a byte moving before a peer is dropped; as nginx
-RELAY_STALL_TIME = 240.0  # the same for a server that sends to its relay, which knows better how its clients do
-P7_TIME = 3600.0  # seconds; P7 comes when the client has read what lies in the kernels' buffers, slowly perhaps
-LINGER_TIME = 2.0  # seconds without a byte after which a connection that is to be closed is closed (RFC 9112, 9.6)
-MAX_LINGER_TIME = 30.0  # seconds, and
+IDLE_TIMEOUT = 75.0  # seconds a kept connection may be silent; as nginx
+HEAD_TIMEOUT = 10.0  # seconds from a head's first byte to its last
+STALL_TIMEOUT = 60.0  # seconds without a byte moving before a peer is dropped; as nginx
+RELAY_STALL_TIMEOUT = 240.0  # the same for a server that sends to its relay, which knows better how its clients do
+P7_TIMEOUT = 3600.0  # seconds; P7 comes when the client has read what lies in the kernels' buffers, slowly perhaps
+LINGER_TIMEOUT = 2.0  # seconds without a byte after which a connection that is to be closed is closed (RFC 9112, 9.6)
+MAX_LINGER_TIMEOUT = 30.0  # seconds, and
 MAX_LINGER = 64 * 1024 * 1024  # bytes that are discarded at most meanwhile
-SCRAPER_DAYS = 30  # that a scraper's key may be valid
-EXPECT_TIME = 1.0  # seconds that a client waits for 100 Continue before it sends a body (RFC 9110, 10.1.1)
-GRACE_TIME = 30.0  # seconds that work in flight has to finish at a stop
-SWEEP_TIME = 0.25  # seconds between two looks at what has run out of time
+MAX_SCRAPER_DAYS = 30  # that a scraper's key may be valid
+EXPECT_TIMEOUT = 1.0  # seconds that a client waits for 100 Continue before it sends a body (RFC 9110, 10.1.1)
+GRACE_PERIOD = 30.0  # seconds that work in flight has to finish at a stop
+SWEEP_INTERVAL = 0.25  # seconds between two looks at what has run out of time
 
-SMALL = 128 * 1024  # bytes; a body up to here is read at once and leaves in one write with its head
-PIECE = 64 * 1024  # bytes; more than that in a connection's buffer waits for the peer to take some
-SLICE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
+SMALL_BODY = 128 * 1024  # bytes; a body up to here is read at once and leaves in one write with its head
+WRITE_HIGH_WATER = 64 * 1024  # bytes; more than that in a connection's buffer waits for the peer to take some
+READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
 SPLICE_MIN = 256 * 1024  # bytes still to come from which on a pipe and four descriptors are worth while
-SENDFILE_SLICE = 1024 * 1024  # bytes for one sendfile; the loop is held for about half a millisecond
+SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile; the loop is held for about half a millisecond
 MAX_RANGES = 64  # of one request; more gets the whole file, which is cheaper for both (RFC 9110, 14.2)
 
 MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are hashed
-MAX_BATCH = 64  # requests in one P3
+MAX_P3_REQUESTS = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
 MAX_BATCHES_BYTES = (
     8 * 1024 * 1024
@@ -137,32 +137,32 @@ STRANGER_SHARE = (
 HASH_WAIT = 10.0  # seconds that a request waits for its key's hash, then 503
 MAX_PARKED = 64  # open P1 for one name
 MAX_HANDLERS = 256  # handlers at work at once on a server; other requests wait at the relay
-MAX_ORIGINAL_FIELD = 3 * 1024  # bytes of the original's field of P5; a status and a few fields take 300
-MAX_ORIGINAL = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
-MAX_EVENTS = 1000  # lines of the audit log
-MAX_SHOWN = 200  # of them on its page
+MAX_RUST_FIELD = 3 * 1024  # bytes of the original's field of P5; a status and a few fields take 300
+MAX_RUST = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
+MAX_AUDIT_EVENTS = 1000  # lines of the audit log
+MAX_AUDIT_ROWS = 200  # of them on its page
 MAX_QUERY = 1000  # characters in which a directory's options are looked for
 MAX_LOGGED = 1000  # characters of a request line, of Referer and of User-Agent in the access log
-MAX_NOTED = 200  # characters of a path or of an address in it
+MAX_AUDIT_TEXT = 200  # characters of a path or of an address in it
 MAX_UNREGISTERED = 100  # names remembered for /frontend/unregistered_servers
-WAIT_TIME = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
-P1_TIME = 35.0  # seconds after which the server takes an unanswered P1 for lost
-ANSWER_TIME = 50.0  # seconds for a response's head; nginx itself gives up at 60
+POLL_WAIT = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
+P1_TIMEOUT = 35.0  # seconds after which the server takes an unanswered P1 for lost
+RESPONSE_TIMEOUT = 50.0  # seconds for a response's head; nginx itself gives up at 60
 FETCH_GRACE = 5.0  # seconds that a response may still come in after the server stopped reading the request's body
-ABSENT_TIME = 10.0  # seconds that a request waits for a server that may be reconnecting
+RECONNECT_WAIT = 10.0  # seconds that a request waits for a server that may be reconnecting
 RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server takes a quicker empty answer for a failure
-AWAY_TIME = 2.0  # seconds without any of its connections after which a server is shown as away
-RECENT_TIME = 60.0  # seconds after which a silent server counts as away
-REUSE_TIME = 20.0  # seconds; an idle connection older than this may be dead behind a NAT
-APP_RESPONSE_TIME = 300.0  # seconds for the head of an app's response
+DISCONNECTED_AFTER = 2.0  # seconds without any of its connections after which a server is shown as away
+UNAVAILABLE_AFTER = 60.0  # seconds after which a silent server counts as away
+MAX_IDLE_AGE = 20.0  # seconds; an idle connection older than this may be dead behind a NAT
+APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response
 APP_WAIT = 2.0  # seconds in which a connection to an app is tried again: it may be restarting
-CONNECT_TIME = 10.0  # seconds to open a connection
+CONNECT_TIMEOUT = 10.0  # seconds to open a connection
 CONNECT_DELAY = 0.25  # seconds before the next address of a name is tried, too (RFC 8305, 5)
 BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0  # seconds between two attempts to reach the relay
-REFUSED_TIME = 5.0  # seconds before the next attempt when somebody must change something first: a key, a proxy
-NEAR = 0.005  # seconds to the relay; nearer than this one P1 is best, further away eight
+REFUSED_DELAY = 5.0  # seconds before the next attempt when somebody must change something first: a key, a proxy
+NEAR_ROUND_TRIP = 0.005  # seconds to the relay; nearer than this one P1 is best, further away eight
 SAMPLES = 3  # round trips of which the shortest tells how far away the relay is
-LOOK_TIME = 300.0  # seconds after which the server measures that again
+MEASURE_INTERVAL = 300.0  # seconds after which the server measures that again
 FAR_P1 = 8
 FAR_BATCHES = 4  # of responses under way at once, over a distance
 
@@ -183,7 +183,7 @@ class ProtocolError(Exception):
         self.headers = list(headers)
 
 
-class BrokenBody(ConnectionError):
+class IncompleteBody(ConnectionError):
     """A body that ended before its length: what has been sent of it must not look complete."""
 
 
@@ -195,7 +195,7 @@ class UserError(Exception):
         self.status = status
 
 
-def describe(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Say in one line what went wrong."""
     if isinstance(error, ProtocolError):
         return error.reason
@@ -208,12 +208,12 @@ def describe(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
-def tell(line: str) -> None:
+def log_line(line: str) -> None:
     """Write one line for the operator on stderr."""
-    write_error(line.translate(CONTROL_ESCAPES) + "\n")
+    write_stderr(line.translate(CONTROL_ESCAPES) + "\n")
 
 
-def write_error(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Write to stderr; a full disk or a closed stderr stops nobody's work.
 
     Past sys.stderr, which keeps what it could not write and fails again when the program ends.
@@ -431,13 +431,13 @@ class Peer(Protocol):
     """What a handler may know of the other end of a request's connection."""
 
     peer: str  # its address, for logs and X-Forwarded-For
-    closing: bool  # one of the two sides has said "Connection: close"
-    ended: list[Callable[[], None]]  # called once when the connection ends
+    must_close: bool  # one of the two sides has said "Connection: close"
+    on_close: list[Callable[[], None]]  # called once when the connection ends
 
-    def gone(self) -> bool:
+    def at_eof(self) -> bool:
         """Return whether the peer has ended its side or reset the connection."""
 
-    def lost(self) -> bool:
+    def is_closed(self) -> bool:
         """Return whether the connection was reset: a client that only ended its side still waits for the answer."""
 
     def abort(self) -> None:
@@ -458,7 +458,7 @@ class Sink(Protocol):
         """Send `data`; returns when more can be taken. ConnectionError when the peer is gone or stalls."""
 
     async def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Send `count` bytes of an open file; raises BrokenBody when the file is shorter."""
+        """Send `count` bytes of an open file; raises IncompleteBody when the file is shorter."""
 
     async def splice(self, source: Any, count: int) -> bool:
         """Send the next `count` bytes that the connection `source` receives; False if that was not possible."""
@@ -486,7 +486,7 @@ class Body:
         return self.length
 
     async def read(self) -> bytes:
-        """Return the next bytes, or b"" at the end. Raises BrokenBody when the body ends before its length."""
+        """Return the next bytes, or b"" at the end. Raises IncompleteBody when the body ends before its length."""
         if self._pieces is None:
             self._pieces = aiter(self)
         return await anext(self._pieces, b"")
@@ -504,8 +504,8 @@ class Body:
     async def write_to(self, sink: Sink) -> None:
         """Send the whole body.
 
-        Raises BrokenBody when the body has fewer bytes than `length`, ConnectionError when the peer is gone or stalls.
-        The caller must then close the connection so that the peer sees an incomplete message.
+        Raises IncompleteBody when the body has fewer bytes than `length`, ConnectionError when the peer is gone or
+        stalls. The caller must then close the connection so that the peer sees an incomplete message.
         """
         async for piece in self:
             await sink.send(piece)
@@ -531,8 +531,8 @@ class BytesBody(Body):
         self.length = len(data)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        for start in range(0, len(self.data), SLICE):
-            yield self.data[start : start + SLICE]
+        for start in range(0, len(self.data), READ_SIZE):
+            yield self.data[start : start + READ_SIZE]
 
 
 class AbsentBody(BytesBody):
@@ -570,20 +570,20 @@ class Response:
     """A response as a handler makes it: without the fields of framing and connection, which are the HTTP server's.
 
     `sent(complete, size)` is called once, when writing has ended: whether all was written, and the bytes of the body
-    that were. `final` asks to close the connection after this response.
+    that were. `close` asks to close the connection after this response.
     """
 
     status: int
     headers: Fields = field(default_factory=list)
     body: Body = EMPTY
-    sent: Callable[[bool, int], None] | None = None
-    final: bool = False
+    on_sent: Callable[[bool, int], None] | None = None
+    close: bool = False
 
 
 # What answers requests: the files, a web app, or a server behind the tunnel.
 #
-# A handler may raise ProtocolError, which becomes that response, and BrokenBody of the request's
-# own body, when there is nobody left to answer. A TimeoutError becomes 504, another BrokenBody 502, anything else 500
+# A handler may raise ProtocolError, which becomes that response, and IncompleteBody of the request's
+# own body, when there is nobody left to answer. A TimeoutError becomes 504, another IncompleteBody 502, all else 500
 # and a traceback in the log. It does not change the request; its caller does not change the response's list of fields.
 # Who receives the response closes its body, exactly once, whether it was sent or not. The HTTP server cancels a
 # handler whose client has reset the connection.
@@ -943,42 +943,44 @@ def redirect_below(segment: bytes, target: str) -> str:
 # Heads and bodies over asyncio's streams. Knows framing and time limits, not what a message means.
 
 
-class Stream:
+class Connection:
     """A TCP or TLS connection, with the bytes that were read but not used yet (`held`).
 
     `read_deadline` and `write_deadline` are plain numbers in the loop's time (inf: none) that `sweep` compares every
-    SWEEP_TIME: a timer for each wait would cost a tenth of a small request.
+    SWEEP_INTERVAL: a timer for each wait would cost a tenth of a small request.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pace: Pace | None = None) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limiter: RateLimiter | None = None
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.reader = reader
         self.writer = writer
-        self.pace = pace
+        self.limiter = limiter
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]  # typeshed promises less
         self.sock: socket.socket = writer.get_extra_info("socket")
         tls = writer.get_extra_info("sslcontext") is not None
-        self.can_send_file = hasattr(os, "sendfile") and not tls and not pace
+        self.can_send_file = hasattr(os, "sendfile") and not tls and not limiter
         self.can_splice = hasattr(os, "splice") and not tls  # bytes may go from socket to socket
         name = writer.get_extra_info("peername")
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
-        self.held = b""
+        self.buffer = b""
         self.read_deadline = self.write_deadline = math.inf
-        self.stall_time = STALL_TIME
-        self.silence_time = STALL_TIME  # seconds without a byte after which reading a body ends
-        self.stalled = False  # the peer has taken or sent nothing for `stall_time`
+        self.stall_timeout = STALL_TIMEOUT
+        self.silence_timeout = STALL_TIMEOUT  # seconds without a byte after which reading a body ends
+        self.stalled = False  # the peer has taken or sent nothing for `stall_timeout`
         self._unsent = 0  # bytes in the transport's buffer when the write deadline was set
-        self.closing = False
+        self.must_close = False
         self.written = 0  # bytes that were sent on it
-        self.ended: list[Callable[[], None]] = []
+        self.on_close: list[Callable[[], None]] = []
         self.on_continue: Callable[[], None] | None = None  # called when a response 100 Continue has come
         self.waiting: asyncio.Task[object] | None = None  # answers a request; ended when the peer resets
 
-    def gone(self) -> bool:
+    def at_eof(self) -> bool:
         """Return whether the peer has ended its side or reset the connection; a half-close looks the same."""
-        return self.reader.at_eof() or self.lost()
+        return self.reader.at_eof() or self.is_closed()
 
-    def lost(self) -> bool:
+    def is_closed(self) -> bool:
         """Return whether the connection is closed in both directions. A half-closed client waits for its response."""
         return self.reader.exception() is not None or self.transport.is_closing()
 
@@ -1008,28 +1010,28 @@ class Stream:
         elif self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self._end()
 
-    async def fill(self, patience: float | None = None) -> bool:
+    async def fill(self, timeout: float | None = None) -> bool:
         """Append at least one received byte to `held`; return False at the end of the stream.
 
-        TimeoutError after `patience` seconds, or `silence_time`.
+        TimeoutError after `timeout` seconds, or `silence_timeout`.
         """
-        self.read_deadline = self.loop.time() + (self.silence_time if patience is None else patience)
+        self.read_deadline = self.loop.time() + (self.silence_timeout if timeout is None else timeout)
         try:
-            data = await self.reader.read(SLICE)
+            data = await self.reader.read(READ_SIZE)
         finally:
             self.read_deadline = math.inf
-        self.held += data
+        self.buffer += data
         return bool(data)
 
-    async def read_request_head(self, idle_time: float, head_time: float) -> bytes:
+    async def read_request_head(self, idle_timeout: float, head_timeout: float) -> bytes:
         """Return the next request head with its empty line; b"" when the peer ended before it began.
 
         TimeoutError with `held` empty means an idle connection, with bytes in it a head that came too slowly.
         """
-        self.read_deadline = self.loop.time() + idle_time
+        self.read_deadline = self.loop.time() + idle_timeout
         blank_lines = checked = 0
         while True:
-            data = self.held
+            data = self.buffer
             while data.startswith(b"\r\n") and blank_lines <= MAX_BLANK_LINES:
                 blank_lines += 1
                 data = data[2:]
@@ -1042,30 +1044,30 @@ class Stream:
             if data:
                 check_partial_head(data, checked)
                 if not checked:
-                    self.read_deadline = self.loop.time() + head_time
+                    self.read_deadline = self.loop.time() + head_timeout
                 checked = len(data)
-            self.held = data
+            self.buffer = data
             piece = await self.reader.read(MAX_HEAD)  # of what is pipelined, no more than that is kept
             if not piece:
                 if data:
                     raise ConnectionError("the connection ended inside a head")
                 return b""
-            self.held = data + piece
+            self.buffer = data + piece
         self.read_deadline = math.inf
         if end > MAX_HEAD:
             check_partial_head(data[:end])
-        self.held = data[end:]
+        self.buffer = data[end:]
         return data[:end]
 
-    async def read_response_head(self, patience: float) -> tuple[int, Headers]:
+    async def read_response_head(self, timeout: float) -> tuple[int, Headers]:
         """Return status and fields of the next response that is not an interim one (RFC 9110, 15.2); 101 is returned.
 
-        TimeoutError when it has not arrived after `patience` seconds, interim responses included. ConnectionError when
+        TimeoutError when it has not arrived after `timeout` seconds, interim responses included. ConnectionError when
         the connection ends before. ProtocolError 502 for what is not a response, and after MAX_INTERIM interim ones.
         """
-        end_time = self.loop.time() + patience
+        end_time = self.loop.time() + timeout
         for _ in range(MAX_INTERIM + 1):
-            while (end := self.held.find(b"\r\n\r\n") + 4) < 4 and len(self.held) <= MAX_HEAD:
+            while (end := self.buffer.find(b"\r\n\r\n") + 4) < 4 and len(self.buffer) <= MAX_HEAD:
                 left = end_time - self.loop.time()
                 if left <= 0:  # a peer that sends a byte now and then wakes the reader before its deadline
                     raise TimeoutError("the peer sends the response head too slowly")
@@ -1073,28 +1075,28 @@ class Stream:
                     raise ConnectionError("the connection was closed instead of an answer")
             if not 4 <= end <= MAX_HEAD:
                 raise ProtocolError(502, "the response head is too large", close=True)
-            status, headers = parse_response_head(self.held[:end])
-            self.held = self.held[end:]
+            status, headers = parse_response_head(self.buffer[:end])
+            self.buffer = self.buffer[end:]
             if status == 100 and self.on_continue:
                 self.on_continue()
             if status >= 200 or status == 101:
-                self.closing = self.closing or "close" in headers.tokens("connection")
+                self.must_close = self.must_close or "close" in headers.tokens("connection")
                 return status, headers
         raise ProtocolError(502, f"more than {MAX_INTERIM} interim responses", close=True)
 
     async def send(self, data: bytes) -> None:
         """Send `data`; returns when the connection can take more. ConnectionError when the peer is gone or stalls."""
-        if self.pace and len(data) > self.pace.slice:
-            for start in range(0, len(data), self.pace.slice):
-                await self.send(data[start : start + self.pace.slice])
+        if self.limiter and len(data) > self.limiter.slice:
+            for start in range(0, len(data), self.limiter.slice):
+                await self.send(data[start : start + self.limiter.slice])
             return
-        if self.pace:
-            await self.pace.wait(len(data))
+        if self.limiter:
+            await self.limiter.wait(len(data))
         self.writer.write(data)
         self.written += len(data)
         if self.transport.is_closing():
             raise ConnectionResetError("the connection was reset")
-        if self.transport.get_write_buffer_size() > PIECE:
+        if self.transport.get_write_buffer_size() > WRITE_HIGH_WATER:
             await self._drain()
 
     async def _drain(self) -> None:
@@ -1108,9 +1110,9 @@ class Stream:
             raise ConnectionResetError("the connection was reset")
 
     def _wait_for_writing(self) -> None:
-        """Give the peer `stall_time` to take some of what is to be sent."""
+        """Give the peer `stall_timeout` to take some of what is to be sent."""
         self._unsent = self.transport.get_write_buffer_size()
-        self.write_deadline = self.loop.time() + self.stall_time
+        self.write_deadline = self.loop.time() + self.stall_timeout
 
     def fail(self, error: Exception) -> None:
         """Abort, and raise `error` in who reads, who would take the end of the connection for that of a body."""
@@ -1128,7 +1130,7 @@ class Stream:
             self.transport.set_write_buffer_limits()
 
     async def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Send `count` bytes of the file from `offset`; raises BrokenBody when the file has fewer.
+        """Send `count` bytes of the file from `offset`; raises IncompleteBody when the file has fewer.
 
         By os.sendfile and not loop.sendfile, because there a slow peer and a stalled one look the same, and because
         the connection must be read meanwhile: a relay may say that the client is gone.
@@ -1137,22 +1139,22 @@ class Stream:
         try:
             twin = os.dup(self.sock.fileno())  # the loop does not let anyone wait for a descriptor of its transports
         except OSError:  # none left: what is under way goes on without
-            for start in range(offset, offset + count, PIECE):
-                size = min(PIECE, offset + count - start)
+            for start in range(offset, offset + count, WRITE_HIGH_WATER):
+                size = min(WRITE_HIGH_WATER, offset + count - start)
                 data = read_at(fd, start, size)
                 await self.send(data)
                 if len(data) < size:
-                    raise BrokenBody("the file became shorter") from None
+                    raise IncompleteBody("the file became shorter") from None
             return
         try:
             while count:
                 try:
-                    sent = os.sendfile(twin, fd, offset, min(count, SENDFILE_SLICE))
+                    sent = os.sendfile(twin, fd, offset, min(count, SENDFILE_SIZE))
                 except BlockingIOError:
                     await self._ready(twin, self.loop.add_writer, self.loop.remove_writer)
                     continue
                 if not sent:
-                    raise BrokenBody("the file became shorter")
+                    raise IncompleteBody("the file became shorter")
                 offset += sent
                 count -= sent
                 self.written += sent
@@ -1160,11 +1162,11 @@ class Stream:
         finally:
             os.close(twin)  # at once: an open twin would keep an aborted connection alive
 
-    async def splice(self, source: Stream, count: int) -> bool:
+    async def splice(self, source: Connection, count: int) -> bool:
         """Send the next `count` bytes that `source` receives, from socket to socket without a copy of ours (Linux).
 
         Nothing may be held of `source`. False when there are no descriptors left for it, and nothing was sent;
-        BrokenBody when `source` ends before; ConnectionError when either peer stalls.
+        IncompleteBody when `source` ends before; ConnectionError when either peer stalls.
         """
         await self.flush()
         opened: list[int] = []
@@ -1181,9 +1183,9 @@ class Stream:
             while count or filled:
                 try:
                     if not filled:
-                        filled = os.splice(from_socket, inlet, min(count, SENDFILE_SLICE), flags=flags)
+                        filled = os.splice(from_socket, inlet, min(count, SENDFILE_SIZE), flags=flags)
                         if not filled:
-                            raise BrokenBody("the connection ended inside a body")
+                            raise IncompleteBody("the connection ended inside a body")
                         count -= filled
                 except BlockingIOError:
                     await source._ready(from_socket, self.loop.add_reader, self.loop.remove_reader)
@@ -1206,19 +1208,19 @@ class Stream:
             self.transport.pause_reading()
             try:
                 async with asyncio.timeout(0):  # there is no other way to look without waiting
-                    data = await self.reader.read(SLICE)
+                    data = await self.reader.read(READ_SIZE)
             except TimeoutError:
                 return
             if not data:
                 return  # at the end of the stream: what is held may be all of the body
-            self.held += data
+            self.buffer += data
 
     async def _ready(self, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
-        """Wait until a descriptor can be read or written; ConnectionError when it cannot for `stall_time`."""
+        """Wait until a descriptor can be read or written; ConnectionError when it cannot for `stall_timeout`."""
         ready = self.loop.create_future()
         add(fd, lambda: None if ready.done() else ready.set_result(None))
         try:
-            async with asyncio.timeout(self.stall_time):
+            async with asyncio.timeout(self.stall_timeout):
                 await ready
         except TimeoutError:
             self.stalled = True
@@ -1237,24 +1239,25 @@ class Stream:
     async def linger(self) -> None:
         """Half-close, and discard what the peer still sends: closing with unread bytes would destroy the response.
 
-        Ends when the peer ends or is silent for LINGER_TIME, after MAX_LINGER bytes or MAX_LINGER_TIME (RFC 9112, 9.6).
+        Ends when the peer ends or is silent for LINGER_TIMEOUT, after MAX_LINGER bytes or MAX_LINGER_TIMEOUT
+        (RFC 9112, 9.6).
         """
-        if self.gone():
+        if self.at_eof():
             return
         if self.writer.can_write_eof():  # not under TLS, where it must be reading on alone
             self.writer.write_eof()
-        self.held = b""
+        self.buffer = b""
         discarded = 0
         try:
-            async with asyncio.timeout(MAX_LINGER_TIME):
-                while discarded < MAX_LINGER and await self.fill(LINGER_TIME):
-                    discarded += len(self.held)
-                    self.held = b""
+            async with asyncio.timeout(MAX_LINGER_TIMEOUT):
+                while discarded < MAX_LINGER and await self.fill(LINGER_TIMEOUT):
+                    discarded += len(self.buffer)
+                    self.buffer = b""
         except (TimeoutError, OSError):
             pass
 
     def close(self) -> None:
-        """Close. What was sent may still leave, as long as the peer takes some of it within each `stall_time`."""
+        """Close. What was sent may still leave, as long as the peer takes some of it within each `stall_timeout`."""
         if not self.transport.is_closing():  # a TLS transport that is closed twice raises
             self.writer.close()
         if self.transport.get_write_buffer_size():
@@ -1270,28 +1273,28 @@ class Stream:
     def _end(self) -> None:
         """Call those who wait for the end of the connection."""
         self.read_deadline = self.write_deadline = math.inf
-        callbacks, self.ended = self.ended, []
+        callbacks, self.on_close = self.on_close, []
         for callback in callbacks:
             callback()
 
 
-async def sweep(streams: set[Stream]) -> NoReturn:
-    """Check all deadlines every SWEEP_TIME, for ever."""
+async def sweep(connections: set[Connection]) -> NoReturn:
+    """Check all deadlines every SWEEP_INTERVAL, for ever."""
     loop = asyncio.get_running_loop()
     while True:
-        await asyncio.sleep(SWEEP_TIME)
+        await asyncio.sleep(SWEEP_INTERVAL)
         now = loop.time()
-        for stream in list(streams):
-            stream.sweep(now)
+        for connection in list(connections):
+            connection.sweep(now)
 
 
-def tune(sock: socket.socket) -> None:
+def set_socket_options(sock: socket.socket) -> None:
     """Let the kernel find dead peers, and tell of progress with slow ones; accepted sockets inherit it."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     # NODELAY: asyncio sets it only where a socket names its protocol, and every answer would wait 40 ms without it.
     # NOTSENT_LOWAT: without it a socket is writable again only when a third of some MiB has left, which a slow reader
-    # does not manage within STALL_TIME.
-    options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", PIECE))
+    # does not manage within STALL_TIMEOUT.
+    options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", WRITE_HIGH_WATER))
     for name, value in options:
         if option := getattr(socket, f"TCP_{name}", None):
             try:
@@ -1308,12 +1311,12 @@ def read_at(fd: int, offset: int, count: int) -> bytes:
     return os.read(fd, count)
 
 
-class Pace:
+class RateLimiter:
     """A limit in bytes per second for all that is sent on the connections that share it."""
 
     def __init__(self, rate: int) -> None:
         self.rate = rate
-        self.slice = max(min(rate // 4, PIECE), 1)  # bytes; a quarter of a second's worth
+        self.slice = max(min(rate // 4, WRITE_HIGH_WATER), 1)  # bytes; a quarter of a second's worth
         self._free = 0.0  # when the next byte may leave, in the loop's time
 
     async def wait(self, count: int) -> None:
@@ -1330,37 +1333,39 @@ class IncomingBody(Body):
     for 100 Continue, which is said when the body is first asked for (RFC 9110, 10.1.1).
     """
 
-    def __init__(self, stream: Stream, framing: int | None, *, expects: bool = False) -> None:
-        self.stream = stream
+    def __init__(self, connection: Connection, framing: int | None, *, expects: bool = False) -> None:
+        self.connection = connection
         self.on_end: Callable[[], Awaitable[None]] | None = None  # called by `aclose`, once
         self.chunked = framing == CHUNKED
         self.until_close = framing is None
-        self.left = 0 if framing is None or framing == CHUNKED else framing  # bytes before the next framing, or the end
+        self.remaining = (
+            0 if framing is None or framing == CHUNKED else framing
+        )  # bytes before the next framing, or the end
         self.complete = framing == 0
         self.expects = expects
-        self.held = b""  # bytes that were read and given back
-        self.waste = 0
+        self.unread_data = b""  # bytes that were read and given back
+        self.overhead = 0
         self._expected = "size"  # what the next line of the chunked framing is: also "end" or "trailer"
         self._trailers = 0
 
     @property
     def length(self) -> int | None:  # type: ignore[override]  # nobody sets it
         """The bytes still to come, or None when only the end will tell."""
-        return None if self.chunked or self.until_close else self.left + len(self.held)
+        return None if self.chunked or self.until_close else self.remaining + len(self.unread_data)
 
     @property
     def known_length(self) -> int | None:
         """The same, but also known of a chunked body that has arrived."""
-        return len(self.held) if self.complete else self.length
+        return len(self.unread_data) if self.complete else self.length
 
     async def read(self) -> bytes:
-        """Return the next piece, or b"" at the end; BrokenBody when the connection ends before it."""
-        if self.held:
-            data, self.held = self.held, b""
+        """Return the next piece, or b"" at the end; IncompleteBody when the connection ends before it."""
+        if self.unread_data:
+            data, self.unread_data = self.unread_data, b""
             return data
         if self.expects:
             self.expects = False
-            await self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             return await (self._read_chunks() if self.chunked else self._read_counted())
         except TimeoutError:
@@ -1370,68 +1375,68 @@ class IncomingBody(Body):
         """Return what has arrived of a body with a length, or of one that ends with the connection."""
         if self.complete:
             return b""
-        stream = self.stream
-        if not stream.held and not await stream.fill():
+        connection = self.connection
+        if not connection.buffer and not await connection.fill():
             if not self.until_close:
-                raise BrokenBody("the connection ended inside a body")
+                raise IncompleteBody("the connection ended inside a body")
             self.complete = True
             return b""
-        data = stream.held
-        if self.until_close or len(data) <= self.left:
-            stream.held = b""
+        data = connection.buffer
+        if self.until_close or len(data) <= self.remaining:
+            connection.buffer = b""
         else:
-            data, stream.held = data[: self.left], data[self.left :]
+            data, connection.buffer = data[: self.remaining], data[self.remaining :]
         if not self.until_close:
-            self.left -= len(data)
-            self.complete = not self.left
+            self.remaining -= len(data)
+            self.complete = not self.remaining
         return data
 
     def unread(self, data: bytes) -> None:
         """Give back bytes that the next `read` returns again."""
-        self.held = data + self.held
+        self.unread_data = data + self.unread_data
 
     async def _read_chunks(self) -> bytes:
         """Return the data of all chunks that have arrived: to cut off one at a time would copy the rest for each."""
-        stream = self.stream
+        connection = self.connection
         pieces = []
         at = 0
         while not self.complete:
-            held = stream.held
-            if self.left and at < len(held):
-                pieces.append(held[at : at + self.left])
+            buffer = connection.buffer
+            if self.remaining and at < len(buffer):
+                pieces.append(buffer[at : at + self.remaining])
                 at += len(pieces[-1])
-                self.left -= len(pieces[-1])
-                self._expected = "" if self.left else "end"
+                self.remaining -= len(pieces[-1])
+                self._expected = "" if self.remaining else "end"
                 continue
-            end = -1 if self.left else held.find(b"\r\n", at)
+            end = -1 if self.remaining else buffer.find(b"\r\n", at)
             if end >= 0:
-                self._take_line(held[at:end])
+                self._take_line(buffer[at:end])
                 at = end + 2
                 continue
-            if not self.left and (b"\n" in held[at:] or len(held) - at > MAX_CHUNK_LINE):
+            if not self.remaining and (b"\n" in buffer[at:] or len(buffer) - at > MAX_CHUNK_LINE):
                 raise ProtocolError(400, "a chunk without a valid size", close=True)
             if pieces:
                 break
-            stream.held = held[at:]
+            connection.buffer = buffer[at:]
             at = 0
-            if not await stream.fill():
-                raise BrokenBody("the connection ended inside a body")
-        stream.held = stream.held[at:]
+            if not await connection.fill():
+                raise IncompleteBody("the connection ended inside a body")
+        connection.buffer = connection.buffer[at:]
         return b"".join(pieces)
 
     def _take_line(self, line: bytes) -> None:
         """Understand one line of the chunked framing: the end of a chunk, a size, a trailer (RFC 9112, 7.1)."""
         if len(line) > 16:  # a size is no waste, what stands beside it is
-            self.waste += len(line)
-        if len(line) > MAX_CHUNK_LINE or self.waste > MAX_CHUNK_WASTE:
+            self.overhead += len(line)
+        if len(line) > MAX_CHUNK_LINE or self.overhead > MAX_CHUNK_WASTE:
             raise ProtocolError(400, "too many chunk extensions or trailers", close=True)
         if self._expected == "end":
             if line:
                 raise ProtocolError(400, "a chunk that is longer than its size", close=True)
             self._expected = "size"
         elif self._expected == "size":
-            self.left = parse_chunk_line(line)
-            self._expected = "" if self.left else "trailer"
+            self.remaining = parse_chunk_line(line)
+            self._expected = "" if self.remaining else "trailer"
         elif line:
             parse_trailers(line + b"\r\n")
             self._trailers += 1
@@ -1443,7 +1448,7 @@ class IncomingBody(Body):
     async def check(self, *, discard: bool) -> None:
         """Check the framing of a chunked body before the handler runs, since after it an error cannot be told.
 
-        Read one piece and put it back, or discard up to MAX_DRAIN bytes. ProtocolError 400 or 408, BrokenBody.
+        Read one piece and put it back, or discard up to MAX_DRAIN bytes. ProtocolError 400 or 408, IncompleteBody.
         """
         if not self.chunked or self.expects:
             return
@@ -1465,21 +1470,21 @@ class IncomingBody(Body):
             yield piece
 
     async def write_to(self, sink: Sink) -> None:
-        stream = self.stream
+        connection = self.connection
         if self.expects:
             await sink.send(await self.read())
-        worth_it = self.left >= SPLICE_MIN and not self.chunked  # of chunks, `left` is the rest of one
-        if worth_it and stream.can_splice and sink.can_splice:
+        worth_it = self.remaining >= SPLICE_MIN and not self.chunked  # of chunks, `left` is the rest of one
+        if worth_it and connection.can_splice and sink.can_splice:
             try:
-                await stream.take_buffered()
-                while self.held or stream.held and self.left:
+                await connection.take_buffered()
+                while self.unread_data or connection.buffer and self.remaining:
                     await sink.send(await self.read())
-                if self.left and await sink.splice(stream, self.left):
-                    self.left = 0
+                if self.remaining and await sink.splice(connection, self.remaining):
+                    self.remaining = 0
                     self.complete = True
             finally:
-                if not stream.transport.is_closing():
-                    stream.transport.resume_reading()
+                if not connection.transport.is_closing():
+                    connection.transport.resume_reading()
         while piece := await self.read():
             await sink.send(piece)
 
@@ -1506,32 +1511,32 @@ class FileBody(Body):
         """Yield (offset, count) of each part to send, after a look whether the file is still what was announced.
 
         A file that grew still begins with the right bytes: a log. One that shrank, or changed at the same size, does
-        not: BrokenBody, so that no wrong bytes go out under a right length.
+        not: IncompleteBody, so that no wrong bytes go out under a right length.
         """
         end = self._offset + (self.length or 0)
         for offset in range(self._offset, end, size):
             now = os.fstat(self._fd)
             changed = now.st_mtime_ns != self._opened.st_mtime_ns
             if now.st_size < end or changed and now.st_size <= self._opened.st_size:
-                raise BrokenBody("the file changed while it was sent")
+                raise IncompleteBody("the file changed while it was sent")
             yield offset, min(size, end - offset)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         offset = self._offset
-        while self.length is None and (data := read_at(self._fd, offset, PIECE)):
+        while self.length is None and (data := read_at(self._fd, offset, WRITE_HIGH_WATER)):
             offset += len(data)
             yield data
-        for offset, count in self.slices(SLICE):
+        for offset, count in self.slices(READ_SIZE):
             data = read_at(self._fd, offset, count)
             if len(data) < count:
-                raise BrokenBody("the file became shorter")
+                raise IncompleteBody("the file became shorter")
             yield data
 
     async def write_to(self, sink: Sink) -> None:
         if self.length is None or not sink.can_send_file:
             await super().write_to(sink)
             return
-        for offset, count in self.slices(4 * SENDFILE_SLICE):
+        for offset, count in self.slices(4 * SENDFILE_SIZE):
             await sink.send_file(self._fd, offset, count)
 
     async def aclose(self) -> None:
@@ -1595,7 +1600,7 @@ class ChunkedSink:
         return False
 
 
-async def write_body(connection: Stream, body: Body, *, chunked: bool) -> None:
+async def write_body(connection: Connection, body: Body, *, chunked: bool) -> None:
     """Send a body as it is, or by chunks (RFC 9112, 7.1)."""
     if not chunked:
         await body.write_to(connection)
@@ -1704,11 +1709,11 @@ def format_age(seconds: float) -> str:
     """Format how long ago something was."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
         if seconds >= length:
-            return count_of(int(seconds // length), unit) + " ago"
+            return format_count(int(seconds // length), unit) + " ago"
     return "just now"
 
 
-def count_of(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """Format a number of things."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
@@ -1718,7 +1723,7 @@ def clamp(nanoseconds: int) -> int:
     return max(0, min(nanoseconds // 1_000_000_000, 253402300799))  # the last second of 9999
 
 
-class Entry(NamedTuple):
+class ListingEntry(NamedTuple):
     """One line of a directory listing."""
 
     name: bytes
@@ -1744,7 +1749,7 @@ def show_name(name: bytes) -> str:
     return _UNSEEN.sub("\ufffd", name_text(name))
 
 
-def entry_link(entry: Entry) -> str:
+def entry_link(entry: ListingEntry) -> str:
     """Return the URL of an entry, relative to its directory's URL.
 
     It has no "./" in front, which several programs that read listings do not understand. It needs none, because a
@@ -1763,7 +1768,7 @@ count.textContent=word?shown+" of "+rows.length+" match":all};
 """
 
 
-def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> bytes:
+def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str) -> bytes:
     """Show a directory: `path` is below the root, `order` is how the entries are sorted.
 
     All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
@@ -1776,7 +1781,7 @@ def listing_page(path: tuple[bytes, ...], entries: list[Entry], order: str) -> b
     crumbs = "<i>/</i>".join([*above, f'<span aria-current="page">{escape(names[-1])}</span>'])
     readable = [entry for entry in entries if not entry.error]
     folders = sum(entry.is_dir for entry in readable)
-    facts = [count_of(n, noun) for n, noun in ((folders, "folder"), (len(readable) - folders, "file")) if n]
+    facts = [format_count(n, noun) for n, noun in ((folders, "folder"), (len(readable) - folders, "file")) if n]
     facts.append(format_size(sum(entry.size for entry in readable)) if entries else "Empty folder")
     if len(readable) < len(entries):
         facts.append(f"{len(entries) - len(readable):,} not readable")
@@ -1813,7 +1818,7 @@ def _sort_heading(key: str, label: str, order: str) -> str:
     return f'<th scope="col"{column}{aria}><button name="sort" value="{value}">{label}{arrow}</button></th>'
 
 
-def _entry_row(entry: Entry) -> str:
+def _entry_row(entry: ListingEntry) -> str:
     """Make one row of a listing."""
     name = escape(show_name(entry.name)) + ("/" if entry.is_dir else "")
     column = '<td class="d">' if entry.is_dir else "<td>"
@@ -1823,7 +1828,7 @@ def _entry_row(entry: Entry) -> str:
     else:
         link = f'<a href="{entry_link(entry)}">{name}</a>'
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
-        size = ">" if entry.is_dir else f' title="{count_of(entry.size, "byte")}">{format_size(entry.size)}'
+        size = ">" if entry.is_dir else f' title="{format_count(entry.size, "byte")}">{format_size(entry.size)}'
     return f'<tr>{column}{link}</td><td class="n w">{when}</td><td class="n"{size}</td></tr>\n'
 
 
@@ -1859,7 +1864,7 @@ def json_response(value: object) -> Response:
     return Response(200, fields, BytesBody(json.dumps(value).encode()))
 
 
-def weights(headers: Headers, name: str) -> dict[str, float]:
+def parse_weights(headers: Headers, name: str) -> dict[str, float]:
     """Return the members of an Accept field with their weights, 0 for what is not wanted (RFC 9110, 12.4.2)."""
     found = {}
     for token in headers.tokens(name):
@@ -1871,7 +1876,7 @@ def weights(headers: Headers, name: str) -> dict[str, float]:
 
 def wants_json(headers: Headers) -> bool:
     """Return whether Accept names JSON, and not HTML: no browser's does."""
-    accepted = weights(headers, "accept")
+    accepted = parse_weights(headers, "accept")
     return accepted.get("application/json", 0) > 0 and not accepted.get("text/html", 0)
 
 
@@ -1881,11 +1886,11 @@ def error_response(request: Request, error: ProtocolError) -> Response:
         response = html_response(error.status, error_page(error.status, error.reason), error.headers)
     else:
         response = text_response(error.status, f"{error.reason}\n", error.headers)
-    response.final = error.close
+    response.close = error.close
     return response
 
 
-async def answer(handler: Handler, request: Request) -> Response:
+async def call_handler(handler: Handler, request: Request) -> Response:
     """Return the handler's response; what it raises becomes one, too, as `Handler` has it."""
     try:
         return await handler(request)
@@ -1893,15 +1898,15 @@ async def answer(handler: Handler, request: Request) -> Response:
         return error_response(request, error)
     except TimeoutError:
         return error_response(request, ProtocolError(504, "the response did not come in time"))
-    except BrokenBody:
-        if not request.body.complete and request.connection and request.connection.gone():
+    except IncompleteBody:
+        if not request.body.complete and request.connection and request.connection.at_eof():
             raise  # the client ended the request's body early: no response can be sent
         return error_response(request, ProtocolError(502, "the response broke off before it began"))
     except Exception:
         import traceback
 
         for line in traceback.format_exc().splitlines():  # ours, so all of it
-            tell(line)
+            log_line(line)
         return error_response(request, ProtocolError(500, "an error in the server; its log has the details"))
 
 
@@ -1933,7 +1938,7 @@ class AccessLog:
     def flush(self) -> None:
         """Write what has gathered."""
         lines, self._lines = self._lines, []
-        write_error("".join(lines))
+        write_stderr("".join(lines))
 
 
 _LOGGED = {code: f"\\x{code:02x}" for code in (*range(32), *b'"\\', *range(127, 256))}
@@ -1980,134 +1985,141 @@ class HTTPServer:
         log: AccessLog | None = None,
         tls: ssl.SSLContext | None = None,
         takes_bodies: bool = False,
-        idle_time: float = IDLE_TIME,
-        head_time: float = HEAD_TIME,
+        idle_timeout: float = IDLE_TIMEOUT,
+        head_timeout: float = HEAD_TIMEOUT,
     ) -> None:
         self.handler = handler
         self.log = log
         self.tls = tls
         self.takes_bodies = takes_bodies  # the handler reads also those of GET and HEAD
-        self.idle_time = idle_time
-        self.head_time = head_time
-        self.streams: set[Stream] = set()
-        self.busy: set[Stream] = set()  # those with a request under way
+        self.idle_timeout = idle_timeout
+        self.head_timeout = head_timeout
+        self.connections: set[Connection] = set()
+        self.busy: set[Connection] = set()  # those with a request under way
         self.stopping = False
-        self._complained = -math.inf  # when the lack of descriptors was last told
+        self._last_loop_error = -math.inf  # when the lack of descriptors was last told
         self._most_descriptors = file_limit() - SPARE_DESCRIPTORS
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
 
     async def listen(self, sock: socket.socket) -> None:
         """Accept connections on a listening socket."""
-        tune(sock)
-        asyncio.get_running_loop().set_exception_handler(self._complain)
+        set_socket_options(sock)
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         if self._sweeper is None:
-            self._sweeper = asyncio.create_task(sweep(self.streams))
-        patience = STALL_TIME if self.tls else None  # for what is still on its way when a connection of TLS is closed
+            self._sweeper = asyncio.create_task(sweep(self.connections))
+        timeout = STALL_TIMEOUT if self.tls else None  # for what is still on its way when a connection of TLS is closed
         server = await asyncio.start_server(
-            self._converse, sock=sock, limit=PIECE, backlog=MAX_ACCEPTS, ssl=self.tls, ssl_shutdown_timeout=patience
+            self._serve_connection,
+            sock=sock,
+            limit=WRITE_HIGH_WATER,
+            backlog=MAX_ACCEPTS,
+            ssl=self.tls,
+            ssl_shutdown_timeout=timeout,
         )
         self._servers.append(server)
         sock.listen(1024)  # asyncio takes the backlog for the number of accepts in one turn, too
 
-    def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Report an error of the event loop's, but not by the hundred that there are no descriptors left."""
         error = context.get("exception")
         if isinstance(error, OSError) and "socket" in context:
-            if loop.time() > self._complained + 60:
-                self._complained = loop.time()
-                tell(f"cannot accept connections: {describe(error)}")
+            if loop.time() > self._last_loop_error + 60:
+                self._last_loop_error = loop.time()
+                log_line(f"cannot accept connections: {format_error(error)}")
             return
         loop.default_exception_handler(context)
 
-    async def stop(self, grace: float = GRACE_TIME) -> None:
+    async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Accept nothing more, let what is under way finish for `grace` seconds, and end the rest."""
         self.stopping = True
         for server in self._servers:
             server.close()
-        for stream in self.streams - self.busy:
+        for connection in self.connections - self.busy:
             # A client of TLS may leave a close unanswered for half a minute.
-            stream.abort() if stream.held or self.tls else stream.close()
+            connection.abort() if connection.buffer or self.tls else connection.close()
         try:
             async with asyncio.timeout(grace):
-                while self.streams:
+                while self.connections:
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            for stream in list(self.streams):
-                stream.abort()
+            for connection in list(self.connections):
+                connection.abort()
         await asyncio.sleep(0)
         if self._sweeper:
             self._sweeper.cancel()
         if self.log:
             self.log.flush()
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection from its beginning to its end."""
-        stream = Stream(reader, writer)
-        self.streams.add(stream)
-        stream.ended.append(lambda: self.streams.discard(stream))
+        connection = Connection(reader, writer)
+        self.connections.add(connection)
+        connection.on_close.append(lambda: self.connections.discard(connection))
         try:
-            if stream.sock and stream.sock.fileno() > self._most_descriptors:  # the system gives the lowest free one
+            if (
+                connection.sock and connection.sock.fileno() > self._most_descriptors
+            ):  # the system gives the lowest free one
                 busy = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
-                await self._refuse(stream, b"", busy)
+                await self._refuse(connection, b"", busy)
                 return
-            while await self._exchange(stream):
-                if stream.held:
+            while await self._serve_request(connection):
+                if connection.buffer:
                     await asyncio.sleep(0)  # who sends many requests at once must not keep the loop from the others
-            await stream.flush()
+            await connection.flush()
         except (OSError, TimeoutError, asyncio.CancelledError):
-            stream.abort()  # reset, stalled or broken off: nothing more can be said
+            connection.abort()  # reset, stalled or broken off: nothing more can be said
         finally:
-            self.busy.discard(stream)
-            stream.close()
+            self.busy.discard(connection)
+            connection.close()
 
-    async def _exchange(self, stream: Stream) -> bool:
+    async def _serve_request(self, connection: Connection) -> bool:
         """Read one request, have it answered, write the response; return whether another one may follow."""
-        self.busy.discard(stream)
-        if self.stopping and not stream.held:
+        self.busy.discard(connection)
+        if self.stopping and not connection.buffer:
             return False
         data = b""
         try:
-            data = await stream.read_request_head(self.idle_time, self.head_time)
+            data = await connection.read_request_head(self.idle_timeout, self.head_timeout)
             if not data:
                 return False
-            self.busy.add(stream)
+            self.busy.add(connection)
             request = parse_request_head(data)
-            request.connection = stream
+            request.connection = connection
             request.secure = self.tls is not None
-            self._find_body(stream, request)
+            self._find_body(connection, request)
             await request.body.check(discard=not self.takes_bodies and request.method in ("GET", "HEAD"))
         except TimeoutError:
-            if data or stream.held:
-                await self._refuse(stream, data, ProtocolError(408, "the request came too slowly", close=True))
+            if data or connection.buffer:
+                await self._refuse(connection, data, ProtocolError(408, "the request came too slowly", close=True))
             return False
         except ProtocolError as error:
-            await self._refuse(stream, data, error)
+            await self._refuse(connection, data, error)
             return False
         if "connection" in request.headers:
             options = request.headers.tokens("connection")
-            stream.closing = "close" in options or request.minor == 0 and "keep-alive" not in options
+            connection.must_close = "close" in options or request.minor == 0 and "keep-alive" not in options
         else:
-            stream.closing = request.minor == 0
-        await self._serve(stream, request)
-        if not stream.closing:
+            connection.must_close = request.minor == 0
+        await self._answer(connection, request)
+        if not connection.must_close:
             return True
         # Under TLS, which has no half-close, only while a request's body may still arrive: a client that reads to the
-        # end of the connection would wait LINGER_TIME for nothing.
+        # end of the connection would wait LINGER_TIMEOUT for nothing.
         if not request.body.complete or request.body is EMPTY and not self.tls:
-            await stream.linger()
+            await connection.linger()
         return False
 
-    async def _serve(self, stream: Stream, request: Request) -> None:
+    async def _answer(self, connection: Connection, request: Request) -> None:
         """Have a request answered and write its response, unless the client resets the connection meanwhile."""
-        stream.waiting = asyncio.current_task()
+        connection.waiting = asyncio.current_task()
         try:
-            response = await answer(self.handler, request)
-            await self._respond(stream, request, response)
+            response = await call_handler(self.handler, request)
+            await self._write_response(connection, request, response)
         finally:
-            stream.waiting = None
+            connection.waiting = None
 
-    def _find_body(self, stream: Stream, request: Request) -> None:
+    def _find_body(self, connection: Connection, request: Request) -> None:
         """Attach the request's body, if it has one, and look at Expect (RFC 9110, 10.1.1)."""
         headers = request.headers
         framing = parse_framing(headers, request.minor)
@@ -2115,46 +2127,46 @@ class HTTPServer:
         if expects not in ("", "100-continue"):
             raise ProtocolError(417, "an unknown expectation", close=True)
         if framing:
-            request.body = IncomingBody(stream, framing, expects=bool(expects))
+            request.body = IncomingBody(connection, framing, expects=bool(expects))
 
-    async def _refuse(self, stream: Stream, data: bytes, error: ProtocolError) -> None:
+    async def _refuse(self, connection: Connection, data: bytes, error: ProtocolError) -> None:
         """Answer what is not a request, and close; also here an answer to HEAD has no body."""
-        stream.closing = True
-        is_head = (data or stream.held.lstrip(b"\r\n")).startswith(b"HEAD ")
-        unread = Request("HEAD" if is_head else "-", "-", Headers(), connection=stream)
-        await self._respond(stream, unread, error_response(unread, error))
-        await stream.linger()
+        connection.must_close = True
+        is_head = (data or connection.buffer.lstrip(b"\r\n")).startswith(b"HEAD ")
+        unread = Request("HEAD" if is_head else "-", "-", Headers(), connection=connection)
+        await self._write_response(connection, unread, error_response(unread, error))
+        await connection.linger()
 
-    async def _respond(self, stream: Stream, request: Request, response: Response) -> None:
+    async def _write_response(self, connection: Connection, request: Request, response: Response) -> None:
         """Write the response, then tell those who want to know; raises ConnectionError when it broke off."""
         whole = False
         body = response.body
-        begun = stream.written
+        begun = connection.written
         unsent = head_size = 0
         try:
-            head = self._make_head(stream, request, response)
+            head = self._make_head(connection, request, response)
             head_size = len(head)
-            await self._write(stream, request, response, head)
+            await self._write_message(connection, request, response, head)
             whole = True
         except (ProtocolError, OSError) as error:
-            unsent = stream.transport.get_write_buffer_size()
-            stream.abort()
+            unsent = connection.transport.get_write_buffer_size()
+            connection.abort()
             raise ConnectionError(str(error)) from error
         finally:
             await body.aclose()
-            size = max(stream.written - begun - head_size - unsent, 0)
-            if response.sent:
-                response.sent(whole, size)
-                response.sent = None  # it knows the response: a circle that only the garbage collector would break
+            size = max(connection.written - begun - head_size - unsent, 0)
+            if response.on_sent:
+                response.on_sent(whole, size)
+                response.on_sent = None  # it knows the response: a circle that only the garbage collector would break
             if self.log:
                 self.log.add(request, response.status, size)
-        if not stream.closing:
+        if not connection.must_close:
             try:
-                stream.closing = not await request.body.drain()
+                connection.must_close = not await request.body.drain()
             except ProtocolError:
-                stream.closing = True  # it has its answer; what follows cannot be read
+                connection.must_close = True  # it has its answer; what follows cannot be read
 
-    def _make_head(self, stream: Stream, request: Request, response: Response) -> bytes:
+    def _make_head(self, connection: Connection, request: Request, response: Response) -> bytes:
         """Format the response's head, and decide whether the connection closes after the response."""
         status, length, minor = response.status, response.body.length, request.minor
         framing = []
@@ -2165,39 +2177,39 @@ class HTTPServer:
                 if minor:
                     framing.append(("Transfer-Encoding", "chunked"))
                 else:
-                    stream.closing = True  # HTTP/1.0: the end of the connection is the end of the body
+                    connection.must_close = True  # HTTP/1.0: the end of the connection is the end of the body
         unread = request.body
         if (
             unread.expects
             or not unread.complete
             and (unread.length or 0) > MAX_DRAIN
-            or response.final
+            or response.close
             or self.stopping
         ):
-            stream.closing = True
+            connection.must_close = True
         fields = [*response.headers, *framing, ("Date", format_date(int(time.time())))]
-        if stream.closing:
+        if connection.must_close:
             fields.append(("Connection", "close"))
         elif minor == 0:
             fields.append(("Connection", "keep-alive"))
         return format_response_head(status, fields)
 
-    async def _write(self, stream: Stream, request: Request, response: Response, head: bytes) -> None:
+    async def _write_message(self, connection: Connection, request: Request, response: Response, head: bytes) -> None:
         """Write head and body."""
         body = response.body
         if response.status in (204, 304) or request.method == "HEAD":
-            await stream.send(head)
+            await connection.send(head)
             return
-        if body.data is not None and len(body.data) <= SLICE:
-            await stream.send(head + body.data)
+        if body.data is not None and len(body.data) <= READ_SIZE:
+            await connection.send(head + body.data)
             return
-        await stream.send(head)
+        await connection.send(head)
         chunked = body.length is None and request.minor == 1
         try:
-            await write_body(stream, body, chunked=chunked)
+            await write_body(connection, body, chunked=chunked)
         except BaseException:
             if body.length is None and not chunked:
-                stream.reset()
+                connection.reset()
             raise
 
 
@@ -2216,7 +2228,7 @@ class Refused(ConnectionError):
     """Trying again is useless before somebody changes something; the text says who has to change what."""
 
 
-class Origin(NamedTuple):
+class BaseURL(NamedTuple):
     """Where a URL points: scheme, host, port, and the path in front of everything.
 
     `host` is what gets resolved: a name in ASCII, or an address without brackets, perhaps with a zone: fe80::1%eth0.
@@ -2262,7 +2274,7 @@ def bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def parse_origin(url: str) -> Origin:
+def parse_base_url(url: str) -> BaseURL:
     """Parse an http or https URL, in the forms that curl accepts.
 
     Raises ValueError, whose text does not quote the URL: any part of it may turn out to be part of a password.
@@ -2283,10 +2295,10 @@ def parse_origin(url: str) -> Origin:
     port = int(place[2] or (443 if match[1] else 80))
     if not 0 < port < 65536:
         raise ValueError("its port is not a number from 1 to 65535")
-    return Origin(bool(match[1]), parse_host(place[1]), port, path)
+    return BaseURL(bool(match[1]), parse_host(place[1]), port, path)
 
 
-def parse_app(text: str) -> Origin:
+def parse_app(text: str) -> BaseURL:
     """Parse where an app is: PORT of this machine, HOST:PORT, a URL, https+insecure://..., or unix:PATH. ValueError."""
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
@@ -2294,11 +2306,11 @@ def parse_app(text: str) -> Origin:
             path = path[2:]
         if not path or not hasattr(socket, "AF_UNIX"):
             raise ValueError("a unix socket is written unix:/run/app.sock, on systems that have them")
-        return Origin(False, "localhost", 80, "", unix=path)
+        return BaseURL(False, "localhost", 80, "", unix=path)
     if text.isascii() and text.isdigit():
         text = f"localhost:{text}"  # a name, since an app may listen at ::1 only
     url = re.sub(r"\A(?i:https\+insecure)://", "https://", text)
-    return parse_origin(url if "://" in url else f"http://{url}")._replace(verify=url == text)
+    return parse_base_url(url if "://" in url else f"http://{url}")._replace(verify=url == text)
 
 
 def parse_host(text: str) -> str:
@@ -2339,7 +2351,7 @@ def _ascii_label(label: str) -> str:
 class ForwardProxy(NamedTuple):
     """A proxy that the network demands: where it is, and the fields that log in to it."""
 
-    origin: Origin
+    origin: BaseURL
     fields: Fields
 
     def refusal(self, status: int, headers: Headers) -> Refused:
@@ -2375,7 +2387,7 @@ def parse_proxy(url: str) -> ForwardProxy:
     login, _, place = match[2].rpartition("@")
     if re.search("[/?#]", login):  # elsewhere they would end the host, and the password would be looked up as one
         raise ValueError("a / ? or # in its user or password must be written as %2F %3F or %23")
-    origin = parse_origin(f"http://{place}")
+    origin = parse_base_url(f"http://{place}")
     if origin.path:
         raise ValueError("a proxy has no path; of a PAC file, write the HOST:PORT that it names")
     fields = []
@@ -2386,7 +2398,7 @@ def parse_proxy(url: str) -> ForwardProxy:
     return ForwardProxy(origin, fields)
 
 
-def proxy_from_environment(origin: Origin) -> str:
+def proxy_from_environment(origin: BaseURL) -> str:
     """Return the URL of the proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY say for this origin, or ""."""
     from urllib.request import getproxies, proxy_bypass
 
@@ -2395,7 +2407,7 @@ def proxy_from_environment(origin: Origin) -> str:
     return "" if exempt else proxies.get("https" if origin.tls else "http") or proxies.get("all", "")
 
 
-def is_exempt(origin: Origin, exceptions: str) -> bool:
+def is_exempt(origin: BaseURL, exceptions: str) -> bool:
     """Return whether NO_PROXY names this origin.
 
     Each entry is "*", a domain (with all names below it), an address or a network (10.0.0.0/8), perhaps with a port.
@@ -2426,16 +2438,16 @@ def is_exempt(origin: Origin, exceptions: str) -> bool:
 USER_AGENT = ("User-Agent", f"ptth/{__version__}")  # some firewalls refuse requests without one
 
 
-class Client:
+class HTTPClient:
     """Connections to one origin, reused while they are fresh: behind a NAT an idle one may be dead without a sign."""
 
-    def __init__(self, origin: Origin, proxy: ForwardProxy | None = None, pace: Pace | None = None) -> None:
+    def __init__(self, origin: BaseURL, proxy: ForwardProxy | None = None, limiter: RateLimiter | None = None) -> None:
         self.origin = origin
         self.proxy = proxy
-        self.pace = pace
-        self.silence_time = STALL_TIME  # of its connections
-        self.streams: set[Stream] = set()
-        self._idle: deque[tuple[Stream, float]] = deque()  # the freshest last
+        self.limiter = limiter
+        self.silence_timeout = STALL_TIMEOUT  # of its connections
+        self.connections: set[Connection] = set()
+        self._idle: deque[tuple[Connection, float]] = deque()  # the freshest last
         self._sweeper: asyncio.Task[None] | None = None
         self._tls: ssl.SSLContext | None = None
         if origin.tls:
@@ -2446,119 +2458,124 @@ class Client:
                 self._tls.check_hostname = False
                 self._tls.verify_mode = ssl.CERT_NONE
 
-    async def connect(self) -> Stream:
+    async def connect(self) -> Connection:
         """Open a connection; every address of the host is tried, each CONNECT_DELAY after the one before (RFC 8305).
 
-        CONNECT_TIME for the connection, and as much for a proxy's answer and for TLS. OSError, and Refused for what is
+        CONNECT_TIMEOUT for the connection, and as much for a proxy's answer and for TLS. OSError; Refused for what is
         the proxy's fault.
         """
         proxy, tls = self.proxy, self._tls
         first = proxy.origin if proxy else self.origin
         try:
-            async with asyncio.timeout(CONNECT_TIME):
+            async with asyncio.timeout(CONNECT_TIMEOUT):
                 if first.unix:
-                    reader, writer = await asyncio.open_unix_connection(first.unix, limit=SLICE)
+                    reader, writer = await asyncio.open_unix_connection(first.unix, limit=READ_SIZE)
                 else:
                     reader, writer = await asyncio.open_connection(
-                        *first.address, limit=SLICE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
+                        *first.address, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
                     )
         except OSError as error:
             if not proxy:
                 raise
-            raise Refused(f"the proxy at {first.place} cannot be reached: {describe(error)}") from None
+            raise Refused(f"the proxy at {first.place} cannot be reached: {format_error(error)}") from None
         try:
             if proxy and tls:
-                await self._open_way(Stream(reader, writer), proxy)
-            async with asyncio.timeout(CONNECT_TIME):
+                await self._open_way(Connection(reader, writer), proxy)
+            async with asyncio.timeout(CONNECT_TIMEOUT):
                 if tls:
                     await writer.start_tls(tls, server_hostname=self.origin.name.removesuffix("."))
         except BaseException:
             writer.transport.abort()
             raise
-        stream = Stream(reader, writer, self.pace)
-        stream.stall_time = RELAY_STALL_TIME
-        stream.silence_time = self.silence_time
-        tune(stream.sock)
-        self.streams.add(stream)
-        stream.ended.append(lambda: self.streams.discard(stream))
+        connection = Connection(reader, writer, self.limiter)
+        connection.stall_timeout = RELAY_STALL_TIMEOUT
+        connection.silence_timeout = self.silence_timeout
+        set_socket_options(connection.sock)
+        self.connections.add(connection)
+        connection.on_close.append(lambda: self.connections.discard(connection))
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(self._sweep())
-        return stream
+        return connection
 
     async def _sweep(self) -> None:
         """Check the deadlines of all connections while there are any; an idle one that became too old is closed."""
         try:
-            while self.streams:
-                await asyncio.sleep(SWEEP_TIME)
+            while self.connections:
+                await asyncio.sleep(SWEEP_INTERVAL)
                 self._drop_stale()
-                for stream in list(self.streams):
-                    stream.sweep(stream.loop.time())
+                for connection in list(self.connections):
+                    connection.sweep(connection.loop.time())
         finally:
             self._sweeper = None
 
-    async def _open_way(self, stream: Stream, proxy: ForwardProxy) -> None:
+    async def _open_way(self, connection: Connection, proxy: ForwardProxy) -> None:
         """Make the proxy connect to the origin; Refused. A 2xx has no content, whatever it says (RFC 9110, 9.3.6)."""
         target = f"{bracket(self.origin.name)}:{self.origin.port}"
         try:
-            async with asyncio.timeout(CONNECT_TIME):
+            async with asyncio.timeout(CONNECT_TIMEOUT):
                 fields = [("Host", target), USER_AGENT, *proxy.fields]
-                await stream.send(format_request_head("CONNECT", target, fields))
-                status, headers = await stream.read_response_head(CONNECT_TIME)
+                await connection.send(format_request_head("CONNECT", target, fields))
+                status, headers = await connection.read_response_head(CONNECT_TIMEOUT)
         except (OSError, ProtocolError) as error:
-            why = describe(error)
+            why = format_error(error)
             raise Refused(f"the proxy at {proxy.origin.place} does not answer CONNECT {target}: {why}") from None
         if not 200 <= status < 300:
             raise proxy.refusal(status, headers)
-        if stream.held:
+        if connection.buffer:
             raise Refused(f"the proxy at {proxy.origin.place} sends bytes of its own after its answer to CONNECT")
 
-    def reuse(self, *, oldest: bool = False) -> Stream | None:
+    def take_idle(self, *, oldest: bool = False) -> Connection | None:
         """Take an idle connection, the freshest or the oldest; None when there is no good one."""
         self._drop_stale()
         while self._idle:
-            stream, _ = self._idle.popleft() if oldest else self._idle.pop()
-            if not stream.gone():
-                return stream
-            self.drop(stream)
+            connection, _ = self._idle.popleft() if oldest else self._idle.pop()
+            if not connection.at_eof():
+                return connection
+            self.discard(connection)
         return None
 
     def _drop_stale(self) -> None:
         """Close the oldest idle connections, if they are too old or their peers have closed them."""
         now = asyncio.get_running_loop().time()
-        while self._idle and (self._idle[0][1] < now - REUSE_TIME or self._idle[0][0].gone()):
-            self.drop(self._idle.popleft()[0])
+        while self._idle and (self._idle[0][1] < now - MAX_IDLE_AGE or self._idle[0][0].at_eof()):
+            self.discard(self._idle.popleft()[0])
 
     @property
-    def spare(self) -> int:
+    def idle_count(self) -> int:
         """The number of idle connections."""
         return len(self._idle)
 
-    def give(self, stream: Stream) -> None:
+    def release(self, connection: Connection) -> None:
         """Give a connection back after an exchange that was read to its end."""
-        if stream.closing or stream.held or stream.gone():
-            self.drop(stream)
+        if connection.must_close or connection.buffer or connection.at_eof():
+            self.discard(connection)
         else:
-            self._idle.append((stream, asyncio.get_running_loop().time()))
+            self._idle.append((connection, asyncio.get_running_loop().time()))
 
-    def drop(self, stream: Stream) -> None:
+    def discard(self, connection: Connection) -> None:
         """Close a connection that is of no more use."""
-        stream.close()
+        connection.close()
 
     def close(self) -> None:
         """Close all connections at once."""
         if self._sweeper:
             self._sweeper.cancel()
-        for stream in list(self.streams):
-            stream.abort()
+        for connection in list(self.connections):
+            connection.abort()
         self._idle.clear()
 
     async def handle(
-        self, request: Request, *, timeout: float = P7_TIME, repeatable: bool = False, stream: Stream | None = None
+        self,
+        request: Request,
+        *,
+        timeout: float = P7_TIMEOUT,
+        repeatable: bool = False,
+        connection: Connection | None = None,
     ) -> Response:
         """Send a request; return the response when its head has arrived: a handler, seen from the other side.
 
         A request that is `repeatable`, as GET and HEAD without a body are, may take an idle connection. On that, or on
-        `stream`, it is sent once more on a new one when the old one turns out to be closed. A response that comes
+        `connection`, it is sent once more on a new one when the old one turns out to be closed. A response that comes
         before the request's body was sent is returned at once; both bodies run on, and the response's end ends the
         other.
 
@@ -2566,65 +2583,75 @@ class Client:
         ProtocolError 502 for a response that cannot be read; and what the request's body raises.
         """
         repeatable = repeatable or request.method in ("GET", "HEAD") and request.body is EMPTY
-        if repeatable and stream is None:
-            stream = self.reuse()
+        if repeatable and connection is None:
+            connection = self.take_idle()
         while True:
-            fresh = stream is None
-            stream = stream or await self.connect()
+            fresh = connection is None
+            connection = connection or await self.connect()
             try:
-                return await self._exchange(stream, request, timeout)
+                return await self._exchange(connection, request, timeout)
             except BaseException as error:
-                stream.abort()
-                if fresh or not repeatable or not isinstance(error, ConnectionError) or isinstance(error, BrokenBody):
+                connection.abort()
+                if (
+                    fresh
+                    or not repeatable
+                    or not isinstance(error, ConnectionError)
+                    or isinstance(error, IncompleteBody)
+                ):
                     raise
-                stream = None
+                connection = None
 
-    async def _exchange(self, stream: Stream, request: Request, timeout: float) -> Response:
+    async def _exchange(self, connection: Connection, request: Request, timeout: float) -> Response:
         """Send a request on a connection, and read the head of the response."""
         body, head = request.body, self._format_request(request)
         sending: asyncio.Task[None] | None = None
         try:
-            if body.data is not None and not (self.pace or body.expects):
-                await stream.send(head + body.data)
+            if body.data is not None and not (self.limiter or body.expects):
+                await connection.send(head + body.data)
             else:
-                await stream.send(head)
-                if body.complete and not self.pace and (body.length or SLICE) < SLICE:
-                    await body.write_to(stream)  # soon sent: an early response can wait for that
+                await connection.send(head)
+                if body.complete and not self.limiter and (body.length or READ_SIZE) < READ_SIZE:
+                    await body.write_to(connection)  # soon sent: an early response can wait for that
                 elif not request.upgrade:
-                    sending = asyncio.create_task(self._send_body(stream, request, timeout))
-            status, headers = await stream.read_response_head(math.inf if sending else timeout)
+                    sending = asyncio.create_task(self._send_body(connection, request, timeout))
+            status, headers = await connection.read_response_head(math.inf if sending else timeout)
             if status == 101 and request.upgrade:
-                sending = asyncio.create_task(self._send_body(stream, request, math.inf))
-            return await self._make_response(stream, request, status, headers, sending)
+                sending = asyncio.create_task(self._send_body(connection, request, math.inf))
+            return await self._make_response(connection, request, status, headers, sending)
         except BaseException:
             await end_task(sending)
             raise
 
-    async def _send_body(self, stream: Stream, request: Request, timeout: float) -> None:
+    async def _send_body(self, connection: Connection, request: Request, timeout: float) -> None:
         """Send a request's body; from then on, the response's head has `timeout` seconds. Raises nothing."""
         body = request.body
         try:
             if "expect" in request.headers:
                 go = asyncio.Event()
-                stream.on_continue = go.set
+                connection.on_continue = go.set
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(EXPECT_TIME):
+                    async with asyncio.timeout(EXPECT_TIMEOUT):
                         await go.wait()
-            await write_body(stream, body, chunked=body.length is None and not request.upgrade)
+            await write_body(connection, body, chunked=body.length is None and not request.upgrade)
             if request.upgrade:
-                await stream.flush()
-                if stream.writer.can_write_eof():
-                    stream.writer.write_eof()
-            stream.read_deadline = min(stream.read_deadline, stream.loop.time() + timeout)
-        except BrokenBody as error:
-            stream.fail(error)  # the origin must not take it for a whole body
+                await connection.flush()
+                if connection.writer.can_write_eof():
+                    connection.writer.write_eof()
+            connection.read_deadline = min(connection.read_deadline, connection.loop.time() + timeout)
+        except IncompleteBody as error:
+            connection.fail(error)  # the origin must not take it for a whole body
         except ConnectionError:
-            stream.read_deadline = stream.loop.time() + LINGER_TIME  # it may have answered before it closed
+            connection.read_deadline = connection.loop.time() + LINGER_TIMEOUT  # it may have answered before it closed
         except Exception as error:
-            stream.fail(error)
+            connection.fail(error)
 
     async def _make_response(
-        self, stream: Stream, request: Request, status: int, headers: Headers, sending: asyncio.Task[None] | None
+        self,
+        connection: Connection,
+        request: Request,
+        status: int,
+        headers: Headers,
+        sending: asyncio.Task[None] | None,
     ) -> Response:
         """Make the response of a head that was read; its body keeps or closes the connection in the end."""
         if status == 101 and not request.upgrade:
@@ -2634,14 +2661,14 @@ class Client:
         except ProtocolError as error:
             raise ProtocolError(502, error.reason, close=True) from None
         bare = not has_body(request.method, status)
-        stream.closing = stream.closing or framing is None and not bare
-        body = IncomingBody(stream, 0 if bare else framing)
+        connection.must_close = connection.must_close or framing is None and not bare
+        body = IncomingBody(connection, 0 if bare else framing)
 
         async def end() -> None:
             if not body.complete or sending and not sending.done():
-                stream.closing = True
+                connection.must_close = True
             await end_task(sending)
-            self.give(stream)
+            self.release(connection)
 
         if bare:
             await end()
@@ -2677,20 +2704,22 @@ class Client:
             return format_request_head(method, self.origin.url + path, [*fields, *self.proxy.fields])
         return format_request_head(method, self.origin.path + path, fields)
 
-    async def read_body(self, stream: Stream, headers: Headers, limit: int) -> bytes:
+    async def read_body(self, connection: Connection, headers: Headers, limit: int) -> bytes:
         """Read a response's body to its end, `limit` bytes at most."""
         framing = parse_framing(headers)
-        stream.closing = stream.closing or framing is None
-        return await IncomingBody(stream, framing).read_all(limit)
+        connection.must_close = connection.must_close or framing is None
+        return await IncomingBody(connection, framing).read_all(limit)
 
-    async def _read_status(self, stream: Stream) -> tuple[int, Headers]:
+    async def _read_status(self, connection: Connection) -> tuple[int, Headers]:
         """Read a response, and discard its body."""
-        status, headers = await stream.read_response_head(P7_TIME)
+        status, headers = await connection.read_response_head(P7_TIMEOUT)
         if status != 204:
-            await self.read_body(stream, headers, SMALL)
+            await self.read_body(connection, headers, SMALL_BODY)
         return status, headers
 
-    async def post(self, path: str, fields: Fields, begin: bytes, body: Body, stream: Stream) -> tuple[int, Headers]:
+    async def post(
+        self, path: str, fields: Fields, begin: bytes, body: Body, connection: Connection
+    ) -> tuple[int, Headers]:
         """Send `begin` and `body` as one POST; return status and fields of the response, also of an early one.
 
         The body is chunked when its length is not known. An early answer means that the rest is not wanted.
@@ -2701,23 +2730,23 @@ class Client:
         head = self.head("POST", path, [*fields, (name, value)])
         if chunked:
             begin = format_chunk(begin)
-        if body.data is not None and len(body.data) < SLICE and not self.pace:
-            await stream.send(head + begin + body.data)
-            return await self._read_status(stream)
-        await stream.send(head + begin)
-        if not self.pace and (body.length or SLICE) < SLICE:  # soon gone: an early answer can wait for that
-            await body.write_to(stream)
-            return await self._read_status(stream)
-        sending = asyncio.create_task(write_body(stream, body, chunked=chunked))
-        reading = asyncio.create_task(self._read_status(stream))
+        if body.data is not None and len(body.data) < READ_SIZE and not self.limiter:
+            await connection.send(head + begin + body.data)
+            return await self._read_status(connection)
+        await connection.send(head + begin)
+        if not self.limiter and (body.length or READ_SIZE) < READ_SIZE:  # soon gone: an early answer can wait for that
+            await body.write_to(connection)
+            return await self._read_status(connection)
+        sending = asyncio.create_task(write_body(connection, body, chunked=chunked))
+        reading = asyncio.create_task(self._read_status(connection))
         try:
             await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done() and isinstance(sending.exception(), ConnectionResetError | BrokenPipeError):
-                await asyncio.wait({reading}, timeout=LINGER_TIME)  # who refused it may have said why before
+                await asyncio.wait({reading}, timeout=LINGER_TIMEOUT)  # who refused it may have said why before
             if not reading.done():
                 await sending
             elif not sending.done():
-                stream.closing = True
+                connection.must_close = True
             return await reading
         finally:
             for task in (sending, reading):
@@ -2790,20 +2819,20 @@ def is_text(beginning: bytes) -> bool:
     return True
 
 
-class Plan(NamedTuple):
+class Outcome(NamedTuple):
     """What a request for a file leads to: a status, and the ranges for 206."""
 
     status: int
     ranges: list[tuple[int, int]] = []
 
 
-_WHOLE = Plan(200)
+_WHOLE = Outcome(200)
 _CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "range"}
 # Times of files, in seconds, that tell nothing: Nix, container images and reproducible archives give them to all files.
 _NO_TIMES = {0, 1, 315532800}
 
 
-def choose(method: str, headers: Headers, tag: str, modified: int, size: int, now: float) -> Plan:
+def evaluate_preconditions(method: str, headers: Headers, tag: str, modified: int, size: int, now: float) -> Outcome:
     """Decide between 200, 206, 304, 412 and 416, in the order of RFC 9110, 13.2.2; `modified` in whole seconds.
 
     Without a `tag` the file has no validator and no ranges.
@@ -2812,27 +2841,27 @@ def choose(method: str, headers: Headers, tag: str, modified: int, size: int, no
         return _WHOLE
     if "if-match" in headers:
         if not tag_matches(headers.get("if-match", ""), tag, weak=False):
-            return Plan(412)
+            return Outcome(412)
     elif "if-unmodified-since" in headers:
         since = parse_date(headers.get("if-unmodified-since", ""), now)
         if since is not None and modified > since:
-            return Plan(412)
+            return Outcome(412)
     if "if-none-match" in headers:
         if tag_matches(headers.get("if-none-match", ""), tag, weak=True):
-            return Plan(304)
+            return Outcome(304)
     elif "if-modified-since" in headers:
         since = parse_date(headers.get("if-modified-since", ""), now)
         if since is not None and modified <= since and modified not in _NO_TIMES:
-            return Plan(304)
+            return Outcome(304)
     if "range" not in headers or method != "GET" or not tag:
-        return Plan(200)
+        return Outcome(200)
     condition = headers.get("if-range", tag)
     if condition != tag and (modified in _NO_TIMES or parse_date(condition, now) != modified):
-        return Plan(200)
+        return Outcome(200)
     ranges = parse_ranges(headers.get("range", ""), size)
     if ranges is None:
-        return Plan(200)
-    return Plan(206, ranges) if ranges else Plan(416)
+        return Outcome(200)
+    return Outcome(206, ranges) if ranges else Outcome(416)
 
 
 METHODS = ("GET", "HEAD", "OPTIONS")
@@ -2974,7 +3003,7 @@ def file_error(error: OSError, place: bytes = b"") -> ProtocolError:
         return ProtocolError(503, "this cannot be read now", headers=[("Retry-After", "1")])
     if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _NOTHING_THERE:
         return ProtocolError(404, "there is nothing here")
-    tell(f"cannot read {os.fsdecode(error.filename or place)}: {describe(error)}")
+    log_line(f"cannot read {os.fsdecode(error.filename or place)}: {format_error(error)}")
     return ProtocolError(500, "the file system failed; the server's log has the details")
 
 
@@ -2996,7 +3025,7 @@ def natural_order(name: bytes) -> tuple[str, bytes]:
     return _DIGITS.sub(lambda match: f"0{chr(len(match[1]))}{match[1]}", text), name
 
 
-ORDERS: dict[str, Callable[[Entry], Any]] = {
+ORDERS: dict[str, Callable[[ListingEntry], Any]] = {
     "name": lambda entry: natural_order(entry.name),
     "size": lambda entry: entry.size,
     "time": lambda entry: entry.mtime,
@@ -3031,7 +3060,7 @@ class Site:
         places = map(os.path.realpath, [*self._private, *filter(os.path.exists, usual)])
         below = [os.fsdecode(place) for place in dict.fromkeys(places) if _is_below(place, root)]
         if below:
-            tell(f"ptth {command}: not served, although below the directory that is: {', '.join(below)}")
+            log_line(f"ptth {command}: not served, although below the directory that is: {', '.join(below)}")
 
     async def respond(
         self, request: Request, segments: tuple[bytes, ...], directory: bool, *, as_json: bool = False
@@ -3159,12 +3188,12 @@ class Site:
         fields = [("ETag", tag), ("Last-Modified", format_date(max(0, min(modified, int(now)))))]
         if vary:
             fields.append(("Vary", vary))
-        plan = choose(request.method, request.headers, tag, modified, facts.st_size, now)
-        if plan.status not in (200, 206):
-            return _without_file(plan.status, found, fields)
+        outcome = evaluate_preconditions(request.method, request.headers, tag, modified, facts.st_size, now)
+        if outcome.status not in (200, 206):
+            return _without_file(outcome.status, found, fields)
         if encoding:
             fields.append(("Content-Encoding", encoding))
-        return _with_file(request.method, found, kind, beginning, plan, fields)
+        return _with_file(request.method, found, kind, beginning, outcome, fields)
 
     def _precompressed(self, request: Request, plain: Found, segments: tuple[bytes, ...]) -> tuple[Found, str, str]:
         """Return the file beside `plain` that the client takes instead, its coding, and what Vary must name.
@@ -3173,7 +3202,7 @@ class Site:
         """
         varies = ""
         ranged = request.method == "GET" and "range" in request.headers
-        accepted = {} if ranged else weights(request.headers, "accept-encoding")
+        accepted = {} if ranged else parse_weights(request.headers, "accept-encoding")
         weight = {encoding: accepted.get(encoding, accepted.get("*", 0)) for encoding in ENCODINGS}
         for encoding in sorted(ENCODINGS, key=lambda encoding: -weight[encoding]):
             name, beginning = ENCODINGS[encoding]
@@ -3238,7 +3267,7 @@ class Site:
         fields = [("Content-Type", "application/json; charset=UTF-8"), ("Vary", "Accept"), NOSNIFF]
         return Response(200, fields, BytesBody(json.dumps({"entries": rows}, separators=(",", ":")).encode()))
 
-    def entries(self, place: bytes) -> Iterator[Entry]:
+    def entries(self, place: bytes) -> Iterator[ListingEntry]:
         """Yield what is served of a directory: files and directories, not hidden, not leaving the root.
 
         An entry about which the file system refuses to tell anything has its reason in `error`.
@@ -3253,14 +3282,14 @@ class Site:
                 except OSError as error:
                     # A link that leads nowhere, outside or in a circle, or a file that has gone meanwhile, is nothing.
                     if not isinstance(error, FileNotFoundError | NotADirectoryError) and error.errno != errno.ELOOP:
-                        yield Entry(item.name, _is_plain_dir(item), 0, 0, error.strerror or "not readable")
+                        yield ListingEntry(item.name, _is_plain_dir(item), 0, 0, error.strerror or "not readable")
                     continue
                 is_dir = stat.S_ISDIR(facts.st_mode)
                 if not is_dir and not stat.S_ISREG(facts.st_mode):
                     continue
                 if not is_dir and self._is_private(place, facts, item.path):
                     continue
-                yield Entry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
+                yield ListingEntry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
 
     def _zip(self, segments: tuple[bytes, ...], found: Found) -> Response:
         """Make the response with a directory's zip.  OSError when the directory itself cannot be read."""
@@ -3294,7 +3323,7 @@ def _is_plain_dir(item: os.DirEntry[bytes]) -> bool:
 def _read_pieces(file: io.BufferedReader, limit: int) -> Iterator[bytes]:
     """Yield the rest of a file, `limit` bytes at most.  OSError."""
     try:
-        while data := file.read(min(SENDFILE_SLICE, limit)):
+        while data := file.read(min(SENDFILE_SIZE, limit)):
             limit -= len(data)
             yield data
     except OSError as error:
@@ -3438,8 +3467,8 @@ class ZipWriter:
         """Yield the rest: what was not taken yet, and the directory."""
         yield self.take()
         begin, size, count = self._taken, len(self._directory), self._count
-        for at in range(0, size, SENDFILE_SLICE):
-            yield bytes(self._directory[at : at + SENDFILE_SLICE])
+        for at in range(0, size, SENDFILE_SIZE):
+            yield bytes(self._directory[at : at + SENDFILE_SIZE])
         last = b""
         if count >= 0xFFFF or begin + size >= 0xFFFFFFFF:
             last = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 3 << 8 | 45, 45, 0, 0, count, count, size, begin)
@@ -3472,7 +3501,7 @@ class FolderZip:
                     yield from self._file(place, name)
                 except OSError as error:
                     self.failed.append(f"{name}: {error.strerror or 'not readable'}")
-            if archive.waiting >= SENDFILE_SLICE:
+            if archive.waiting >= SENDFILE_SIZE:
                 yield archive.take()
         if self.failed:
             text = "".join(f"{line}\n" for line in self.failed)
@@ -3490,8 +3519,8 @@ class FolderZip:
         limit = facts.st_size or ZIP32_MAX
         member = (name, stat.S_IFREG | 0o644 | facts.st_mode & 0o111, facts.st_mtime_ns)
         with open(found.fd, "rb") as file:
-            data = file.read(min(SENDFILE_SLICE, limit))
-            if len(data) < SENDFILE_SLICE:
+            data = file.read(min(SENDFILE_SIZE, limit))
+            if len(data) < SENDFILE_SIZE:
                 archive.add(*member, data)
             else:
                 pieces = itertools.chain([data], _read_pieces(file, limit - len(data)))
@@ -3500,7 +3529,7 @@ class FolderZip:
         if now.st_size < facts.st_size or now.st_size == facts.st_size and now.st_mtime_ns != facts.st_mtime_ns:
             raise OSError(errno.EIO, "the file changed while it was read")
 
-    def walk(self) -> Iterator[tuple[bytes, str, Entry]]:
+    def walk(self) -> Iterator[tuple[bytes, str, ListingEntry]]:
         """Yield (place, name below the top, entry) of all that is served below it, folders before their files.
 
         Each name is given once only: names that are not UTF-8 may be the same when they are text.  A linked folder that
@@ -3568,9 +3597,9 @@ def _look_into(fd: int, facts: os.stat_result, name: bytes) -> tuple[str, bytes,
 def _unsized_response(request: Request, found: Found, kind: str) -> Response:
     """Answer with all that can be read from a file whose size is not true: it has no validators and no ranges."""
     assert found.fd is not None
-    plan = choose(request.method, request.headers, "", 0, 0, 0)
-    if plan.status != 200:
-        return _without_file(plan.status, found, [])
+    outcome = evaluate_preconditions(request.method, request.headers, "", 0, 0, 0)
+    if outcome.status != 200:
+        return _without_file(outcome.status, found, [])
     body: Body = FileBody(found.fd, found.facts, 0, None)
     if request.method == "HEAD":
         os.close(found.fd)
@@ -3590,25 +3619,25 @@ def _without_file(status: int, found: Found, fields: Fields) -> Response:
     raise ProtocolError(416, "no such range", headers=[*fields, ("Content-Range", f"bytes */{size}")])
 
 
-def _with_file(method: str, found: Found, kind: str, beginning: bytes, plan: Plan, fields: Fields) -> Response:
+def _with_file(method: str, found: Found, kind: str, beginning: bytes, outcome: Outcome, fields: Fields) -> Response:
     """Answer with a file or with ranges of it; `beginning` is what was read of it already."""
     fd, facts, _ = found
     assert fd is not None
     size = facts.st_size
     fields += [("Accept-Ranges", "bytes"), NOSNIFF]
-    if len(plan.ranges) > 1:
+    if len(outcome.ranges) > 1:
         boundary = f"ptth-{facts.st_mtime_ns:x}-{size:x}"
         fields.append(("Content-Type", f"multipart/byteranges; boundary={boundary}"))
-        return Response(206, fields, _multipart(fd, facts, kind, boundary, plan.ranges))
+        return Response(206, fields, _multipart(fd, facts, kind, boundary, outcome.ranges))
     fields.append(("Content-Type", kind))
-    first, last = plan.ranges[0] if plan.ranges else (0, size - 1)
-    if plan.ranges:
+    first, last = outcome.ranges[0] if outcome.ranges else (0, size - 1)
+    if outcome.ranges:
         fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
     count = last - first + 1
     if method != "HEAD" and last < len(beginning):
         os.close(fd)
-        return Response(plan.status, fields, BytesBody(beginning[first : last + 1]))
-    return Response(plan.status, fields, _file_body(method, found, first, count))
+        return Response(outcome.status, fields, BytesBody(beginning[first : last + 1]))
+    return Response(outcome.status, fields, _file_body(method, found, first, count))
 
 
 def _file_body(method: str, found: Found, first: int, count: int) -> Body:
@@ -3618,7 +3647,7 @@ def _file_body(method: str, found: Found, first: int, count: int) -> Body:
     if method == "HEAD":
         os.close(fd)
         return AbsentBody(count)
-    if count <= SMALL:
+    if count <= SMALL_BODY:
         try:
             data = read_at(fd, first, count)
         except OSError as error:
@@ -3655,7 +3684,7 @@ def _multipart(
     return MultipartBody(fd, facts, parts, f"\r\n--{boundary}--\r\n".encode("latin-1"))
 
 
-def guard(handler: Handler, options: SiteOptions, realm: str, *, app: bool = False) -> Handler:
+def with_site_options(handler: Handler, options: SiteOptions, realm: str, *, app: bool = False) -> Handler:
     """Put a password, fields of the operator's, and permission for other origins' scripts in front of a handler.
 
     An `app` does not get the password, and answers those requests with OPTIONS itself that are no preflight.
@@ -3689,7 +3718,7 @@ def guard(handler: Handler, options: SiteOptions, realm: str, *, app: bool = Fal
             if secret and app:
                 pairs = [pair for pair in request.headers.pairs if pair[0].lower() != "authorization"]
                 request = replace(request, headers=Headers(pairs))
-            response = await answer(handler, request)
+            response = await call_handler(handler, request)
         given = {name.lower() for name, _ in fields} - {"vary"}  # two of that add up
         return replace(response, headers=[pair for pair in response.headers if pair[0].lower() not in given] + fields)
 
@@ -3713,7 +3742,7 @@ def site_handler(site: Site) -> Handler:
             return Response(204, [_ALLOW, NOSNIFF])
         return await site.respond(request, *parse_path(request.target.partition("?")[0]))
 
-    return guard(handle, site.options, "files")
+    return with_site_options(handle, site.options, "files")
 
 
 def server_handler(site: Site, name: str) -> Handler:
@@ -3734,7 +3763,7 @@ def server_handler(site: Site, name: str) -> Handler:
                 return await site.respond(request, segments[len(prefix) :], directory, as_json=as_json)
         raise ProtocolError(404, "there is nothing here; the files are below files/")
 
-    return guard(handle, site.options, name)
+    return with_site_options(handle, site.options, name)
 
 
 # -- 10. Tunnel messages --
@@ -3743,7 +3772,7 @@ def server_handler(site: Site, name: str) -> Handler:
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
 FEATURES = ("PTTH-Features", "body")  # what this program can do, said in P1 and in the answer to it
-MAX_IN_BATCH = 64 * 1024  # bytes of a response's body that may travel with others in one POST
+MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may travel with others in one POST
 
 # Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
 _HOP_BY_HOP = {
@@ -3777,7 +3806,7 @@ _TO_CLIENT = {
     "timing-allow-origin", "cross-origin-resource-policy", "referrer-policy",  # who may use or learn of this resource
     "location", "retry-after", "allow", "server", "accept-patch", "accept-post", "preference-applied",
     "dav", "ms-author-via", "lock-token",  # of WebDAV: no browser obeys them
-    "link", "www-authenticate",  # as `passing_response` leaves them
+    "link", "www-authenticate",  # as `shared_origin_fields` leaves them
 }  # fmt: skip
 _TO_CLIENT_PREFIXES = ("content-", "access-control-", "sec-websocket-", "x-")
 # Of X-*, which do nothing beyond their own page, those that make a proxy in front send a file or another URL, or run or
@@ -3814,7 +3843,7 @@ def _runs_nothing(kind: str) -> bool:
 SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 
 
-def _passing(headers: Headers, dropped: set[str]) -> Fields:
+def forwardable(headers: Headers, dropped: set[str]) -> Fields:
     """Return the fields of a request that may pass: none of `dropped`, PTTH-*, X-Accel-*, or named by Connection.
 
     To an app that gets them in the manner of CGI, X_Forwarded_For is X-Forwarded-For: so both are dropped.
@@ -3902,7 +3931,7 @@ def max_forwards(request: Request) -> int | None:
 
 
 def pack_request(
-    identity: str, request: Request, target: str, framing: Fields, *, prefix: str = "", trusted: bool = False
+    request_id: str, request: Request, target: str, framing: Fields, *, prefix: str = "", trusted: bool = False
 ) -> bytes:
     """Format the head of a client's request for the server: P3.
 
@@ -3915,7 +3944,11 @@ def pack_request(
     proto = headers.get("x-forwarded-proto", "") if trusted else ""
     via = headers.get("via", "")
     host = headers.get("host") or "localhost"  # an HTTP/1.0 client may have left it out
-    fields = [("PTTH-Request-Id", identity), *framing, *_passing(headers, _NOT_TO_SERVER if prefix else _NOT_TO_HOST)]
+    fields = [
+        ("PTTH-Request-Id", request_id),
+        *framing,
+        *forwardable(headers, _NOT_TO_SERVER if prefix else _NOT_TO_HOST),
+    ]
     if "host" not in headers:
         fields.append(("Host", host))
     if left is not None:
@@ -3943,7 +3976,7 @@ _REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IG
 Fetch = Callable[[str, "int | None"], Body]  # makes the body of a request by its id and length; None is not known
 
 
-def no_fetch(identity: str, length: int | None) -> Body:
+def no_fetch(request_id: str, length: int | None) -> Body:
     """Refuse a body that would have to be fetched."""
     raise ProtocolError(400, "a body that cannot be fetched")
 
@@ -3964,7 +3997,7 @@ def unpack_requests(data: bytes, fetch: Fetch = no_fetch) -> Iterator[tuple[str,
         found = _REQUEST_ID.search(head)
         if not found:
             raise ProtocolError(502, "the relay sent a request without an id", close=True)
-        identity = found[1].decode("ascii")
+        request_id = found[1].decode("ascii")
         head = head[: found.start()] + head[found.end() - 2 :]  # the handler has no use for it
         lengths = _INNER_LENGTH.findall(head)
         if len(lengths) > 1 or lengths and not re.fullmatch(rb"[0-9]{1,18}|chunked", lengths[0][1]):
@@ -3974,16 +4007,16 @@ def unpack_requests(data: bytes, fetch: Fetch = no_fetch) -> Iterator[tuple[str,
         if position > len(data):
             raise ProtocolError(502, "the relay's requests end inside a body", close=True)
         try:
-            yield identity, _unpack_request(identity, head, data[end:position], lengths, fetch)
+            yield request_id, _unpack_request(request_id, head, data[end:position], lengths, fetch)
         except ProtocolError as error:
-            yield identity, error
+            yield request_id, error
 
 
 _INNER_LENGTH = re.compile(rb"\r\n(Content-Length|PTTH-Body-Length|Transfer-Encoding):[ \t]*([^\r\n]*)", re.IGNORECASE)
 
 
 def _unpack_request(
-    identity: str, head: bytes, content: bytes, lengths: list[tuple[bytes, bytes]], fetch: Fetch
+    request_id: str, head: bytes, content: bytes, lengths: list[tuple[bytes, bytes]], fetch: Fetch
 ) -> Request:
     """Parse one request of a P3, and attach its body."""
     if len(head) > MAX_INNER_HEAD:
@@ -3993,7 +4026,7 @@ def _unpack_request(
         request.body = BytesBody(content)
     elif lengths and lengths[0][0].lower() != b"content-length":
         value = lengths[0][1]
-        request.body = fetch(identity, None if value == b"chunked" else int(value))
+        request.body = fetch(request_id, None if value == b"chunked" else int(value))
         request.body.expects = "expect" in request.headers
     if "upgrade" in request.headers:
         request.upgrade = request.headers["upgrade"]
@@ -4011,16 +4044,16 @@ def pack_response_head(response: Response, batched: Fields = []) -> bytes:  # no
     return format_response_head(response.status, fields)
 
 
-def pack_batched(identity: str, response: Response, body: bytes) -> bytes:
+def pack_batched(request_id: str, response: Response, body: bytes) -> bytes:
     """Format a complete response for a batch: `body` is empty where there is none."""
-    batched = [("PTTH-Request-Id", identity), ("PTTH-Body-Length", str(len(body)))]
+    batched = [("PTTH-Request-Id", request_id), ("PTTH-Body-Length", str(len(body)))]
     return pack_response_head(response, batched) + body
 
 
-class Batched(NamedTuple):
+class BatchedResponse(NamedTuple):
     """One response of a batch, or what is wrong with it."""
 
-    identity: str
+    request_id: str
     status: int
     headers: Headers
     body: bytes
@@ -4034,26 +4067,26 @@ _BATCHED_FIRST = re.compile(
 _BODY_LENGTH = re.compile(rb"\r\nPTTH-Body-Length: ([0-9]{1,9})\r\n", re.IGNORECASE)
 
 
-def unpack_responses(data: bytes) -> Iterator[Batched]:
+def unpack_responses(data: bytes) -> Iterator[BatchedResponse]:
     """Yield the responses of a batch; ProtocolError where nobody can tell any more where the next one begins."""
     position = 0
     while position < len(data):
         end = data.find(b"\r\n\r\n", position) + 4
         if first := _BATCHED_FIRST.match(data, position, max(end, 0)):
-            identity, length = first[2], first[3]
+            request_id, length = first[2], first[3]
             head = first[1] + data[first.end() : end]
         else:
             head = data[position:end]
             found, told = _REQUEST_ID.search(head), _BODY_LENGTH.search(head)
-            identity, length = (found[1], told[1]) if found and told else (b"", b"0")
+            request_id, length = (found[1], told[1]) if found and told else (b"", b"0")
         position = end + int(length)
-        if end < 4 or not identity or position > len(data):
+        if end < 4 or not request_id or position > len(data):
             raise ProtocolError(400, "a batch with a response that has no id, no length or no end", close=True)
         try:
             status, headers = parse_inner_response(head)
-            yield Batched(identity.decode("ascii"), status, headers, data[end:position])
+            yield BatchedResponse(request_id.decode("ascii"), status, headers, data[end:position])
         except ProtocolError as error:
-            yield Batched(identity.decode("ascii"), 0, Headers(), b"", error)
+            yield BatchedResponse(request_id.decode("ascii"), 0, Headers(), b"", error)
 
 
 def parse_inner_response(head: bytes) -> tuple[int, Headers]:
@@ -4066,7 +4099,7 @@ def parse_inner_response(head: bytes) -> tuple[int, Headers]:
     return status, headers
 
 
-def passing_response(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:
+def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:
     """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin.
 
     The name of the `server` goes into its realms; without one they stay as they are.
@@ -4143,9 +4176,9 @@ def climbs(path: str) -> bool:
 
 
 def parse_wait(prefer: str) -> float:
-    """Return the seconds of `Prefer: wait=N` (RFC 7240, 4.3), WAIT_TIME at most, and that when nothing is said."""
+    """Return the seconds of `Prefer: wait=N` (RFC 7240, 4.3), POLL_WAIT at most, and that when nothing is said."""
     match = re.search(r"(?:\A|[,;\s])wait\s*=\s*\"?([0-9]{1,9})(?![0-9])", prefer, re.IGNORECASE)
-    return min(float(match[1]), WAIT_TIME) if match else WAIT_TIME
+    return min(float(match[1]), POLL_WAIT) if match else POLL_WAIT
 
 
 # The original's form of P3 and P5, in MessagePack: arrays of [id, [{method: nil}, uri, {name: [byte, ...]}]] and of
@@ -4159,9 +4192,9 @@ _WIDE = {  # first byte: kind, and bytes of the number that follows
 }  # fmt: skip
 MAX_DEPTH = 6  # of arrays and maps within each other; the wire has five
 MAX_UNPACKED = 100_000  # of all arrays and maps of a message, except arrays of ASCII bytes; at most 0.1 s of work
-ORIGINAL_FIELD = "X-PTTH-2LJYXWC4"
-ORIGINAL_METHODS = ("GET", "HEAD")  # by their numbers; no others cross
-ORIGINAL_STATUSES = (200, 204, 206, 304, 307, 400, 403, 404, 405, 416, 500)  # by their numbers
+RUST_FIELD = "X-PTTH-2LJYXWC4"
+RUST_METHODS = ("GET", "HEAD")  # by their numbers; no others cross
+RUST_STATUSES = (200, 204, 206, 304, 307, 400, 403, 404, 405, 416, 500)  # by their numbers
 
 
 def pack_value(value: Value) -> bytes:
@@ -4272,64 +4305,64 @@ def _unpack_choice(value: Value, choices: tuple[T, ...]) -> T:
     raise ProtocolError(502, "a method or status that the original does not have")
 
 
-def pack_original_request(head: bytes) -> Value:
+def pack_rust_request(head: bytes) -> Value:
     """Return the original's form of a request that `pack_request` made; ProtocolError 405 for methods it lacks."""
-    ((identity, request),) = unpack_requests(head)
+    ((request_id, request),) = unpack_requests(head)
     if isinstance(request, ProtocolError):
         raise request
-    if request.method not in ORIGINAL_METHODS:
+    if request.method not in RUST_METHODS:
         raise ProtocolError(405, "this server takes GET and HEAD only", headers=[("Allow", "GET, HEAD")])
-    method: dict[int | str, Value] = {ORIGINAL_METHODS.index(request.method): None}
-    return [identity, [method, request.target, _pack_fields(request.headers.pairs)]]
+    method: dict[int | str, Value] = {RUST_METHODS.index(request.method): None}
+    return [request_id, [method, request.target, _pack_fields(request.headers.pairs)]]
 
 
-def unpack_original_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]]:
+def unpack_rust_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]]:
     """Yield the (id, request) of each request in the original's P3, as `unpack_requests` does."""
     value = unpack_value(data)
     for item in value if isinstance(value, list) else [None]:
         if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str) or not _ID.fullmatch(item[0]):
             raise ProtocolError(502, "the relay sent a request without an id", close=True)
-        identity, parts = item[0], item[1]
+        request_id, parts = item[0], item[1]
         try:
             if not isinstance(parts, list) or len(parts) != 3 or not isinstance(parts[1], str):
                 raise ProtocolError(400, "not the original's form of a request")
-            fields = _passing(Headers(_unpack_fields(parts[2])), _HOP_BY_HOP)
+            fields = forwardable(Headers(_unpack_fields(parts[2])), _HOP_BY_HOP)
             # Formatted and parsed: so it is checked as strictly as one that came as a head.
-            head = format_request_head(_unpack_choice(parts[0], ORIGINAL_METHODS), parts[1], fields)
-            yield identity, parse_request_head(head, MAX_INNER_FIELDS)
+            head = format_request_head(_unpack_choice(parts[0], RUST_METHODS), parts[1], fields)
+            yield request_id, parse_request_head(head, MAX_INNER_FIELDS)
         except (ProtocolError, UnicodeEncodeError) as error:
-            yield identity, error if isinstance(error, ProtocolError) else ProtocolError(400, "an odd character")
+            yield request_id, error if isinstance(error, ProtocolError) else ProtocolError(400, "an odd character")
 
 
 _ID = re.compile(r"[0-9A-Za-z]{8,64}")
 
 
-def pack_original_response(response: Response) -> str:
+def pack_rust_response(response: Response) -> str:
     """Return the value of the original's field of P5: status and fields.
 
     The original has eleven statuses. A permanent redirect becomes a temporary one and 401 becomes 403, so that a
     password of the server's own is of no use through an original relay; others become the 400 or 500 of their class.
     """
     status = response.status
-    if status not in ORIGINAL_STATUSES:
+    if status not in RUST_STATUSES:
         nearest = {301: 307, 302: 307, 303: 307, 308: 307, 401: 403}
         status = nearest.get(status, 200 if status < 300 else 400 if status < 500 else 500)
     fields = _pack_fields(response.headers)
     if response.body.length is not None and status not in (204, 304):
         fields["content-length"] = list(str(response.body.length).encode())
     format_response_head(status, response.headers)  # refuses what may not be sent
-    return base64.b64encode(pack_value([{ORIGINAL_STATUSES.index(status): None}, fields])).decode("ascii")
+    return base64.b64encode(pack_value([{RUST_STATUSES.index(status): None}, fields])).decode("ascii")
 
 
-def unpack_original_response(text: str) -> tuple[int, Headers]:
+def unpack_rust_response(text: str) -> tuple[int, Headers]:
     """Parse the value of the original's field of P5; ProtocolError 502."""
-    if len(text) > MAX_ORIGINAL_FIELD:
-        raise ProtocolError(502, f"the original's form of a head is larger than {MAX_ORIGINAL_FIELD} bytes")
+    if len(text) > MAX_RUST_FIELD:
+        raise ProtocolError(502, f"the original's form of a head is larger than {MAX_RUST_FIELD} bytes")
     try:
         value = unpack_value(base64.b64decode(text, validate=True))
         if not isinstance(value, list) or len(value) != 2:
             raise ProtocolError(502, "not the original's form of a response")
-        head = format_response_head(_unpack_choice(value[0], ORIGINAL_STATUSES), _unpack_fields(value[1]))
+        head = format_response_head(_unpack_choice(value[0], RUST_STATUSES), _unpack_fields(value[1]))
     except (ValueError, UnicodeEncodeError):
         raise ProtocolError(502, "not the original's form of a response") from None
     return parse_inner_response(head)
@@ -4349,9 +4382,9 @@ class App:
     refuses that and accepts the local way.
     """
 
-    def __init__(self, client: Client, host_mode: str = "auto") -> None:
+    def __init__(self, client: HTTPClient, host_mode: str = "auto") -> None:
         self.client = client
-        client.silence_time = math.inf  # an event stream may be silent for hours
+        client.silence_timeout = math.inf  # an event stream may be silent for hours
         self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
         self._local = host_mode not in ("auto", "public")
         self._fixed = host_mode != "auto"
@@ -4398,7 +4431,7 @@ class App:
 
     def _stay_local(self, status: int) -> None:
         self._local = True
-        tell(
+        log_line(
             f"ptth server: the app answers {status} to its public name, so from now on it is told that its name is "
             f'{self._authority}; app_host = "local" or "public" decides that beforehand'
         )
@@ -4407,7 +4440,7 @@ class App:
         """Send the request to the app, under its local name or its public one."""
         public = f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', '')}"
         own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
-        fields = self._request_fields(request, public, own) if local else _passing(request.headers, _HOP_BY_HOP)
+        fields = self._request_fields(request, public, own) if local else forwardable(request.headers, _HOP_BY_HOP)
         if request.body.expects:
             fields.append(("Expect", "100-continue"))
         outgoing = Request(request.method, request.target, Headers(fields), body=request.body, upgrade=request.upgrade)
@@ -4417,23 +4450,23 @@ class App:
 
     async def _ask(self, request: Request) -> Response:
         """Return the app's response to a request that is ready to be sent."""
-        stream = None
+        connection = None
         try:
             if request.method in ("GET", "HEAD") and request.body is EMPTY:
-                stream = self.client.reuse()
-            stream = stream or await self._connect()
-            return await self.client.handle(request, timeout=APP_RESPONSE_TIME, stream=stream)
-        except BrokenBody:
+                connection = self.client.take_idle()
+            connection = connection or await self._connect()
+            return await self.client.handle(request, timeout=APP_RESPONSE_TIMEOUT, connection=connection)
+        except IncompleteBody:
             raise
         except TimeoutError:
             raise ProtocolError(504, "the app did not answer in time") from None
         except OSError as error:
-            if stream and stream.stalled:
+            if connection and connection.stalled:
                 raise ProtocolError(504, "the app does not take the request") from None
-            self._log(f"the app closed the connection without a response: {describe(error)}")
+            self._log(f"the app closed the connection without a response: {format_error(error)}")
             raise ProtocolError(502, "the app closed the connection without a response") from None
 
-    async def _connect(self) -> Stream:
+    async def _connect(self) -> Connection:
         """Open a connection to the app.
 
         One that cannot be opened is tried again for APP_WAIT, which is safe for any request, as nothing was sent yet.
@@ -4442,25 +4475,26 @@ class App:
         end = loop.time() + APP_WAIT
         while True:
             try:
-                stream = await self.client.connect()
+                connection = await self.client.connect()
             except OSError as error:
                 if loop.time() < end:
                     await asyncio.sleep(0.1)
                     continue
                 self._log(
-                    f"the app at {self.client.origin.authority} cannot be reached: {describe(error)}; visitors get 502"
+                    f"the app at {self.client.origin.authority} cannot be reached: {format_error(error)}; "
+                    "visitors get 502"
                 )
                 retry = [("Retry-After", "2")]
                 raise ProtocolError(502, "the app behind this server is not running", headers=retry) from None
             if self._logged:
                 self._log("")
-                tell(f"ptth server: the app at {self.client.origin.authority} answers again")
-            return stream
+                log_line(f"ptth server: the app at {self.client.origin.authority} answers again")
+            return connection
 
     def _log(self, line: str) -> None:
         """Log a change of the app's state, once."""
         if line and line != self._logged:
-            tell(f"ptth server: {line}")
+            log_line(f"ptth server: {line}")
         self._logged = line
 
     @staticmethod
@@ -4471,7 +4505,9 @@ class App:
         stays: the app's defence against requests of other sites relies on it.
         """
         fields = [("Host", own.partition("//")[2])]
-        for name, value in _passing(request.headers, _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}):
+        for name, value in forwardable(
+            request.headers, _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}
+        ):
             if name.lower() in ("origin", "referer", "destination"):
                 value = move_origin(value, public, own)
             fields.append((name, value))
@@ -4482,7 +4518,7 @@ class App:
         """Return the fields of the app's response; what names its `own` origin, unless "", names the public one."""
         kept = {"upgrade"} if response.status in (101, 426) else set()
         fields = []
-        for name, value in _passing(Headers(response.headers), _HOP_BY_HOP - kept):
+        for name, value in forwardable(Headers(response.headers), _HOP_BY_HOP - kept):
             lower = name.lower()
             if lower == "location" or own and lower == "access-control-allow-origin":
                 value = move_origin(value, own, public) if own else value
@@ -4542,7 +4578,7 @@ class RelayConfig:
     servers: list[ServerEntry] = field(default_factory=list)
     domain: str = ""  # each server has the host NAME.domain
     trusted_proxies: list[str] = field(default_factory=list)  # networks, besides this machine
-    response_timeout: float = ANSWER_TIME
+    response_timeout: float = RESPONSE_TIMEOUT
     news_url: str = ""
     enable_scraper_api: bool = False
     scraper_keys: list[ScraperKey] = field(default_factory=list)
@@ -4556,7 +4592,7 @@ class RelayConfig:
         return list(filter(None, (entry.host, below)))
 
 
-class Event(NamedTuple):
+class AuditEvent(NamedTuple):
     """One line of the audit log."""
 
     time: float  # POSIX
@@ -4574,7 +4610,7 @@ class Exchange:
 
     def __init__(self, route: Route, request: Request, now: float, inline: bytes | None, trusted: bool) -> None:
         loop = asyncio.get_running_loop()
-        self.identity = os.urandom(16).hex()
+        self.request_id = os.urandom(16).hex()
         self.server = route.server
         self.own_host = not route.prefix
         self.method = request.method
@@ -4589,7 +4625,7 @@ class Exchange:
         if self.body:
             framing = [("PTTH-Body-Length", "chunked" if self.body.length is None else str(self.body.length))]
             framing += [("Expect", "100-continue")] if self.body.expects else []
-        head = pack_request(self.identity, request, route.target, framing, prefix=route.prefix, trusted=trusted)
+        head = pack_request(self.request_id, request, route.target, framing, prefix=route.prefix, trusted=trusted)
         self.head = head + (inline or b"")  # with the body, if that travels with it
         self.has_content = bool(framing)
         self.client = request.connection
@@ -4599,14 +4635,14 @@ class Exchange:
         self.offers = 0
         self.instance = ""  # the server that it was handed to
         self.connection: Peer | None = None  # of the P5 that has claimed it
-        self.answering = 0  # P5 that have begun
-        self.answer: asyncio.Future[Response] = loop.create_future()
-        self.finished: asyncio.Future[bool] | None = None  # for a P5 that waits: whether the client has it all
+        self.responding = 0  # P5 that have begun
+        self.response: asyncio.Future[Response] = loop.create_future()
+        self.delivered: asyncio.Future[bool] | None = None  # for a P5 that waits: whether the client has it all
 
-    def finish(self, whole: bool, size: int = 0) -> None:
+    def set_delivered(self, whole: bool, size: int = 0) -> None:
         """Note the end, the first time that it is told, and the bytes that the client got."""
-        if self.finished and not self.finished.done():
-            self.finished.set_result(whole)
+        if self.delivered and not self.delivered.done():
+            self.delivered.set_result(whole)
         self.leave()
 
     def is_late(self, now: float, response_timeout: float) -> bool:
@@ -4614,7 +4650,7 @@ class Exchange:
         if self.fetch_sink and self.fetch_sink.written != self._fetched:
             self._fetched = self.fetch_sink.written
             self.moved = now
-        return now - self.moved >= (max(response_timeout, RELAY_STALL_TIME) if self.fetching else response_timeout)
+        return now - self.moved >= (max(response_timeout, RELAY_STALL_TIMEOUT) if self.fetching else response_timeout)
 
     async def write_body_to(self, sink: Sink) -> None:
         """Send the request's body to the server that fetches it; a fault of the client's is told to the client."""
@@ -4623,16 +4659,16 @@ class Exchange:
         self._fetched = sink.written
         try:
             await self.body.write_to(sink)
-        except BrokenBody as error:
-            if not self.answer.done():
-                self.answer.set_exception(error)  # the client has left
-                self.answer.exception()
+        except IncompleteBody as error:
+            if not self.response.done():
+                self.response.set_exception(error)  # the client has left
+                self.response.exception()
             raise
         except ProtocolError as error:
             self.fail(error.status, error.reason)
             raise
         except (OSError, asyncio.CancelledError):
-            self.fetch_broke = asyncio.get_running_loop().time()  # perhaps since the response is coming: see `_watch`
+            self.fetch_broke = asyncio.get_running_loop().time()  # perhaps since the response is coming: see `_sweep`
             raise
         finally:
             self.fetching = None
@@ -4646,7 +4682,7 @@ class Exchange:
     def leave(self) -> None:
         """Give back the place among the server's requests."""
         self.on_leave()
-        if self.server.exchanges.pop(self.identity, None):
+        if self.server.exchanges.pop(self.request_id, None):
             self.server.addresses[self.address] -= 1
             if not self.server.addresses[self.address]:
                 del self.server.addresses[self.address]
@@ -4654,7 +4690,7 @@ class Exchange:
     def break_off(self, reason: str) -> None:
         """Answer the client with 502; if its response has begun, end that where it is."""
         self.fail(502, reason)
-        if isinstance(self.connection, Stream):
+        if isinstance(self.connection, Connection):
             try:
                 self.connection.sock.shutdown(socket.SHUT_RDWR)  # a splice has a duplicate of it, so closing is no end
             except OSError:
@@ -4662,10 +4698,10 @@ class Exchange:
 
     def fail(self, status: int, reason: str) -> None:
         """Answer the client with an error, if nothing else has been answered yet."""
-        if not self.answer.done():
+        if not self.response.done():
             headers = [("Retry-After", "5")] if status == 503 else []
-            self.answer.set_exception(ProtocolError(status, reason, headers=headers))
-            self.answer.exception()  # looked at, so that nobody complains when the client has gone
+            self.response.set_exception(ProtocolError(status, reason, headers=headers))
+            self.response.exception()  # looked at, so that nobody complains when the client has gone
 
 
 class UploadBody(Body):
@@ -4700,7 +4736,7 @@ class LastBody(Body):
         await self._exchange.end_fetch()
 
 
-class Parked(NamedTuple):
+class ParkedPoll(NamedTuple):
     """A P1 that waits for work."""
 
     batch: asyncio.Future[list[Exchange]]
@@ -4710,17 +4746,17 @@ class Parked(NamedTuple):
     since: float
     until: float
 
-    def gone(self) -> bool:
+    def is_stale(self) -> bool:
         """Return whether nobody would get the work any more."""
-        return self.batch.done() or self.connection is not None and self.connection.gone()
+        return self.batch.done() or self.connection is not None and self.connection.at_eof()
 
-    def dismiss(self) -> None:
+    def answer_empty(self) -> None:
         """Answer it with nothing."""
         if not self.batch.done():
             self.batch.set_result([])
 
 
-class Registered:
+class RegisteredServer:
     """A server from the configuration, and what is known of it now."""
 
     def __init__(self, entry: ServerEntry) -> None:
@@ -4730,22 +4766,22 @@ class Registered:
         self.offered: dict[str, Exchange] = {}  # handed over, not yet claimed
         self.exchanges: dict[str, Exchange] = {}  # all whose clients do not have their whole response yet
         self.addresses: Counter[str] = Counter()  # how many of them each client's address has
-        self.parked: deque[Parked] = deque()
-        self.answering = 0  # P5 under way
+        self.parked: deque[ParkedPoll] = deque()
+        self.responding = 0  # P5 under way
         self.batch_bytes = 0  # of batches that are being read
-        self.transfers = 0  # clients that are being served
+        self.in_flight = 0  # clients that are being served
         self.statuses: dict[int, int] = {}  # how many requests were answered with each
         self.body_bytes = 0
         self.last_seen: float | None = None  # in the loop's time
         self.features = {"body"}  # what its last P1 said that it can do
         self.instances: dict[str, float] = {}  # when each server of this name was last seen
-        self.present = False  # as people are told: a moment between two P1 is no absence
-        self.flushing = False
+        self.connected = False  # as people are told: a moment between two P1 is no absence
+        self.dispatch_scheduled = False
 
     @property
-    def connected(self) -> bool:
+    def has_connection(self) -> bool:
         """Whether a backend connection is open: a parked P1, a P3 whose answers are to come, a P5 under way."""
-        return bool(self.parked or self.offered or self.answering)
+        return bool(self.parked or self.offered or self.responding)
 
     def admit(self, exchange: Exchange) -> None:
         """Give a request a place; ProtocolError 503 when there is none, or its client's address has too many."""
@@ -4759,7 +4795,7 @@ class Registered:
             why = f"too many requests from {exchange.address} at once"
         if why:
             raise ProtocolError(503, why, headers=[("Retry-After", "5")])
-        self.exchanges[exchange.identity] = exchange
+        self.exchanges[exchange.request_id] = exchange
         self.addresses[exchange.address] += 1
 
     def see(self, instance: str, now: float) -> None:
@@ -4770,17 +4806,17 @@ class Registered:
         if len(self.instances) > MAX_INSTANCES:
             del self.instances[next(iter(self.instances))]
 
-    def take(self, instance: str, features: set[str]) -> list[Exchange]:
+    def next_requests(self, instance: str, features: set[str]) -> list[Exchange]:
         """Take what goes into one P3 for a server with these features."""
         self.features = features
         batch: list[Exchange] = []
         size = 0
-        for exchange in list(itertools.islice(self.waiting.values(), MAX_BATCH)):
+        for exchange in list(itertools.islice(self.waiting.values(), MAX_P3_REQUESTS)):
             size += len(exchange.head)
             if batch and size > MAX_BATCH_BYTES:
                 break
-            del self.waiting[exchange.identity]
-            if exchange.answer.done() or exchange.client is not None and exchange.client.lost():
+            del self.waiting[exchange.request_id]
+            if exchange.response.done() or exchange.client is not None and exchange.client.is_closed():
                 exchange.fail(502, "the client went away")
                 continue
             if exchange.has_content and "body" not in features:
@@ -4788,32 +4824,32 @@ class Registered:
                 continue
             exchange.offers += 1
             exchange.instance = instance
-            self.offered[exchange.identity] = exchange
+            self.offered[exchange.request_id] = exchange
             batch.append(exchange)
         return batch
 
-    def flush(self) -> None:
+    def dispatch(self) -> None:
         """Hand what waits to parked P1: at the end of the loop's turn, so that what came in one turn goes in one P3."""
-        self.flushing = False
+        self.dispatch_scheduled = False
         while self.waiting and self.parked:
-            if self.parked[0].gone():
-                self.dismiss(Parked.gone)
+            if self.parked[0].is_stale():
+                self.answer_empty(ParkedPoll.is_stale)
             else:
                 parked = self.parked.popleft()
-                parked.batch.set_result(self.take(parked.instance, parked.features))
+                parked.batch.set_result(self.next_requests(parked.instance, parked.features))
 
-    def dismiss(self, which: Callable[[Parked], bool] = lambda parked: True) -> None:
+    def answer_empty(self, which: Callable[[ParkedPoll], bool] = lambda parked: True) -> None:
         """Answer parked P1 with nothing: all, or those that `which` picks."""
         for parked in list(filter(which, self.parked)):
             self.parked.remove(parked)
-            parked.dismiss()
+            parked.answer_empty()
 
     def offer(self, exchange: Exchange) -> None:
         """Let a request wait for the next P1."""
-        self.waiting[exchange.identity] = exchange
-        if not self.flushing and self.parked:
-            self.flushing = True
-            asyncio.get_running_loop().call_soon(self.flush)
+        self.waiting[exchange.request_id] = exchange
+        if not self.dispatch_scheduled and self.parked:
+            self.dispatch_scheduled = True
+            asyncio.get_running_loop().call_soon(self.dispatch)
 
 
 def is_loopback(address: str) -> bool:
@@ -4852,7 +4888,7 @@ def outer_address(addresses: str) -> str:
     Of IPv6 the network: one client has all addresses of a /64.
     """
     for text in addresses.split(",")[:-9:-1]:
-        address = text.strip()[:MAX_NOTED]
+        address = text.strip()[:MAX_AUDIT_TEXT]
         if is_loopback(address):
             continue
         try:
@@ -4864,7 +4900,7 @@ def outer_address(addresses: str) -> str:
 
 def parse_ids(text: str) -> list[str]:
     """Return the ids of a PTTH-Lost or PTTH-At-Work field, MAX_LOST at most."""
-    return [identity.strip() for identity in text.split(",", MAX_LOST)[:MAX_LOST]]
+    return [request_id.strip() for request_id in text.split(",", MAX_LOST)[:MAX_LOST]]
 
 
 class HashQueue:
@@ -4977,10 +5013,10 @@ class TunnelBody(Body):
             if left is not None:
                 left -= len(piece)
                 if left < 0:
-                    raise BrokenBody("the server sent more than it announced")
+                    raise IncompleteBody("the server sent more than it announced")
             yield piece
         if left:
-            raise BrokenBody("the server sent less than it announced")
+            raise IncompleteBody("the server sent less than it announced")
 
     async def write_to(self, sink: Sink) -> None:
         if self._body.length == self.length:
@@ -4992,7 +5028,7 @@ class TunnelBody(Body):
 class Route(NamedTuple):
     """Where a request goes: its server, the target there, and the path in front of that ("" on a host of its own)."""
 
-    server: Registered
+    server: RegisteredServer
     target: str
     prefix: str = ""
 
@@ -5062,21 +5098,21 @@ class Desk:
         if request.method not in ("GET", "HEAD"):
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", "GET, HEAD")])
 
-    def _servers(self) -> list[Registered]:
+    def _servers(self) -> list[RegisteredServer]:
         return sorted(self.relay.servers.values(), key=lambda server: server.name)
 
     # the scraper API
 
-    def _server_info(self, server: Registered) -> dict[str, object]:
+    def _server_info(self, server: RegisteredServer) -> dict[str, object]:
         """Return what the scraper API tells of a server."""
         seen = None
         if server.last_seen is not None:
-            seen = format_time(time.time() - (0 if server.present else self.relay.loop.time() - server.last_seen))
+            seen = format_time(time.time() - (0 if server.connected else self.relay.loop.time() - server.last_seen))
         return {
             "name": server.name,
             "display_name": server.entry.display_name or None,
             "last_seen": seen,
-            "connected": server.present,
+            "connected": server.connected,
         }
 
     def _metrics_response(self) -> Response:
@@ -5088,7 +5124,7 @@ class Desk:
         """Return what is counted, in Prometheus' text format; labels are of registered servers only."""
         servers = self._servers()
 
-        def each(value: Callable[[Registered], float]) -> list[tuple[str, float]]:
+        def each(value: Callable[[RegisteredServer], float]) -> list[tuple[str, float]]:
             return [(f'{{server="{server.name}"}}', value(server)) for server in servers]
 
         refused = [(f'{{api="{api}"}}', count) for api, count in self.relay.refused.items()]
@@ -5098,9 +5134,9 @@ class Desk:
             for status, count in sorted(server.statuses.items())
         ]
         families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
-            ("connections", "gauge", "Open connections.", [("", self.relay.connections())]),
+            ("connections", "gauge", "Open connections.", [("", self.relay.connection_count())]),
             ("keys_refused_total", "counter", "Keys that were refused.", refused),
-            ("server_connected", "gauge", "Whether the server is connected.", each(lambda server: server.present)),
+            ("server_connected", "gauge", "Whether the server is connected.", each(lambda server: server.connected)),
             (
                 "requests_waiting",
                 "gauge",
@@ -5131,7 +5167,7 @@ class Desk:
         port = re.search(r"(?::[0-9]+)?\Z", request.headers.get("host", ""))
         rows = []
         for server in self._servers():
-            if server.present:
+            if server.connected:
                 state = "connected" + (f" ({len(server.instances)} servers)" if len(server.instances) > 1 else "")
             elif server.last_seen is None:
                 state = "never seen"
@@ -5141,9 +5177,9 @@ class Desk:
             hosts = self.relay.config.hosts_of(server.entry)
             url = f"//{hosts[0]}{port[0] if port else ''}/" if hosts else f"./{server.name}/"
             link = f'<a href="{escape(url)}">{shown}</a>'
-            state = f'<span class="{"on" if server.present else "q"}">{state}</span>'
+            state = f'<span class="{"on" if server.connected else "q"}">{state}</span>'
             requests = f"{sum(server.statuses.values()):,}"
-            rows.append((link, state, requests, format_size(server.body_bytes), str(server.transfers)))
+            rows.append((link, state, requests, format_size(server.body_bytes), str(server.in_flight)))
         content = "<h1>Servers</h1>\n"
         if self.relay.config.news_url:
             content += f'<p><a href="{escape(self.relay.config.news_url)}">News</a></p>\n'
@@ -5166,7 +5202,7 @@ class Desk:
             newest_first = ((format_time(event[0]), *event[1:]) for event in reversed(self.relay.events))
             return json_response([dict(zip(names, values, strict=True)) for values in newest_first])
         rows = []
-        for event in itertools.islice(reversed(self.relay.events), MAX_SHOWN):
+        for event in itertools.islice(reversed(self.relay.events), MAX_AUDIT_ROWS):
             what = f"{event.method} {event.path}" if event.method else event.event
             end = f"{event.status}, {format_size(event.size)}" if event.status else ""
             day, _, second = format_time(event.time).removesuffix("Z").partition("T")
@@ -5200,7 +5236,7 @@ class Desk:
             "Python": sys.version,
             "System": sys.platform,
             "Up": format_age(self.relay.loop.time() - self._started).removesuffix(" ago"),
-            "Connections": str(self.relay.connections()),
+            "Connections": str(self.relay.connection_count()),
             "Requests not answered": str(len(self.relay.exchanges)),
         }
         rows = [(name, escape(value)) for name, value in values.items()]
@@ -5236,13 +5272,13 @@ class Relay:
 
     def __init__(self, config: RelayConfig) -> None:
         self.loop = asyncio.get_running_loop()
-        self.servers: dict[str, Registered] = {}
-        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.servers: dict[str, RegisteredServer] = {}
+        self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
         self.refused = {"backend": 0, "scraper": 0}
-        self.connections: Callable[[], int] = int  # how many are open: the HTTP server knows
+        self.connection_count: Callable[[], int] = int  # how many are open: the HTTP server knows
         self.exchanges: dict[str, Exchange] = {}  # all that is not claimed, the oldest first
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
-        self.hosts: dict[str, Registered] = {}  # by the host that is a server's own
+        self.hosts: dict[str, RegisteredServer] = {}  # by the host that is a server's own
         self.uploads: dict[str, Exchange] = {}  # those whose body can be fetched
         self._inline = 0  # bytes of requests' bodies that wait here
         self.stopping = False
@@ -5250,9 +5286,9 @@ class Relay:
         self.scraper_keys = Keys()
         self.desk = Desk(self)
         self._refusals: dict[str, float] = {}  # when the last one was told, by name
-        self._delivered: dict[Peer, list[Exchange]] = {}  # by the connection that took the P3
+        self._offered_on: dict[Peer, list[Exchange]] = {}  # by the connection that took the P3
         self._started = self.loop.time()
-        self._watcher = self.loop.create_task(self._watch())
+        self._sweeper = self.loop.create_task(self._sweep())
         self.configure(config)
 
     def configure(self, config: RelayConfig) -> None:
@@ -5267,14 +5303,14 @@ class Relay:
         for name, server in list(self.servers.items()):
             new = entries.pop(name, None)
             if new is None or new.tripcode != server.entry.tripcode:
-                server.dismiss()
+                server.answer_empty()
             if new is None:
                 del self.servers[name]
                 for exchange in list(server.waiting.values()):
                     exchange.fail(503, f"the server {name} is not registered any more")
             else:
                 server.entry = new
-        self.servers |= {name: Registered(entry) for name, entry in entries.items()}
+        self.servers |= {name: RegisteredServer(entry) for name, entry in entries.items()}
         self.hosts = {host: server for server in self.servers.values() for host in config.hosts_of(server.entry)}
         self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
         self.keys.configure(entry.tripcode for entry in config.servers)
@@ -5282,7 +5318,7 @@ class Relay:
 
     def note(self, event: str, server: str, **details: Any) -> None:
         """Add a line to the audit log."""
-        self.events.append(Event(time.time(), event, server, **details))
+        self.events.append(AuditEvent(time.time(), event, server, **details))
 
     async def handle(self, request: Request) -> Response:
         """Answer any request to the relay.
@@ -5329,10 +5365,10 @@ class Relay:
         for said in request.headers.get("x-forwarded-for", "").rsplit(",", 8)[:-9:-1]:
             if not said or not self.trusts(address):
                 break
-            address = said.strip()[:MAX_NOTED]
+            address = said.strip()[:MAX_AUDIT_TEXT]
         return address
 
-    def _known(self, name: str) -> Registered:
+    def _known(self, name: str) -> RegisteredServer:
         """Return the server of that name; ProtocolError 404."""
         server = self.servers.get(name)
         if server is None:
@@ -5354,28 +5390,28 @@ class Relay:
             raise ProtocolError(405, "TRACE is not possible here", headers=[("Allow", "GET, HEAD, OPTIONS")])
         if max_forwards(request) == 0:  # the relay answers as the last recipient
             return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
-        server.transfers += 1
+        server.in_flight += 1
         try:
             response = await self._ask(request, route)
         except ProtocolError as error:
             response = error_response(request, error)
         except BaseException:
-            server.transfers -= 1
+            server.in_flight -= 1
             raise
-        finish = response.sent
+        set_delivered = response.on_sent
 
         def sent(whole: bool, size: int) -> None:
-            if finish:
-                finish(whole, size)
-            server.transfers -= 1
+            if set_delivered:
+                set_delivered(whole, size)
+            server.in_flight -= 1
             server.body_bytes += size
             status = response.status
             server.statuses[status] = server.statuses.get(status, 0) + 1
-            method, path = request.method[:MAX_NOTED], target.partition("?")[0][:MAX_NOTED]
+            method, path = request.method[:MAX_AUDIT_TEXT], target.partition("?")[0][:MAX_AUDIT_TEXT]
             client = self.client_address(request)
-            self.events.append(Event(time.time(), "request", server.name, client, method, path, status, size))
+            self.events.append(AuditEvent(time.time(), "request", server.name, client, method, path, status, size))
 
-        response.sent = sent
+        response.on_sent = sent
         return response
 
     async def _ask(self, request: Request, route: Route) -> Response:
@@ -5383,23 +5419,23 @@ class Relay:
         server, now = route.server, self.loop.time()
         if self.stopping:
             raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
-        if not server.connected and now - (server.last_seen or self._started) >= RECENT_TIME:
+        if not server.has_connection and now - (server.last_seen or self._started) >= UNAVAILABLE_AFTER:
             raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
         inline = await self._read_inline(request, server)
         trusted = self.trusts(request.peer)
         exchange = Exchange(route, request, self.loop.time(), inline, trusted)
         exchange.address = outer_address(self.client_address(request))
         server.admit(exchange)
-        self.exchanges[exchange.identity] = exchange
+        self.exchanges[exchange.request_id] = exchange
         self._inline += exchange.inline_size
         if exchange.body:
-            self.uploads[exchange.identity] = exchange
-            exchange.on_leave = lambda: self.uploads.pop(exchange.identity, None)
+            self.uploads[exchange.request_id] = exchange
+            exchange.on_leave = lambda: self.uploads.pop(exchange.request_id, None)
         server.offer(exchange)
         try:
-            response = await exchange.answer
+            response = await exchange.response
         except BaseException:
-            exchange.finish(False)
+            exchange.set_delivered(False)
             await exchange.end_fetch()
             raise
         finally:
@@ -5409,7 +5445,7 @@ class Relay:
             response.body = LastBody(exchange, response.body)
         return response
 
-    async def _read_inline(self, request: Request, server: Registered) -> bytes | None:
+    async def _read_inline(self, request: Request, server: RegisteredServer) -> bytes | None:
         """Return a request's body if it is small enough to travel with its head; None if it is to be fetched."""
         body = request.body
         if body is EMPTY:
@@ -5426,10 +5462,10 @@ class Relay:
 
     def _forget(self, exchange: Exchange) -> None:
         """Take a request out of all lists of what is to be answered."""
-        identity = exchange.identity
-        self.exchanges.pop(identity, None)
-        exchange.server.waiting.pop(identity, None)
-        exchange.server.offered.pop(identity, None)
+        request_id = exchange.request_id
+        self.exchanges.pop(request_id, None)
+        exchange.server.waiting.pop(request_id, None)
+        exchange.server.offered.pop(request_id, None)
 
     # P1, P3, P5 and P7
 
@@ -5453,10 +5489,10 @@ class Relay:
             challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
             raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, challenge])
         if exchange:
-            return self._give_body(exchange) if method == "GET" else await self._take_response(request, exchange)
-        return await (self._listen if method == "GET" else self._take_batch)(request, server)
+            return self._give_body(exchange) if method == "GET" else await self._receive_response(request, exchange)
+        return await (self._listen if method == "GET" else self._receive_batch)(request, server)
 
-    async def _verify(self, request: Request, server: Registered | None, name: str) -> bool:
+    async def _verify(self, request: Request, server: RegisteredServer | None, name: str) -> bool:
         """Return whether the request shows the server's key; remember who asks in vain."""
         key = request.headers.get("x-apikey", "")
         if not key or len(key) > MAX_KEY:
@@ -5483,7 +5519,7 @@ class Relay:
         """Tell the operator of a key that can be guessed: the original's servers do not refuse one."""
         if weakness := key_weakness(key):
             why = weakness.partition(";")[0].removeprefix("api_key ")
-            tell(f"ptth relay: warning: the key of the {kind} {name!r} {why}; give it a better one")
+            log_line(f"ptth relay: warning: the key of the {kind} {name!r} {why}; give it a better one")
 
     def _refuse(self, api: str, request: Request, name: str, why: str) -> None:
         """Keep account of a key that was refused; tell it once a minute for each name, and for all that nobody has."""
@@ -5494,7 +5530,7 @@ class Relay:
             return
         self._refusals[known] = now
         client = self.client_address(request)
-        tell(f"ptth relay: {api} key refused: {why} for {name!r} from {client}; not told again for a minute")
+        log_line(f"ptth relay: {api} key refused: {why} for {name!r} from {client}; not told again for a minute")
         self.note(f"{api} key refused: {why}", name, client=client)
 
     # scrapers
@@ -5535,12 +5571,12 @@ class Relay:
         self._refuse("scraper", request, name, why)
         return False
 
-    async def _listen(self, request: Request, server: Registered) -> Response:
+    async def _listen(self, request: Request, server: RegisteredServer) -> Response:
         """P1: answer with what waits, or wait for it."""
         now = self.loop.time()
-        if not server.present:
-            server.present = True
-            tell(f"ptth relay: {server.name} is connected")
+        if not server.connected:
+            server.connected = True
+            log_line(f"ptth relay: {server.name} is connected")
             self.note("connected", server.name, client=self.client_address(request))
         instance = request.headers.get("ptth-instance", "")[:32]
         server.see(instance, now)
@@ -5549,34 +5585,34 @@ class Relay:
         if instance and not wait:
             self._renew(server, instance, request.headers)
         features = set(request.headers.tokens("ptth-features"))
-        batch = server.take(instance, features)
+        batch = server.next_requests(instance, features)
         if not batch and self.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
             # A proxy may hold a dead server's P1 open, and a request handed to that would be lost: those that live ask
             # again.
             for parked in server.parked:
-                self.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.dismiss)
+                self.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.answer_empty)
             server.parked.clear()
         if not batch and wait:
-            parked = Parked(self.loop.create_future(), request.connection, instance, features, now, now + wait)
+            parked = ParkedPoll(self.loop.create_future(), request.connection, instance, features, now, now + wait)
             server.parked.append(parked)
             if len(server.parked) > MAX_PARKED:
-                server.parked.popleft().dismiss()
+                server.parked.popleft().answer_empty()
             try:
                 batch = await parked.batch
             finally:
                 server.see(instance, self.loop.time())
                 if parked in server.parked:
                     server.parked.remove(parked)
-        sent = (lambda whole, size: self._handed_over(request.connection, batch, whole)) if batch else None
+        sent = (lambda whole, size: self._p3_sent(request.connection, batch, whole)) if batch else None
         if "application/http" not in request.headers.get("accept", ""):  # the original's server says */*
-            data = self._pack_for_original(batch)
-            return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, final=self.stopping)
+            data = self._pack_for_rust(batch)
+            return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, close=self.stopping)
         body = BytesBody(b"".join([exchange.head for exchange in batch]))
         fields = [("Content-Type", REQUESTS_TYPE), NO_STORE, FEATURES]
         fields += [("PTTH-Host", host) for host in self.config.hosts_of(server.entry)[:1]]
-        return Response(200, fields, body, sent, final=self.stopping)
+        return Response(200, fields, body, sent, close=self.stopping)
 
     @staticmethod
     def _give_body(exchange: Exchange) -> Response:
@@ -5588,53 +5624,53 @@ class Relay:
         return Response(200, fields, UploadBody(exchange, exchange.body))
 
     @staticmethod
-    def _take_losses(server: Registered, headers: Headers) -> None:
+    def _take_losses(server: RegisteredServer, headers: Headers) -> None:
         """Answer the clients whose responses were refused on their way from the server."""
-        for identity in parse_ids(headers.get("ptth-lost", "")):
-            if exchange := server.exchanges.get(identity):
+        for request_id in parse_ids(headers.get("ptth-lost", "")):
+            if exchange := server.exchanges.get(request_id):
                 exchange.break_off("the server's response did not get through; the server's log says why")
 
-    def _renew(self, server: Registered, instance: str, headers: Headers) -> None:
+    def _renew(self, server: RegisteredServer, instance: str, headers: Headers) -> None:
         """Offer again what a server was handed that now says hello, but for what it is at work on.
 
         It has new connections, so what was sent to it on the old ones may not have arrived.
         """
         at_work = set(parse_ids(headers.get("ptth-at-work", "")))
         for exchange in list(server.offered.values()):
-            if exchange.instance == instance and exchange.identity not in at_work:
-                self._lose(exchange, "the connection to the server broke")
+            if exchange.instance == instance and exchange.request_id not in at_work:
+                self._offer_again(exchange, "the connection to the server broke")
 
     @staticmethod
-    def _pack_for_original(batch: list[Exchange]) -> bytes:
+    def _pack_for_rust(batch: list[Exchange]) -> bytes:
         """Format P3 for a server of the original; what it cannot take is answered here."""
         requests: list[Value] = []
         for exchange in batch:
             try:
-                requests.append(pack_original_request(exchange.head))
+                requests.append(pack_rust_request(exchange.head))
             except ProtocolError as error:
-                exchange.answer.set_exception(error)
+                exchange.response.set_exception(error)
         return pack_value(requests)
 
-    def _handed_over(self, connection: Peer | None, batch: list[Exchange], whole: bool) -> None:
+    def _p3_sent(self, connection: Peer | None, batch: list[Exchange], whole: bool) -> None:
         """Note the end of a P3: requests that it may not have brought are offered once more."""
         if not whole or connection is None:
             for exchange in batch:
-                self._lose(exchange, "the connection to the server broke")
+                self._offer_again(exchange, "the connection to the server broke")
             return
-        if connection not in self._delivered:
-            connection.ended.append(lambda: self._connection_ended(connection))
-        under_way = (*self._delivered.get(connection, ()), *batch)
-        self._delivered[connection] = [one for one in under_way if one.identity in self.exchanges]
+        if connection not in self._offered_on:
+            connection.on_close.append(lambda: self._on_connection_close(connection))
+        under_way = (*self._offered_on.get(connection, ()), *batch)
+        self._offered_on[connection] = [one for one in under_way if one.request_id in self.exchanges]
 
-    def _connection_ended(self, connection: Peer) -> None:
+    def _on_connection_close(self, connection: Peer) -> None:
         """A connection that brought a P3 has ended: a plain close that was announced loses nothing."""
-        for exchange in self._delivered.pop(connection, ()):
-            if not connection.closing:
-                self._lose(exchange, "")
+        for exchange in self._offered_on.pop(connection, ()):
+            if not connection.must_close:
+                self._offer_again(exchange, "")
 
-    def _lose(self, exchange: Exchange, reason: str) -> None:
+    def _offer_again(self, exchange: Exchange, reason: str) -> None:
         """Offer a GET or HEAD again, once; anything else might have been done already, and gets 502."""
-        if exchange.answering or exchange.server.offered.pop(exchange.identity, None) is None:
+        if exchange.responding or exchange.server.offered.pop(exchange.request_id, None) is None:
             return  # its P5 has begun, or it is over
         if exchange.method in ("GET", "HEAD") and exchange.offers < 2 and not exchange.was_fetched:
             exchange.server.offer(exchange)
@@ -5648,29 +5684,29 @@ class Relay:
         When P7 comes early, the original's server sends no more of the body, but does use the connection for its next
         P5, whose first bytes would then be taken for that body.
         """
-        return ORIGINAL_FIELD.lower() not in request.headers or await request.body.drain()
+        return RUST_FIELD.lower() not in request.headers or await request.body.drain()
 
-    async def _take_response(self, request: Request, exchange: Exchange) -> Response:
+    async def _receive_response(self, request: Request, exchange: Exchange) -> Response:
         """P5 and P7."""
         try:
-            response = await self._pass_on(request, exchange)
+            response = await self._deliver(request, exchange)
         except ProtocolError as error:
             response = error_response(request, error)
-        response.final = response.final or not await self._settle(request)
+        response.close = response.close or not await self._settle(request)
         return response
 
-    async def _pass_on(self, request: Request, exchange: Exchange) -> Response:
+    async def _deliver(self, request: Request, exchange: Exchange) -> Response:
         """Give a P5's body to the client as its response; return P7: the client has it all, or has gone."""
         server = exchange.server
         incoming = request.body
-        server.answering += 1
-        exchange.answering += 1
+        server.responding += 1
+        exchange.responding += 1
         try:
-            original = request.headers.get(ORIGINAL_FIELD.lower())
+            original = request.headers.get(RUST_FIELD.lower())
             if original is not None:
                 # What its file server gets wrong stays its own: an unquoted ETag, which its If-None-Match wants back,
                 # or the body that it sends with 304, which nobody gets.
-                status, headers = unpack_original_response(original)
+                status, headers = unpack_rust_response(original)
                 content = incoming if has_body(exchange.method, status) else EMPTY
                 response = self._make_response(exchange, status, headers, content)
             elif not isinstance(incoming, IncomingBody):
@@ -5679,16 +5715,16 @@ class Relay:
                 raise ProtocolError(502, "the response is not application/http")
             else:
                 response = await self._read_response(incoming, exchange)
-            if self.exchanges.pop(exchange.identity, None) is None or exchange.answer.done():
+            if self.exchanges.pop(exchange.request_id, None) is None or exchange.response.done():
                 raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client's time is over
-            server.offered.pop(exchange.identity, None)
-            exchange.finished = self.loop.create_future()
+            server.offered.pop(exchange.request_id, None)
+            exchange.delivered = self.loop.create_future()
             exchange.connection = request.connection
-            exchange.answer.set_result(response)
-            if not await exchange.finished:
+            exchange.response.set_result(response)
+            if not await exchange.delivered:
                 raise ProtocolError(*_GONE, headers=[NO_STORE])
         except (ConnectionError, TimeoutError) as error:
-            exchange.fail(502, f"the server's response broke off: {describe(error)}")
+            exchange.fail(502, f"the server's response broke off: {format_error(error)}")
             raise
         except ProtocolError as error:
             if error.status == 410:
@@ -5696,7 +5732,7 @@ class Relay:
             exchange.fail(502, f"the server's response cannot be used: {error.reason}")
             raise ProtocolError(400, error.reason, close=True, headers=[NO_STORE]) from None
         finally:
-            server.answering -= 1
+            server.responding -= 1
             server.last_seen = self.loop.time()
         return text_response(200, "StreamFinished\n", [NO_STORE])
 
@@ -5720,43 +5756,43 @@ class Relay:
         if exchange.own_host:
             fields = own_host_fields(headers)
         else:
-            fields = passing_response(status, headers, sandbox=server.entry.sandbox, server=server.name)
+            fields = shared_origin_fields(status, headers, sandbox=server.entry.sandbox, server=server.name)
         told, length = parse_framing(headers), content.length
         if not has_body(exchange.method, status):
             if length:
                 raise ProtocolError(502, "a body where none may be")
-            return Response(status, fields, AbsentBody(told), exchange.finish)
+            return Response(status, fields, AbsentBody(told), exchange.set_delivered)
         if told is not None and length not in (None, told):
             raise ProtocolError(502, "its Content-Length is not the length of its body")
         if isinstance(content, IncomingBody):
             content = TunnelBody(content, length if told is None else told)
-        return Response(status, fields, content, exchange.finish)
+        return Response(status, fields, content, exchange.set_delivered)
 
-    async def _take_batch(self, request: Request, server: Registered) -> Response:
+    async def _receive_batch(self, request: Request, server: RegisteredServer) -> Response:
         """P5 of several small responses: each goes to its client by itself, so that a slow one holds up nobody.
 
         What is foreign or was answered before is passed over: a repeat does no harm.
         """
         data = await self._read_batch(request.body, server)
         server.last_seen = self.loop.time()
-        for identity, status, headers, content, error in unpack_responses(data):
-            exchange = self.exchanges.get(identity)
-            if exchange is None or exchange.server is not server or exchange.answer.done():
+        for request_id, status, headers, content, error in unpack_responses(data):
+            exchange = self.exchanges.get(request_id)
+            if exchange is None or exchange.server is not server or exchange.response.done():
                 continue
             try:
                 if error:
                     raise error
-                exchange.answer.set_result(self._make_response(exchange, status, headers, BytesBody(content)))
+                exchange.response.set_result(self._make_response(exchange, status, headers, BytesBody(content)))
             except ProtocolError as problem:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
             self._forget(exchange)
         return Response(200, [NO_STORE])
 
-    async def _read_batch(self, body: Body, server: Registered) -> bytes:
+    async def _read_batch(self, body: Body, server: RegisteredServer) -> bytes:
         """Return a batch's bytes, which must come before its clients have got 504, and fit in the server's share."""
         if not isinstance(body, IncomingBody):
             return b""
-        most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL
+        most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL_BODY
         size = most if body.length is None else min(body.length, most)
         if server.batch_bytes + size > MAX_BATCHES_BYTES:
             retry = ("Retry-After", "1")
@@ -5773,53 +5809,53 @@ class Relay:
 
     # time, and the end
 
-    async def _watch(self) -> NoReturn:
+    async def _sweep(self) -> NoReturn:
         """End, for ever, what has waited for too long."""
         while True:
-            await asyncio.sleep(SWEEP_TIME)
+            await asyncio.sleep(SWEEP_INTERVAL)
             now = self.loop.time()
             for server in self.servers.values():
-                self._watch_server(server, now)
+                self._sweep_server(server, now)
             for exchange in list(self.exchanges.values()):
                 if exchange.is_late(now, self.config.response_timeout):
                     exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
                 elif exchange.fetch_broke and now - exchange.fetch_broke > FETCH_GRACE:
                     exchange.fail(502, "the server stopped reading the request")
 
-    def _watch_server(self, server: Registered, now: float) -> None:
+    def _sweep_server(self, server: RegisteredServer, now: float) -> None:
         """Answer parked P1 whose time is over or whose server has gone; give up on a server that does not return."""
-        was_connected = server.connected
-        server.dismiss(lambda parked: parked.gone() or now >= parked.until)
+        was_connected = server.has_connection
+        server.answer_empty(lambda parked: parked.is_stale() or now >= parked.until)
         parked_now = {parked.instance for parked in server.parked}
         for instance, seen in list(server.instances.items()):
-            if instance not in parked_now and now - seen > AWAY_TIME and not server.answering:
+            if instance not in parked_now and now - seen > DISCONNECTED_AFTER and not server.responding:
                 del server.instances[instance]
-        if server.connected or server.last_seen is None and not server.waiting:
+        if server.has_connection or server.last_seen is None and not server.waiting:
             return
         if was_connected:
             server.last_seen = now
         absent_since = server.last_seen or self._started
-        if server.present and now - absent_since >= AWAY_TIME:
-            server.present = False
-            tell(f"ptth relay: {server.name} went away")
+        if server.connected and now - absent_since >= DISCONNECTED_AFTER:
+            server.connected = False
+            log_line(f"ptth relay: {server.name} went away")
             self.note("went away", server.name)
         for exchange in list(server.waiting.values()):
-            if now - max(exchange.moved, absent_since) >= ABSENT_TIME:
+            if now - max(exchange.moved, absent_since) >= RECONNECT_WAIT:
                 exchange.fail(503, f"the server {server.name} is not connected")
 
-    async def stop(self, grace: float = GRACE_TIME) -> None:
+    async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Take no new work; what was accepted is finished, since the servers' P5 are still taken."""
         self.stopping = True
         for server in self.servers.values():
-            server.dismiss()
+            server.answer_empty()
         try:
             async with asyncio.timeout(grace):
-                while self.exchanges or any(server.answering for server in self.servers.values()):
+                while self.exchanges or any(server.responding for server in self.servers.values()):
                     await asyncio.sleep(0.02)
         except TimeoutError:
             for exchange in list(self.exchanges.values()):
                 exchange.fail(503, "the relay is stopping")
-        self._watcher.cancel()
+        self._sweeper.cancel()
 
 
 # -- 13. Server --
@@ -5830,12 +5866,12 @@ class KeyRefused(Refused):
     """The relay does not know this name with this key."""
 
 
-def tell_fault() -> None:
+def log_fault() -> None:
     """Write the traceback of the exception that is being handled on stderr."""
     import traceback
 
     for line in traceback.format_exc().splitlines():
-        tell(line)
+        log_line(line)
 
 
 class Workers:
@@ -5862,12 +5898,12 @@ class Workers:
         except RuntimeError:  # the server is ending
             work.close()
 
-    def add(self, identity: str, request: Request | ProtocolError, sender: Sender) -> None:
+    def add(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
         """Let a request be handled, and its response be sent; one that is worked on already is ignored."""
-        if identity in self.request_ids:
+        if request_id in self.request_ids:
             return
-        self.request_ids[identity] = sender
-        self._queue.append((identity, request, sender))
+        self.request_ids[request_id] = sender
+        self._queue.append((request_id, request, sender))
         self._look_for_room()
         self._start_worker()
 
@@ -5909,22 +5945,22 @@ class Workers:
             return response
         except TimeoutError:
             raise ProtocolError(504, "the server did not answer in time") from None
-        except BrokenBody as error:
-            raise ProtocolError(502, f"the response broke off: {describe(error)}") from None
+        except IncompleteBody as error:
+            raise ProtocolError(502, f"the response broke off: {format_error(error)}") from None
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task and task.cancelling():
                 raise
             raise RuntimeError("the handler was cancelled by its own work") from error
 
-    async def _handle(self, identity: str, request: Request | ProtocolError, sender: Sender) -> None:
+    async def _handle(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
         """Have one request handled, and let its response be sent: a client that reads slowly keeps no handler."""
         try:
             if isinstance(request, ProtocolError):
                 response = error_response(_NO_REQUEST, request)
                 request = _NO_REQUEST
             else:
-                response = await answer(self._call_handler, request)
+                response = await call_handler(self._call_handler, request)
             address = outer_address(request.headers.get("x-forwarded-for", ""))
             if not sender.can_batch(response) and not self._may_send(address):
                 await response.body.aclose()
@@ -5932,56 +5968,58 @@ class Workers:
                 response = error_response(request, busy)
             if sender.can_batch(response):
                 self._batched += 1
-                sender.batch(identity, response, request.method)
+                sender.batch(request_id, response, request.method)
             else:
                 self.sending[address] += 1
-                self.spawn(self._send(identity, response, request.method, sender, address))
+                self.spawn(self._send(request_id, response, request.method, sender, address))
         except Exception:
-            tell_fault()
-            self.done(identity)
+            log_fault()
+            self.done(request_id)
 
     def _may_send(self, address: str) -> bool:
         """Return whether another large response may be sent; one address has half of the places at most."""
         places = self.most_sending
         return self.sending.total() < places and not (address and self.sending[address] >= places // 2)
 
-    async def _send(self, identity: str, response: Response, method: str, sender: Sender, address: str) -> None:
+    async def _send(self, request_id: str, response: Response, method: str, sender: Sender, address: str) -> None:
         """Send one large response."""
         try:
-            await sender.send(identity, response, method)
+            await sender.send(request_id, response, method)
         except Exception:  # a fault in a body: its response broke off, the server goes on
-            tell_fault()
+            log_fault()
         finally:
             self.sending -= Counter((address,))
-            self.done(identity)
+            self.done(request_id)
 
     def ids_from(self, sender: Sender) -> list[str]:
         """Return the ids of the requests that came from the sender's relay and are not answered, MAX_LOST at most."""
         return list(itertools.islice((key for key, value in self.request_ids.items() if value is sender), MAX_LOST))
 
-    def done(self, *identities: str) -> None:
+    def done(self, *request_ids_: str) -> None:
         """Note that requests have been answered."""
-        for identity in identities:
-            self.request_ids.pop(identity, None)
+        for request_id in request_ids_:
+            self.request_ids.pop(request_id, None)
 
-    def batch_done(self, identities: list[str]) -> None:
+    def batch_done(self, request_ids_: list[str]) -> None:
         """Note that a batch of small responses has been sent."""
-        self._batched -= len(identities)
-        self.done(*identities)
+        self._batched -= len(request_ids_)
+        self.done(*request_ids_)
         self._look_for_room()
 
 
 class Sender:
     """Sends responses to one relay: P5 and P7."""
 
-    def __init__(self, client: Client, name: str, key: str, workers: Workers, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, client: HTTPClient, name: str, key: str, workers: Workers, log_line: Callable[[str], None]
+    ) -> None:
         self.client = client
         self.name = name
-        self.original = False  # the relay speaks the original's form
+        self.rust_relay = False  # the relay speaks the original's form
         self.most_batches = 1  # under way at once
         self._key = key
         self._workers = workers
-        self._tell = tell
+        self._log_change = log_line
         self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach the relay
         self.on_loss: Callable[[], object] = int
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
@@ -5989,17 +6027,17 @@ class Sender:
 
     def can_batch(self, response: Response) -> bool:
         """Return whether a response is small enough to leave together with others."""
-        small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_IN_BATCH
-        return small and not (self.client.pace or self.original)
+        small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_BATCHED_BODY
+        return small and not (self.client.limiter or self.rust_relay)
 
-    def batch(self, identity: str, response: Response, method: str) -> None:
+    def batch(self, request_id: str, response: Response, method: str) -> None:
         """Let a small response leave with those that have gathered while the last batch was under way."""
         assert isinstance(response.body, BytesBody)
         body = response.body.data if has_body(method, response.status) else b""
         try:
-            self._batch.append((identity, pack_batched(identity, response, body)))
+            self._batch.append((request_id, pack_batched(request_id, response, body)))
         except ProtocolError as error:  # a field that cannot be sent
-            self.batch(identity, error_response(_NO_REQUEST, error), method)
+            self.batch(request_id, error_response(_NO_REQUEST, error), method)
         if self._sending < self.most_batches:
             self._sending += 1
             self._workers.spawn(self._send_batches())
@@ -6008,48 +6046,48 @@ class Sender:
         """Post what has gathered, until nothing has."""
         try:
             while self._batch:
-                identities: list[str] = []
+                request_ids_: list[str] = []
                 pieces: list[bytes] = []
                 size = 0
                 while self._batch and (not pieces or size + len(self._batch[0][1]) <= MAX_BATCH_BYTES):
-                    identity, piece = self._batch.popleft()
-                    identities.append(identity)
+                    request_id, piece = self._batch.popleft()
+                    request_ids_.append(request_id)
                     pieces.append(piece)
                     size += len(piece)
                 try:
-                    await self._post(identities, f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
+                    await self._post(request_ids_, f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
                 finally:
-                    self._workers.batch_done(identities)
+                    self._workers.batch_done(request_ids_)
         finally:
             self._sending -= 1
 
-    async def send(self, identity: str, response: Response, method: str) -> None:
+    async def send(self, request_id: str, response: Response, method: str) -> None:
         """P5 and P7: send a response to the relay; its body is closed in the end."""
         body = response.body
         try:
-            if self.original:
-                head, kind = b"", (ORIGINAL_FIELD, pack_original_response(response))
+            if self.rust_relay:
+                head, kind = b"", (RUST_FIELD, pack_rust_response(response))
             else:
                 head, kind = pack_response_head(response), ("Content-Type", RESPONSE_TYPE)
         except ProtocolError as error:  # a field that cannot be sent
             await body.aclose()
-            await self.send(identity, error_response(_NO_REQUEST, error), method)
+            await self.send(request_id, error_response(_NO_REQUEST, error), method)
             return
         try:
             sent = body if has_body(method, response.status) else EMPTY
-            await self._post([identity], f"http_response/{identity}", head, sent, kind)
+            await self._post([request_id], f"http_response/{request_id}", head, sent, kind)
         finally:
             await body.aclose()
 
     async def _post(
         self,
-        identities: list[str],
+        request_ids_: list[str],
         path: str,
         head: bytes,
         body: Body,
         kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE),
     ) -> None:
-        """Post the responses to `identities`. When they do not get through, the relay is told by the next P1.
+        """Post the responses to `request_ids_`. When they do not get through, the relay is told by the next P1.
 
         Posts once more on a fresh connection when a kept one turns out to be closed. What is whole in memory is
         repeated in any case: a relay that had it passes it over.
@@ -6057,47 +6095,49 @@ class Sender:
         repeatable = isinstance(body, BytesBody | FileBody | MultipartBody)
         delivered = False
         try:
-            stream = self.client.reuse() if repeatable else None
-            again = stream is not None or isinstance(body, BytesBody)
+            connection = self.client.take_idle() if repeatable else None
+            again = connection is not None or isinstance(body, BytesBody)
             while True:
-                stream = stream or await self.client.connect()
+                connection = connection or await self.client.connect()
                 try:
-                    delivered = await self._post_once(stream, path, head, body, kind)
+                    delivered = await self._post_once(connection, path, head, body, kind)
                     return
                 except ConnectionError as error:
-                    if not again or isinstance(error, BrokenBody):
+                    if not again or isinstance(error, IncompleteBody):
                         raise
-                    stream, again = None, False
+                    connection, again = None, False
         except (OSError, ProtocolError) as error:
-            self._tell(f"P5 broke off: {describe(error)}")
+            self._log_change(f"P5 broke off: {format_error(error)}")
         finally:
-            if not (delivered or self.original):
-                self.lost.extend(identities)
+            if not (delivered or self.rust_relay):
+                self.lost.extend(request_ids_)
                 self.on_loss()
 
-    async def _post_once(self, stream: Stream, path: str, head: bytes, body: Body, kind: tuple[str, str]) -> bool:
+    async def _post_once(
+        self, connection: Connection, path: str, head: bytes, body: Body, kind: tuple[str, str]
+    ) -> bool:
         """Post on this connection; return whether it got through, and say who refused it if not."""
         try:
             fields = [("X-ApiKey", self._key), kind]
-            status, headers = await self.client.post(BACKEND + path, fields, head, body, stream)
+            status, headers = await self.client.post(BACKEND + path, fields, head, body, connection)
         except BaseException:
-            self.client.drop(stream)
+            self.client.discard(connection)
             raise
-        self.client.give(stream)
-        if status in (200, 410) or self.original and status == 400:  # 400 there: nobody waits for it
+        self.client.release(connection)
+        if status in (200, 410) or self.rust_relay and status == 400:  # 400 there: nobody waits for it
             return True
         who = headers.get("server", "the relay, or a proxy in front of it")[:60]
-        self._tell(f"P5 was refused: {who} answers {status}{_REFUSALS.get(status, '')}")
+        self._log_change(f"P5 was refused: {who} answers {status}{_REFUSALS.get(status, '')}")
         return False
 
     async def probe(self) -> float:
         """Post an empty batch, which shows whether POST gets through; return the seconds that it took."""
-        async with asyncio.timeout(P1_TIME):
-            stream = self.client.reuse() or await self.client.connect()
+        async with asyncio.timeout(P1_TIMEOUT):
+            connection = self.client.take_idle() or await self.client.connect()
             loop = asyncio.get_running_loop()
             began = loop.time()
             kind = ("Content-Type", RESPONSE_TYPE)
-            await self._post_once(stream, f"http_responses/{self.name}", b"", EMPTY, kind)
+            await self._post_once(connection, f"http_responses/{self.name}", b"", EMPTY, kind)
             return loop.time() - began
 
 
@@ -6119,19 +6159,19 @@ class FetchedBody(Body):
 
     complete = False
 
-    def __init__(self, client: Client, key: str, identity: str, length: int | None) -> None:
+    def __init__(self, client: HTTPClient, key: str, request_id: str, length: int | None) -> None:
         self._client = client
         self._request = Request(
-            "GET", f"{BACKEND}http_request/{identity}", Headers([("X-ApiKey", key), ("Accept", "*/*"), USER_AGENT])
+            "GET", f"{BACKEND}http_request/{request_id}", Headers([("X-ApiKey", key), ("Accept", "*/*"), USER_AGENT])
         )
         self.length = length
 
     async def _fetch(self) -> Response:
-        """Ask the relay for the body; BrokenBody when it does not have it any more."""
-        response = await self._client.handle(self._request, timeout=P1_TIME)
+        """Ask the relay for the body; IncompleteBody when it does not have it any more."""
+        response = await self._client.handle(self._request, timeout=P1_TIMEOUT)
         if response.status != 200 or response.body.length != self.length:
             await response.body.aclose()
-            raise BrokenBody(f"the relay answers {response.status} to a request for a body")
+            raise IncompleteBody(f"the relay answers {response.status} to a request for a body")
         return response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -6155,7 +6195,7 @@ class FetchedBody(Body):
 class Link:
     """Attends to one relay: says hello, and asks it for requests by P1."""
 
-    def __init__(self, client: Client, name: str, key: str, workers: Workers) -> None:
+    def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers) -> None:
         self.client = client
         self.name = name
         self.connected = asyncio.Event()
@@ -6164,12 +6204,12 @@ class Link:
         self._workers = workers
         self._spawn = workers.spawn
         self._stopping = workers.stopping
-        self._parked: set[Stream] = set()  # P1 that wait for their answer
-        self._told = ""
+        self._parked: set[Connection] = set()  # P1 that wait for their answer
+        self._last_logged = ""
         self._host = ""  # a host of this server's own at the relay
         self._most_polls = 0  # listeners
         self._reporting = False
-        self._sender = Sender(client, name, key, workers, self._tell)
+        self._sender = Sender(client, name, key, workers, self._log_change)
         self._sender.on_loss = self._report
 
     async def run(self) -> None:
@@ -6186,21 +6226,23 @@ class Link:
                     began = loop.time()
                     self._most_polls = 0
                     self._set_distance(took, failure)
-                    if not self._sender.original:
+                    if not self._sender.rust_relay:
                         self._spawn(self._look(took, failure))
                     error = await self._unless_stopped(failure)
                     if loop.time() - began > BACKOFF_MAX:  # it was good for a while, not just for a hello
                         backoff = BACKOFF_MIN
                     raise error
                 except Refused as error:
-                    self._tell(
+                    self._log_change(
                         self._registration_needed()
                         if isinstance(error, KeyRefused)
-                        else f"{error}; trying again every {REFUSED_TIME:.0f} seconds"
+                        else f"{error}; trying again every {REFUSED_DELAY:.0f} seconds"
                     )
-                    pause = REFUSED_TIME
+                    pause = REFUSED_DELAY
                 except (OSError, ProtocolError) as error:
-                    self._tell(f"no connection to {self.client.origin.authority}: {describe(error)}; trying again")
+                    self._log_change(
+                        f"no connection to {self.client.origin.authority}: {format_error(error)}; trying again"
+                    )
                     pause = backoff * random.uniform(0.5, 0.95)
                     backoff = min(backoff * 2, BACKOFF_MAX)
                 self.connected.clear()
@@ -6210,28 +6252,29 @@ class Link:
 
     def leave(self) -> None:
         """Ask for nothing more: the relay takes the half-close for that, and a P3 that is on its way still arrives."""
-        for stream in list(self._parked):
-            if stream.writer.can_write_eof():
-                stream.writer.write_eof()
+        for connection in list(self._parked):
+            if connection.writer.can_write_eof():
+                connection.writer.write_eof()
             else:
-                stream.transport.abort()
+                connection.transport.abort()
 
     def abort_polls(self) -> None:
         """End the P1 that are still open: a proxy on the way does not pass a half-close on."""
-        for stream in list(self._parked):
-            stream.transport.abort()
+        for connection in list(self._parked):
+            connection.transport.abort()
 
-    def _tell(self, line: str) -> None:
+    def _log_change(self, line: str) -> None:
         """Tell the operator, once for each change."""
-        if line != self._told:
-            self._told = line
+        if line != self._last_logged:
+            self._last_logged = line
             for part in f"ptth server: {line}".split("\n"):
-                tell(part)
+                log_line(part)
 
     def _registration_needed(self) -> str:
         return (
             f"the relay refuses the name {self.name} with this key (401). If the key is right, add this to the relay's "
-            f"ptth_relay.toml and restart it, or send it SIGHUP; trying again:\n{registration(self.name, self._key)}"
+            f"ptth_relay.toml and restart it, or send it SIGHUP; trying again:\n"
+            f"{format_server_block(self.name, self._key)}"
         )
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T:
@@ -6252,15 +6295,15 @@ class Link:
     async def _connect(self) -> float:
         """Say hello by a P1 that does not wait; return the seconds that it took, without connecting."""
         loop = asyncio.get_running_loop()
-        stream = await self.client.connect()
+        connection = await self.client.connect()
         started = loop.time()
-        await self._poll(stream, 0)
+        await self._poll(connection, 0)
         took = loop.time() - started
         origin = self.client.origin
         url = f"{origin.url}/frontend/servers/{self.name}/"
         if self._host:
             url = origin._replace(host=self._host, path="").url + "/"
-        self._tell(f"connected to the relay at {origin.authority} as {self.name}; open {url}")
+        self._log_change(f"connected to the relay at {origin.authority} as {self.name}; open {url}")
         self.connected.set()
         return took
 
@@ -6269,24 +6312,24 @@ class Link:
 
         The shortest of several round trips counts: one alone may have met a busy moment. `took` is the first.
         """
-        samples = 1 if took < NEAR else SAMPLES
+        samples = 1 if took < NEAR_ROUND_TRIP else SAMPLES
         try:
             while not failure.done():
                 try:
                     for _ in range(samples):
                         took = min(took, await self._unless_stopped(self._sender.probe()))
                 except (OSError, ProtocolError) as error:
-                    self._tell(f"cannot post to {self.client.origin.authority}: {describe(error)}")
+                    self._log_change(f"cannot post to {self.client.origin.authority}: {format_error(error)}")
                 if took < math.inf:
                     self._set_distance(took, failure)
-                await self._unless_stopped(asyncio.wait({failure}, timeout=LOOK_TIME))
+                await self._unless_stopped(asyncio.wait({failure}, timeout=MEASURE_INTERVAL))
                 took, samples = math.inf, SAMPLES
         except _Stopped:
             pass
 
     def _set_distance(self, took: float, failure: asyncio.Future[Exception]) -> None:
         """Ask a near relay by one P1, a far one by several; an original relay answers an older P1 with 500."""
-        one_by_one = took < NEAR or self._sender.original
+        one_by_one = took < NEAR_ROUND_TRIP or self._sender.rust_relay
         self._sender.most_batches = 1 if one_by_one else FAR_BATCHES
         before, self._most_polls = self._most_polls, 1 if one_by_one else FAR_P1
         for number in range(before, self._most_polls):
@@ -6302,7 +6345,7 @@ class Link:
         """Send such P1 until there is nothing to say; after a failure the next hello says it."""
         try:
             while self._sender.lost and not self._stopping.is_set():
-                await self._poll_again(self.client.reuse(), 1)
+                await self._poll_again(self.client.take_idle(), 1)
         except (OSError, ProtocolError, Refused):
             pass
         finally:
@@ -6315,9 +6358,9 @@ class Link:
             brought = False
             while number < self._most_polls and not (failure.done() or self._stopping.is_set()):
                 # What brought requests stays free for their responses: it is alive, a new one costs a round trip.
-                stream = self.client.reuse(oldest=True) if self.client.spare > brought else None
+                connection = self.client.take_idle(oldest=True) if self.client.idle_count > brought else None
                 started = loop.time()
-                brought = await self._poll_again(stream, WAIT_TIME)
+                brought = await self._poll_again(connection, POLL_WAIT)
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
                     raise ConnectionError("the relay answers at once and with nothing")
                 await self._workers.room.wait()
@@ -6325,20 +6368,20 @@ class Link:
             if not failure.done():
                 failure.set_result(error)
 
-    async def _poll_again(self, stream: Stream | None, wait: float) -> bool:
+    async def _poll_again(self, connection: Connection | None, wait: float) -> bool:
         """Send a P1 on a kept connection, and on a new one if that turns out to be closed."""
-        if stream is not None:
+        if connection is not None:
             try:
-                return await self._poll(stream, wait)
+                return await self._poll(connection, wait)
             except ConnectionError:
                 if self._stopping.is_set():
                     return False
         return await self._poll(await self.client.connect(), wait)
 
-    async def _poll(self, stream: Stream, wait: float) -> bool:
+    async def _poll(self, connection: Connection, wait: float) -> bool:
         """P1 and P3: ask the relay, take what it has; return whether that was something."""
         if self._stopping.is_set():
-            self.client.drop(stream)
+            self.client.discard(connection)
             return False
         fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
         fields += [("PTTH-Instance", self._instance), FEATURES]
@@ -6348,40 +6391,40 @@ class Link:
         at_work = [] if wait else self._workers.ids_from(self._sender)
         if at_work:
             fields.append(("PTTH-At-Work", ", ".join(at_work)))
-        self._parked.add(stream)
+        self._parked.add(connection)
         try:
-            await stream.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
-            status, headers = await stream.read_response_head(P1_TIME)
-            self._sender.original = check_listen_answer(status, headers, self.client)
+            await connection.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
+            status, headers = await connection.read_response_head(P1_TIMEOUT)
+            self._sender.rust_relay = check_p3(status, headers, self.client)
             self._host = headers.get("ptth-host", "")
-            limit = MAX_ORIGINAL if self._sender.original else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
-            body = b"" if status == 204 else await self.client.read_body(stream, headers, limit)
+            limit = MAX_RUST if self._sender.rust_relay else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
+            body = b"" if status == 204 else await self.client.read_body(connection, headers, limit)
             self.accept(body)
         except BaseException:
             self._sender.lost.extend(lost)
-            self.client.drop(stream)
+            self.client.discard(connection)
             raise
         finally:
-            self._parked.discard(stream)
+            self._parked.discard(connection)
         if self._stopping.is_set():
-            stream.closing = True  # our side of it is closed
-        self.client.give(stream)
+            connection.must_close = True  # our side of it is closed
+        self.client.release(connection)
         return bool(body)
 
     def accept(self, data: bytes) -> None:
         """P3: let its requests be handled."""
-        original = self._sender.original and data
+        original = self._sender.rust_relay and data
         fetch = functools.partial(FetchedBody, self.client, self._key)
-        for identity, request in unpack_original_requests(data) if original else unpack_requests(data, fetch):
-            if identity in self._sender.lost:  # offered again before the relay was told: this time it may get through
-                self._sender.lost.remove(identity)
-            self._workers.add(identity, request, self._sender)
+        for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, fetch):
+            if request_id in self._sender.lost:  # offered again before the relay was told: this time it may get through
+                self._sender.lost.remove(request_id)
+            self._workers.add(request_id, request, self._sender)
 
 
-class Server:
+class TunnelServer:
     """Serves a handler through a relay: `run` until `stop`."""
 
-    def __init__(self, client: Client, name: str, key: str, handler: Handler) -> None:
+    def __init__(self, client: HTTPClient, name: str, key: str, handler: Handler) -> None:
         self.client = client
         self.workers = Workers(handler)
         self.link = Link(client, name, key, self.workers)
@@ -6401,11 +6444,11 @@ class Server:
             self.client.close()
             self._ended.set()
 
-    async def stop(self, grace: float = GRACE_TIME) -> None:
+    async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Ask for nothing more, and let what is under way finish for `grace` seconds; ends `run`."""
         self.workers.stopping.set()
         self.link.leave()
-        first = min(grace, LINGER_TIME)
+        first = min(grace, LINGER_TIMEOUT)
         await self._wait_for_the_end(first)
         self.link.abort_polls()
         if not await self._wait_for_the_end(grace - first):
@@ -6433,7 +6476,7 @@ class _Stopped(Exception):
     """The server has been asked to stop."""
 
 
-def check_listen_answer(status: int, headers: Headers, client: Client) -> bool:
+def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
     """Return whether this P3 is the original's; otherwise raise KeyRefused, Refused or ConnectionError, saying why."""
     kind = headers.get("content-type", "")
     if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
@@ -6468,12 +6511,12 @@ _NO_RELAY = {
 }
 
 
-def _redirect_advice(origin: Origin, headers: Headers) -> str:
+def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
     """Say which relay_url a redirect of P1 means, if any."""
     try:
         target = urllib.parse.urljoin(f"{origin.url}{BACKEND}http_listen/", headers["location"])
         base, ours, _ = re.split(r"[?#]", target)[0].partition(f"{BACKEND}http_listen/")
-        there = parse_origin(base)
+        there = parse_base_url(base)
     except (KeyError, ValueError):
         return "it has no Location that can be used; a captive portal?"
     if there == origin and ours:
@@ -6487,7 +6530,7 @@ def _redirect_advice(origin: Origin, headers: Headers) -> str:
     return f"to {there.url[:200]}, where no relay is to be expected; a login page, or a captive portal?"
 
 
-def registration(name: str, key: str) -> str:
+def format_server_block(name: str, key: str) -> str:
     """Return the block that registers a server at its relay: valid TOML."""
     return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
 
@@ -6496,7 +6539,7 @@ def registration(name: str, key: str) -> str:
 # TOML to dataclasses. All that is wrong with a file is said at once.
 
 
-NOWHERE = Origin(False, "", 0, "")
+NO_URL = BaseURL(False, "", 0, "")
 
 
 @dataclass
@@ -6513,12 +6556,12 @@ class ServerConfig:
     throttle_upload: int = 0  # bytes per second; 0 is no limit
     proxy_url: str = ""
     site: SiteOptions = SiteOptions()
-    origin: Origin = NOWHERE  # the relay's
+    origin: BaseURL = NO_URL  # the relay's
     proxy: ForwardProxy | None = None  # on the way there
-    app_origin: Origin = NOWHERE
+    app_url: BaseURL = NO_URL
 
 
-class Table:
+class TOMLTable:
     """A TOML table that is being read: gives values out by name and type, and notes what is wrong with it."""
 
     def __init__(self, values: dict[str, object], where: str, problems: list[str]) -> None:
@@ -6572,13 +6615,15 @@ class Table:
         self.problem(f"{key} must be true or false")
         return default
 
-    def tables(self, key: str) -> list[Table]:
+    def tables(self, key: str) -> list[TOMLTable]:
         """Return the tables of an array of tables."""
         values = self.values.get(key, [])
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             self.problem(f"{key} must be written as [[{key}]] blocks")
             return []
-        return [Table(value, f"{self.where}, [[{key}]] number {i}", self.problems) for i, value in enumerate(values, 1)]
+        return [
+            TOMLTable(value, f"{self.where}, [[{key}]] number {i}", self.problems) for i, value in enumerate(values, 1)
+        ]
 
     def allow_only(self, keys: Iterable[str]) -> None:
         """Note every unknown key, with the known one that is nearest."""
@@ -6605,7 +6650,7 @@ def read_toml(path: str, how: str) -> dict[str, object]:
     except FileNotFoundError:
         raise UserError(f"there is no {path}; {how}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {describe(error)}") from None
+        raise UserError(f"cannot read {path}: {format_error(error)}") from None
     except ValueError:
         raise UserError(f"cannot read {path!r}: no path holds a NUL") from None
     try:
@@ -6665,7 +6710,7 @@ def load_relay_config(path: str) -> RelayConfig:
     """Read ptth_relay.toml; UserError with a line for each thing that is wrong."""
     values = read_toml(path, "it needs a [[servers]] block from each `ptth.py server --print-tripcode`")
     problems: list[str] = []
-    table = Table(values, path, problems)
+    table = TOMLTable(values, path, problems)
     if "server_tripcodes" in values:
         table.problem(
             "the table [server_tripcodes] is an old form; write for each server a block of these lines: "
@@ -6673,7 +6718,7 @@ def load_relay_config(path: str) -> RelayConfig:
         )
     table.allow_only([*(field.name for field in fields(RelayConfig)), *({"server_tripcodes"} & values.keys())])
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
-    config.response_timeout = table.number("response_timeout", int(ANSWER_TIME), 1, 86400)
+    config.response_timeout = table.number("response_timeout", int(RESPONSE_TIMEOUT), 1, 86400)
     config.domain = read_host(table, "domain")
     config.trusted_proxies = read_networks(table)
     config.news_url = table.text("news_url")
@@ -6694,7 +6739,7 @@ def load_relay_config(path: str) -> RelayConfig:
     return config
 
 
-def read_host(table: Table, key: str) -> str:
+def read_host(table: TOMLTable, key: str) -> str:
     """Return a host name in lower case, or ""."""
     host = table.text(key).lower().removesuffix(".")
     if host and not (re.fullmatch(r"[a-z0-9.-]+", host) and is_host(host)):
@@ -6702,7 +6747,7 @@ def read_host(table: Table, key: str) -> str:
     return host
 
 
-def read_networks(table: Table) -> list[str]:
+def read_networks(table: TOMLTable) -> list[str]:
     """Return trusted_proxies: addresses and networks."""
     import ipaddress
 
@@ -6716,7 +6761,7 @@ def read_networks(table: Table) -> list[str]:
     return [str(network) for network in networks] if isinstance(networks, list) else []
 
 
-def check_hosts(config: RelayConfig, table: Table) -> None:
+def check_hosts(config: RelayConfig, table: TOMLTable) -> None:
     """Note hosts that two servers, or a server and the relay, would have."""
     owners = {config.domain: "the relay itself"} if config.domain else {}
     for entry in config.servers:
@@ -6726,7 +6771,7 @@ def check_hosts(config: RelayConfig, table: Table) -> None:
             owners[host] = entry.name
 
 
-def read_server_entry(block: Table, names: set[str]) -> ServerEntry:
+def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
     """Read one [[servers]] block, whose name may not be one of `names`, and add it to them."""
     block.allow_only(["name", "tripcode", "display_name", "sandbox", "host"])
     name, code = block.text("name"), block.text("tripcode")
@@ -6741,7 +6786,7 @@ def read_server_entry(block: Table, names: set[str]) -> ServerEntry:
     return ServerEntry(name, code, block.text("display_name"), sandbox, host)
 
 
-def read_scraper_key(block: Table, names: set[str]) -> ScraperKey:
+def read_scraper_key(block: TOMLTable, names: set[str]) -> ScraperKey:
     """Read one [[scraper_keys]] block, whose name may not be one of `names`, and add it to them.
 
     A key lives 30 days at most, so that a stolen one is of use for no longer.
@@ -6756,8 +6801,8 @@ def read_scraper_key(block: Table, names: set[str]) -> ScraperKey:
     if block.is_text("hash") and not is_tripcode(key.hash):
         block.problem("hash must be what `ptth.py relay --new-scraper-key NAME` prints, 44 characters that end in =")
     span = key.not_after - key.not_before
-    if span < 0 or span > SCRAPER_DAYS * 86400:
-        block.problem(f"from not_before to not_after must be 0 to {SCRAPER_DAYS} days")
+    if span < 0 or span > MAX_SCRAPER_DAYS * 86400:
+        block.problem(f"from not_before to not_after must be 0 to {MAX_SCRAPER_DAYS} days")
     return key
 
 
@@ -6769,7 +6814,7 @@ def is_tripcode(text: str) -> bool:
         return False
 
 
-def check_secrecy(path: str, table: Table) -> None:
+def check_secrecy(path: str, table: TOMLTable) -> None:
     """Note when others can read or change a file that holds a secret.
 
     A secrets mount of a container shows its files to all, and nobody can change that: they are accepted.
@@ -6781,12 +6826,12 @@ def check_secrecy(path: str, table: Table) -> None:
     foreign = facts.st_uid != os.geteuid() and not facts.st_mode & 0o222
     mounted = not facts.st_mode & 0o022 and os.statvfs(path).f_flag & os.ST_RDONLY
     if foreign or mounted:
-        tell(f"ptth server: others can read {path} (mode {mode}); accepted, since a secrets mount looks like that")
+        log_line(f"ptth server: others can read {path} (mode {mode}); accepted, since a secrets mount looks like that")
     else:
         table.problem(f"holds a secret and has mode {mode}, others can read it; do: chmod 600 {path}")
 
 
-def find_key(table: Table) -> str:
+def find_key(table: TOMLTable) -> str:
     """Return the API key: the file's, or else the environment's."""
     key, where = table.text("api_key"), "api_key"
     if not key:
@@ -6808,17 +6853,17 @@ def load_server_config(
     """
     problems: list[str] = []
     if optional and os.environ.get("PTTH_API_KEY") and not os.path.exists(path):
-        table = Table({}, path, problems)
+        table = TOMLTable({}, path, problems)
     else:
         how = f"make one with: (umask 077; python3 ptth.py server --new-key > {path})"
-        table = Table(read_toml(path, how), path, problems)
+        table = TOMLTable(read_toml(path, how), path, problems)
         check_secrecy(path, table)
     values = table.values
     site_keys = ("auth", "hidden", "follow_symlinks", "listing", "cors", "headers")
     own_keys = ("name", "api_key", "relay_url", "file_server_root", "app", "app_host", "throttle_upload", "proxy_url")
     table.allow_only([*own_keys, *site_keys])
     if isinstance(values.get("throttle_upload"), bool) and values.pop("throttle_upload"):
-        tell(f"ptth server: {path}: throttle_upload = true sets no limit here; give a number of bytes per second")
+        log_line(f"ptth server: {path}: throttle_upload = true sets no limit here; give a number of bytes per second")
     values.update(flags)
     config = ServerConfig(
         path,
@@ -6851,7 +6896,7 @@ def load_server_config(
     return config
 
 
-def read_content(config: ServerConfig, table: Table) -> None:
+def read_content(config: ServerConfig, table: TOMLTable) -> None:
     """Check what is served: a directory or an app."""
     if not config.app:
         try:
@@ -6865,19 +6910,19 @@ def read_content(config: ServerConfig, table: Table) -> None:
             "a second server with a name of its own"
         )
     try:
-        config.app_origin = parse_app(config.app)
+        config.app_url = parse_app(config.app)
         if config.app_host not in ("auto", "public", "local") and not is_host(config.app_host or ":"):
             raise ValueError('app_host must be "auto", "public", "local" or a host')
     except ValueError as error:
         table.problem(f"app cannot be used: {error}; for example 3000, http://127.0.0.1:3000 or unix:/run/app.sock")
 
 
-def parse_relay_url(url: str) -> Origin:
+def parse_relay_url(url: str) -> BaseURL:
     """Parse relay_url, with or without the path of the backend API; ValueError."""
     if not url:
         raise ValueError('is missing: set relay_url = "https://..." or give --relay-url')
     try:
-        origin = parse_origin(url)
+        origin = parse_base_url(url)
     except ValueError as error:
         shown = "" if re.search("[@?#]", url) else f"= {url!r} "  # a URL may hold a password
         advice = str(error)
@@ -6887,7 +6932,7 @@ def parse_relay_url(url: str) -> Origin:
     return origin._replace(path=origin.path.removesuffix(BACKEND.rstrip("/")))
 
 
-def read_site(table: Table) -> SiteOptions:
+def read_site(table: TOMLTable) -> SiteOptions:
     """Read the keys that say how the directory is served."""
     flags = {key: table.flag(key, default) for key, default in (("hidden", False), ("listing", True), ("cors", False))}
     lines = table.values.get("headers", [])
@@ -6944,7 +6989,7 @@ def check_root(root: str, how: str) -> str:
     try:
         path = os.path.abspath(root)
     except OSError as error:
-        why = f"the directory that this was started in cannot be found: {describe(error)}"
+        why = f"the directory that this was started in cannot be found: {format_error(error)}"
         raise UserError(f"{why}; start it in another one, or name the directory to serve by its whole path") from None
     if not root:
         root = path
@@ -6955,7 +7000,7 @@ def check_root(root: str, how: str) -> str:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         is_directory = False
     except OSError as error:
-        raise UserError(f"cannot serve {root}: {describe(error)}") from None
+        raise UserError(f"cannot serve {root}: {format_error(error)}") from None
     if not is_directory:
         hint = f"; for a port give --port {root}" if root.isdigit() else ""
         if not root.isprintable():
@@ -6968,18 +7013,18 @@ def check_root(root: str, how: str) -> str:
 # What people type, and what they are told.
 
 
-def hand_out(text: str) -> None:
+def print_output(text: str) -> None:
     """Write on stdout what was asked for; UserError when that is not possible."""
     try:
         os.write(1, f"{text}\n".encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise UserError(f"cannot write to stdout: {describe(error)}") from None
+        raise UserError(f"cannot write to stdout: {format_error(error)}") from None
 
 
-def announce(line: str) -> None:
+def print_ready(line: str) -> None:
     """Write a line on stdout for who waits for it; a closed stdout stops nothing."""
     try:
-        hand_out(line)
+        print_output(line)
     except UserError:
         pass
 
@@ -7011,10 +7056,10 @@ def open_socket(bind: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         hint = _NOT_LISTENING.get(getattr(error, "errno", 0), "--bind takes a name or an address, without a port")
         place = f"{bracket(host)}:{port}" if bind else f"port {port}"
-        raise UserError(f"cannot listen on {place}: {describe(error).lower()}; {hint}") from None
+        raise UserError(f"cannot listen on {place}: {format_error(error).lower()}; {hint}") from None
 
 
-def urls(sock: socket.socket, scheme: str = "http") -> list[str]:
+def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
     """Return the URLs at which a listening socket answers, the one for this machine first."""
     host, port, *more = sock.getsockname()
     hosts = [host]
@@ -7088,7 +7133,7 @@ async def run_file_server(args: argparse.Namespace) -> None:
     sock = open_socket(args.bind, args.port)
     stop = stop_event(functools.partial(reload_certificate, tls, args.tls_cert, args.tls_key))
     await server.listen(sock)
-    announce(f"Serving {os.path.realpath(root)} at {' '.join(urls(sock, 'https' if tls else 'http'))}")
+    print_ready(f"Serving {os.path.realpath(root)} at {' '.join(listening_urls(sock, 'https' if tls else 'http'))}")
     await stop.wait()
     await server.stop()
 
@@ -7116,7 +7161,7 @@ def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None
     try:
         context.load_cert_chain(cert, key, refuse)
     except (OSError, ValueError) as error:
-        why = _why_no_certificate(error, cert, key) if isinstance(error, ssl.SSLError) else describe(error)
+        why = _why_no_certificate(error, cert, key) if isinstance(error, ssl.SSLError) else format_error(error)
         raise UserError(f"cannot use {cert}{' with ' + key if key else ''}: {why}", status=2) from None
     return context
 
@@ -7139,12 +7184,12 @@ def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
 def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | None) -> None:
     """Load the certificate again, for new connections; a broken one changes nothing."""
     if not context:
-        tell("ptth file-server: there is nothing to read again; what its flags say changes with a restart only")
+        log_line("ptth file-server: there is nothing to read again; what its flags say changes with a restart only")
         return
     try:
         fresh = load_certificate(cert, key)
     except UserError as error:
-        tell(f"ptth file-server: keeping the old certificate: {error}")
+        log_line(f"ptth file-server: keeping the old certificate: {error}")
         return
 
     def use_fresh(connection: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
@@ -7154,7 +7199,7 @@ def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | Non
     # Loading into `context` itself would leave a half-changed one behind a failure, and the old one beside one of
     # another kind of key.
     context.sni_callback = use_fresh
-    tell(f"ptth file-server: loaded {cert} again")
+    log_line(f"ptth file-server: loaded {cert} again")
 
 
 async def run_relay(args: argparse.Namespace) -> None:
@@ -7165,7 +7210,7 @@ async def run_relay(args: argparse.Namespace) -> None:
     path = find_config(args.config, "ptth_relay.toml")
     if args.config is None and not os.path.exists(path):
         config = RelayConfig()
-        tell("ptth relay: there is no ptth_relay.toml, so no server is registered")
+        log_line("ptth relay: there is no ptth_relay.toml, so no server is registered")
     else:
         config = load_relay_config(path)
     if args.domain is not None:
@@ -7174,10 +7219,10 @@ async def run_relay(args: argparse.Namespace) -> None:
     relay = Relay(config)
     log = None if args.quiet else AccessLog(relay.client_address)
     server = HTTPServer(relay.handle, takes_bodies=True, log=log)
-    relay.connections = lambda: len(server.streams)
+    relay.connection_count = lambda: len(server.connections)
     stop = stop_event(functools.partial(reload, relay, path, args.domain))
     await server.listen(sock)
-    announce(f"PTTH relay for {count_of(len(config.servers), 'server')} at {' '.join(urls(sock))}")
+    print_ready(f"PTTH relay for {format_count(len(config.servers), 'server')} at {' '.join(listening_urls(sock))}")
     await stop.wait()
     await stop_relay(relay, server)
 
@@ -7187,15 +7232,15 @@ def reload(relay: Relay, path: str, domain: str | None) -> None:
     try:
         config = load_relay_config(path)
     except UserError as error:
-        tell(f"ptth relay: keeping the old configuration: {'; '.join(error.args)}")
+        log_line(f"ptth relay: keeping the old configuration: {'; '.join(error.args)}")
         return
     if domain is not None:
         config.domain = relay.config.domain
     if (config.port, config.bind) != (relay.config.port, relay.config.bind):
-        tell("ptth relay: port and bind change with a restart only")
+        log_line("ptth relay: port and bind change with a restart only")
     relay.configure(config)
-    counts = count_of(len(config.servers), "server"), count_of(len(config.scraper_keys), "scraper key")
-    tell(f"ptth relay: read {path} again: {', '.join(counts)}")
+    counts = format_count(len(config.servers), "server"), format_count(len(config.scraper_keys), "scraper key")
+    log_line(f"ptth relay: read {path} again: {', '.join(counts)}")
 
 
 def print_scraper_key(name: str) -> None:
@@ -7206,16 +7251,16 @@ def print_scraper_key(name: str) -> None:
         raise UserError(f"{name!r} {NAME_RULE}", status=2)
     key = secrets.token_urlsafe(32)
     now = time.time()
-    hand_out(
+    print_output(
         f'[[scraper_keys]]\nname = "{name}"\nhash = "{tripcode(key)}"\n'
-        f"not_before = {format_time(now)}\nnot_after = {format_time(now + SCRAPER_DAYS * 86400)}"
+        f"not_before = {format_time(now)}\nnot_after = {format_time(now + MAX_SCRAPER_DAYS * 86400)}"
     )
-    tell(f"X-ApiKey: {key}")
+    log_line(f"X-ApiKey: {key}")
 
 
 async def stop_relay(relay: Relay, server: HTTPServer) -> None:
-    """Stop taking work, then the rest: GRACE_TIME for both together."""
-    end = asyncio.get_running_loop().time() + GRACE_TIME
+    """Stop taking work, then the rest: GRACE_PERIOD for both together."""
+    end = asyncio.get_running_loop().time() + GRACE_PERIOD
     await relay.stop()
     await server.stop(end - asyncio.get_running_loop().time())
 
@@ -7223,7 +7268,7 @@ async def stop_relay(relay: Relay, server: HTTPServer) -> None:
 async def run_server(args: argparse.Namespace) -> None:
     """Serve a directory through a relay until a signal, or print the tripcode."""
     if args.new_key:
-        print_server_key(args.name or "my-server", args.relay_url or "https://relay.example.com")
+        print_server_config(args.name or "my-server", args.relay_url or "https://relay.example.com")
         return
     flags = {
         key: value
@@ -7234,13 +7279,13 @@ async def run_server(args: argparse.Namespace) -> None:
     load = functools.partial(load_server_config, path, flags, optional=args.config is None)
     config = load(to_connect=not args.print_tripcode)
     if args.print_tripcode:
-        hand_out(registration(config.name, config.api_key))
+        print_output(format_server_block(config.name, config.api_key))
         return
-    pace = Pace(config.throttle_upload) if config.throttle_upload else None
-    client = Client(config.origin, config.proxy, pace)
-    server = Server(client, config.name, config.api_key, make_content(config))
+    limiter = RateLimiter(config.throttle_upload) if config.throttle_upload else None
+    client = HTTPClient(config.origin, config.proxy, limiter)
+    server = TunnelServer(client, config.name, config.api_key, make_content(config))
     stop = stop_event(functools.partial(reload_server, server, config, load))
-    announce(f"PTTH server {config.name}: serving {describe_content(config)}")
+    print_ready(f"PTTH server {config.name}: serving {describe_content(config)}")
     running = asyncio.create_task(server.run())
     await wait_for_any(stop.wait(), running)
     await server.stop()
@@ -7250,7 +7295,9 @@ async def run_server(args: argparse.Namespace) -> None:
 def make_content(config: ServerConfig, command: str = "server") -> Handler:
     """Return the handler for what `ptth server` serves, by its configuration."""
     if config.app:
-        return guard(App(Client(config.app_origin), config.app_host).handle, config.site, config.name, app=True)
+        return with_site_options(
+            App(HTTPClient(config.app_url), config.app_host).handle, config.site, config.name, app=True
+        )
     private = [config.path] if os.path.exists(config.path) else []
     site = Site(config.file_server_root, config.site, private=private)
     site.tell_secrets(command)
@@ -7260,11 +7307,11 @@ def make_content(config: ServerConfig, command: str = "server") -> Handler:
 def describe_content(config: ServerConfig) -> str:
     """Return the app or the directory that is served, for messages."""
     if config.app:
-        return f"the app at {config.app_origin.unix and config.app_origin.place or config.app_origin.url}"
+        return f"the app at {config.app_url.unix and config.app_url.place or config.app_url.url}"
     return os.path.realpath(config.file_server_root)
 
 
-def reload_server(server: Server, config: ServerConfig, load: Callable[[], ServerConfig]) -> None:
+def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[], ServerConfig]) -> None:
     """Read the configuration again, and serve by it; a broken one changes nothing.
 
     `config` is the one that the server was started with: what says how to reach the relay stays.
@@ -7272,18 +7319,18 @@ def reload_server(server: Server, config: ServerConfig, load: Callable[[], Serve
     try:
         fresh = load()
     except UserError as error:
-        tell(f"ptth server: keeping the old configuration: {'; '.join(error.args)}")
+        log_line(f"ptth server: keeping the old configuration: {'; '.join(error.args)}")
         return
     keys = ("name", "api_key", "relay_url", "proxy_url", "throttle_upload")
     changed = [key for key in keys if getattr(fresh, key) != getattr(config, key)]
     if changed:
-        tell(f"ptth server: these change with a restart only: {', '.join(changed)}")
+        log_line(f"ptth server: these change with a restart only: {', '.join(changed)}")
     fresh.name = config.name
     server.workers.handler = make_content(fresh)
-    tell(f"ptth server: read {config.path} again: serving {describe_content(fresh)}")
+    log_line(f"ptth server: read {config.path} again: serving {describe_content(fresh)}")
 
 
-def print_server_key(name: str, relay_url: str) -> None:
+def print_server_config(name: str, relay_url: str) -> None:
     """Print a ready ptth_server.toml with a fresh key on stdout, and the block for the relay on stderr."""
     import json
     import secrets
@@ -7297,8 +7344,8 @@ def print_server_key(name: str, relay_url: str) -> None:
     key = "REPLACE"
     while key_weakness(key):  # a token may begin like the placeholder
         key = secrets.token_urlsafe(32)
-    hand_out(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(relay_url)}')
-    write_error(registration(name, key) + "\n")
+    print_output(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(relay_url)}')
+    write_stderr(format_server_block(name, key) + "\n")
 
 
 def local_names_only(handler: Handler) -> Handler:
@@ -7310,7 +7357,9 @@ def local_names_only(handler: Handler) -> Handler:
     async def handle(request: Request) -> Response:
         host = request.headers.get("host", "")
         if not is_local_name(host) and (host or "host" in request.headers):
-            wrong = f"this demo answers to localhost and 127.0.0.1 only, and the request is for {host[:MAX_NOTED]!r}"
+            wrong = (
+                f"this demo answers to localhost and 127.0.0.1 only, and the request is for {host[:MAX_AUDIT_TEXT]!r}"
+            )
             raise ProtocolError(403, f"{wrong}; open it under one of these names", close=True)
         return await handler(request)
 
@@ -7327,7 +7376,7 @@ async def run_demo(args: argparse.Namespace) -> None:
         if args.dir:
             raise UserError("a directory and --app exclude each other", status=2)
         try:
-            config.app_origin = parse_app(args.app)
+            config.app_url = parse_app(args.app)
         except ValueError as error:
             raise UserError(f"--app {error}", status=2) from None
     else:
@@ -7336,16 +7385,18 @@ async def run_demo(args: argparse.Namespace) -> None:
     sock = open_socket("127.0.0.1", args.port)
     relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))], domain="localhost"))
     http = HTTPServer(local_names_only(relay.handle), takes_bodies=True, log=None if args.quiet else AccessLog())
-    stop = stop_event(lambda: tell("ptth demo: there is nothing to read again"))
+    stop = stop_event(lambda: log_line("ptth demo: there is nothing to read again"))
     await http.listen(sock)
     port = sock.getsockname()[1]
-    server = Server(Client(Origin(False, "127.0.0.1", port, "")), "demo", key, make_content(config, args.command))
+    server = TunnelServer(
+        HTTPClient(BaseURL(False, "127.0.0.1", port, "")), "demo", key, make_content(config, args.command)
+    )
     running = asyncio.create_task(server.run())
     await wait_for_any(server.connected.wait(), stop.wait(), running)
     if server.connected.is_set():
-        announce(f"Serving {describe_content(config)} through a relay and a server; open:")
+        print_ready(f"Serving {describe_content(config)} through a relay and a server; open:")
         url = f"demo.localhost:{port}/" if args.app else f"127.0.0.1:{port}{path}"
-        announce(f"    http://{url}")
+        print_ready(f"    http://{url}")
     await wait_for_any(stop.wait(), running)
     await server.stop()
     await stop_relay(relay, http)
@@ -7453,10 +7504,10 @@ def main(argv: list[str] | None = None) -> int:
         asyncio.run(args.run(args))
     except UserError as error:
         for line in error.args:
-            tell(f"ptth {args.command}: {line}")
+            log_line(f"ptth {args.command}: {line}")
         return error.status
     except (OSError, ImportError) as error:  # something is missing round the program: descriptors, a part of Python
-        tell(f"ptth {args.command}: cannot go on: {describe(error)}")
+        log_line(f"ptth {args.command}: cannot go on: {format_error(error)}")
         return 1
     except KeyboardInterrupt:
         return 1  # before there was anything to stop gracefully

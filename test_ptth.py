@@ -93,7 +93,7 @@ if PLAIN:
 
 import ptth
 
-ptth.SWEEP_TIME = 0.05  # seconds; many a test waits for a sweep
+ptth.SWEEP_INTERVAL = 0.05  # seconds; many a test waits for a sweep
 PROGRAM = os.path.join(HERE, "ptth.py")
 LONG = int(os.environ.get("PTTH_LONG", "0"))  # seconds for what may run for long: the soak, the fuzzers, a dead link
 KEY = "correct-horse-battery-staple"
@@ -103,7 +103,7 @@ KEY = "correct-horse-battery-staple"
 
 def reader_of(*pieces: bytes) -> asyncio.StreamReader:
     """A stream reader that holds these pieces and then ends."""
-    reader = asyncio.StreamReader(limit=ptth.SLICE)
+    reader = asyncio.StreamReader(limit=ptth.READ_SIZE)
     for piece in pieces:
         reader.feed_data(piece)
     reader.feed_eof()
@@ -183,7 +183,7 @@ def say(handler: ptth.Handler, *pieces: bytes) -> bytes:
 
     async def talk() -> bytes:
         writer = FakeWriter()
-        await ptth.HTTPServer(handler)._converse(reader_of(*pieces), writer)
+        await ptth.HTTPServer(handler)._serve_connection(reader_of(*pieces), writer)
         return bytes(writer.data)
 
     return asyncio.run(talk())
@@ -350,7 +350,7 @@ class Tunnel:
     """A relay with one server, n, whose handler is given; all in one loop, over real sockets."""
 
     relay: ptth.Relay
-    server: ptth.Server
+    server: ptth.TunnelServer
 
     def __init__(self, background: Background, handler: ptth.Handler | None, **options: float) -> None:
         self.background = background
@@ -365,7 +365,9 @@ class Tunnel:
         await self.http.listen(sock)
         self.running = None
         if handler:
-            self.server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", self.port, "")), "n", KEY, handler)
+            self.server = ptth.TunnelServer(
+                ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", self.port, "")), "n", KEY, handler
+            )
             self.running = asyncio.create_task(self.server.run())
             await self.server.connected.wait()
 
@@ -966,12 +968,12 @@ class TestStreams:
             lambda: os.truncate(path, 10),
             lambda: (path.write_bytes(b"y" * 300_000), os.utime(path, (1, 1))),
         ):
-            with pytest.raises(ptth.BrokenBody):
+            with pytest.raises(ptth.IncompleteBody):
                 asyncio.run(send(change))
 
     def test_a_pace_is_kept(self) -> None:
         async def measure() -> float:
-            pace = ptth.Pace(1_000_000)
+            pace = ptth.RateLimiter(1_000_000)
             begin = asyncio.get_running_loop().time()
             for _ in range(10):
                 await pace.wait(10_000)
@@ -984,18 +986,18 @@ class TestConnections:
     """The two ends of a real connection, in one loop."""
 
     @staticmethod
-    async def pair(small: bool = False) -> tuple[ptth.Stream, socket.socket]:
+    async def pair(small: bool = False) -> tuple[ptth.Connection, socket.socket]:
         """A connection and the plain socket at its other end, which takes little when it is `small`."""
         with socket.create_server(("127.0.0.1", 0)) as listening:
             if small:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=ptth.SLICE)
+            reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=ptth.READ_SIZE)
             other, _ = listening.accept()
         other.setblocking(False)
-        return ptth.Stream(reader, writer), other
+        return ptth.Connection(reader, writer), other
 
     @staticmethod
-    async def swept(stream: ptth.Stream, work: object) -> object:
+    async def swept(stream: ptth.Connection, work: object) -> object:
         """The result of `work` on a connection whose deadlines are checked without delay."""
         task = asyncio.ensure_future(work)
         while not task.done():
@@ -1006,7 +1008,7 @@ class TestConnections:
     def test_a_peer_that_does_not_read_is_noticed_while_the_connection_is_read(self) -> None:
         async def talk() -> None:
             stream, other = await self.pair(small=True)
-            stream.stall_time = 0.05
+            stream.stall_timeout = 0.05
             reading = asyncio.ensure_future(stream.fill(3600))
             with pytest.raises(ConnectionError):
                 await self.swept(stream, stream.send(bytes(50_000_000)))
@@ -1028,7 +1030,7 @@ class TestConnections:
                     with contextlib.suppress(BlockingIOError):
                         other.recv(1_000_000)
                 stream.sweep(math.inf)  # the deadline has passed, but some bytes have left
-                assert not stream.lost()
+                assert not stream.is_closed()
             stream._unsent = 0
             stream.sweep(math.inf)
             with pytest.raises(ConnectionError):
@@ -1040,9 +1042,9 @@ class TestConnections:
     def test_a_connection_that_is_closed_with_unsent_bytes_ends_in_time(self) -> None:
         async def talk() -> None:
             stream, other = await self.pair(small=True)
-            stream.stall_time = 0.05
+            stream.stall_timeout = 0.05
             ended = asyncio.Event()
-            stream.ended.append(ended.set)
+            stream.on_close.append(ended.set)
             stream.writer.write(bytes(50_000_000))
             stream.close()
             assert not ended.is_set()
@@ -1105,7 +1107,7 @@ class TestConnections:
                 got += await source.loop.sock_recv(receiver, 1 << 20)
             await asyncio.gather(*work)
             assert got == data and body.complete
-            assert await source.fill(20) and source.held == b"next"  # nothing of the next message was taken
+            assert await source.fill(20) and source.buffer == b"next"  # nothing of the next message was taken
             for end in (source, sink):
                 end.abort()
             sender.close(), receiver.close()
@@ -1120,7 +1122,7 @@ class TestConnections:
         async def talk() -> object:
             source, sender = await self.pair()
             sink, receiver = await self.pair(small=True)
-            source.stall_time, sink.stall_time = 0.05 if end == "silent" else 60, 0.05 if end == "unread" else 60
+            source.stall_timeout, sink.stall_timeout = 0.05 if end == "silent" else 60, 0.05 if end == "unread" else 60
             await source.take_buffered()
             work = asyncio.ensure_future(self.outcome(sink.splice(source, 50_000_000)))
             data = bytes(50_000_000 if end in ("unread", "left") else 500)
@@ -1140,7 +1142,7 @@ class TestConnections:
             return result
 
         result = in_time(talk())
-        assert isinstance(result, ptth.BrokenBody if end == "short" else ConnectionResetError | BrokenPipeError), result
+        assert isinstance(result, ptth.IncompleteBody if end == "short" else ConnectionResetError | BrokenPipeError), result
         assert ("stalls" in str(result)) is (end in ("silent", "unread"))
 
     @sends_files
@@ -1149,7 +1151,7 @@ class TestConnections:
 
         async def talk() -> object:
             stream, other = await self.pair(small=True)
-            stream.stall_time = 0.05
+            stream.stall_timeout = 0.05
             with open(tmp_path / "x", "rb") as file:
                 result = await self.outcome(stream.send_file(file.fileno(), 0, 20_000_000))
             stream.abort(), other.close()
@@ -1170,7 +1172,7 @@ class TestConnections:
                 stream.loop.call_soon(turn)
 
             turn()
-            await stream.send_file(0, 0, 50 * ptth.SENDFILE_SLICE)
+            await stream.send_file(0, 0, 50 * ptth.SENDFILE_SIZE)
             stream.abort(), other.close()
 
         monkeypatch.setattr(os, "sendfile", lambda out, file, offset, count: count)  # the reader takes all at once
@@ -1180,9 +1182,9 @@ class TestConnections:
     @pytest.mark.parametrize("how", ["ends", "is silent", "sends much", "sends for long"])
     def test_lingering_takes_what_still_comes_and_ends(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {
-            "is silent": ("LINGER_TIME", 0.05),
+            "is silent": ("LINGER_TIMEOUT", 0.05),
             "sends much": ("MAX_LINGER", 3_000_000),
-            "sends for long": ("MAX_LINGER_TIME", 0.1),
+            "sends for long": ("MAX_LINGER_TIMEOUT", 0.1),
         }.items():
             monkeypatch.setattr(ptth, value[0], value[1] if how == name else 10**9)
 
@@ -1210,14 +1212,14 @@ class TestConnections:
 
     def test_both_ends_are_tuned(self, background: Background) -> None:
         """So that the kernel finds dead peers, nothing waits for more to send, and slow readers are seen to read."""
-        expected = {"NODELAY": 1, "KEEPIDLE": 20, "KEEPINTVL": 5, "KEEPCNT": 3, "NOTSENT_LOWAT": ptth.PIECE}
+        expected = {"NODELAY": 1, "KEEPIDLE": 20, "KEEPINTVL": 5, "KEEPCNT": 3, "NOTSENT_LOWAT": ptth.WRITE_HIGH_WATER}
 
         async def options(port: int) -> list[dict[str, int]]:
-            client = ptth.Client(ptth.Origin(False, "127.0.0.1", port, ""))
+            client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
             stream = await client.connect()
             await stream.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             await stream.fill()
-            (accepted,) = serving.servers[0].streams
+            (accepted,) = serving.servers[0].connections
             found = []
             for sock in (stream.sock, accepted.sock):
                 assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -1239,13 +1241,13 @@ class TestConnections:
         self, background: Background, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def talk(port: int) -> None:
-            client = ptth.Client(ptth.Origin(False, "127.0.0.1", port, ""))
+            client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
             stream = await client.connect()
-            client.give(stream)
-            assert client.reuse() is stream
-            client.give(stream)
-            monkeypatch.setattr(ptth, "REUSE_TIME", -1)
-            assert client.reuse() is None and stream.lost()
+            client.release(stream)
+            assert client.take_idle() is stream
+            client.release(stream)
+            monkeypatch.setattr(ptth, "MAX_IDLE_AGE", -1)
+            assert client.take_idle() is None and stream.is_closed()
             client.close()
 
         with serving(background, echo) as port:
@@ -1320,7 +1322,7 @@ class TestHTTPServer:
 
     @pytest.mark.parametrize(
         ("error", "status"),
-        [(TimeoutError(), 504), (ptth.BrokenBody("x"), 502), (ptth.ProtocolError(418, "x"), 418), (OSError(), 500)],
+        [(TimeoutError(), 504), (ptth.IncompleteBody("x"), 502), (ptth.ProtocolError(418, "x"), 418), (OSError(), 500)],
     )
     def test_what_a_handler_raises_is_its_own_fault(
         self, error: Exception, status: int, capfd: pytest.CaptureFixture[str]
@@ -1336,7 +1338,7 @@ class TestHTTPServer:
     ) -> None:
         head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort"
         assert say(echo, head) == b""
-        monkeypatch.setattr(ptth.Stream.fill, "__defaults__", (0.01,))
+        monkeypatch.setattr(ptth.Connection.fill, "__defaults__", (0.01,))
         with serving(background, echo) as port:
             assert one(fetch(port, head, half_close=False))[0] == 408
 
@@ -1386,7 +1388,7 @@ class TestHTTPServer:
                 assert begun.wait(20)
                 if half_close:
                     sock.shutdown(socket.SHUT_WR)
-                    assert not ended.wait(3 * ptth.SWEEP_TIME)  # it may still wait for its response
+                    assert not ended.wait(3 * ptth.SWEEP_INTERVAL)  # it may still wait for its response
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 sock.close()
                 assert ended.wait(20)
@@ -1413,8 +1415,8 @@ class TestHTTPServer:
                 time.sleep(0.05)
                 taken.append(sent)
             (server,) = serving.servers
-            (stream,) = server.streams
-            assert len(stream.held) + len(stream.reader._buffer) < 500_000
+            (stream,) = server.connections
+            assert len(stream.buffer) + len(stream.reader._buffer) < 500_000
             background.loop.call_soon_threadsafe(release.set)
 
     def test_an_error_of_ours_is_500_and_tells_the_client_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
@@ -1427,7 +1429,7 @@ class TestHTTPServer:
 
     def test_a_head_that_comes_too_slowly_is_408_and_an_idle_connection_is_closed(self, background: Background) -> None:
         async def begin() -> tuple[ptth.HTTPServer, int]:
-            server = ptth.HTTPServer(echo, idle_time=0.01, head_time=0.01)
+            server = ptth.HTTPServer(echo, idle_timeout=0.01, head_timeout=0.01)
             sock = ptth.open_socket("127.0.0.1", 0)
             await server.listen(sock)
             return server, sock.getsockname()[1]
@@ -1447,7 +1449,7 @@ class TestHTTPServer:
         async def talk() -> None:
             head = f'GET {ptth.BACKEND}http_listen/n?key=secret HTTP/1.1\r\nHost: a\r\nUser-Agent: "\x9b\\\r\nReferer: r\r\n\r\n'
             request = ptth.parse_request_head(head.encode("latin-1"))
-            request.connection = ptth.Stream.__new__(ptth.Stream)
+            request.connection = ptth.Connection.__new__(ptth.Connection)
             request.connection.peer = "192.0.2.1"
             log.add(request, 200, 5)
             log.flush()
@@ -1501,13 +1503,13 @@ class TestHTTPServer:
 
     @pytest.mark.parametrize("field", FIELDS)
     def test_no_request_head_is_much_work(self, field: str, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ptth, "write_error", lambda text: None)
-        site = ptth.guard(ptth.site_handler(ptth.Site(root)), ptth.SiteOptions(auth="me:secret"), "n")
+        monkeypatch.setattr(ptth, "write_stderr", lambda text: None)
+        site = ptth.with_site_options(ptth.site_handler(ptth.Site(root)), ptth.SiteOptions(auth="me:secret"), "n")
         server = ptth.HTTPServer(site, log=ptth.AccessLog())
         many = "".join(f"F{i}: x\r\n" for i in range(90))
 
         async def talk(data: bytes) -> None:
-            await server._converse(reader_of(data), FakeWriter())
+            await server._serve_connection(reader_of(data), FakeWriter())
 
         for hostile in self.HOSTILE:
             value = (hostile * 31_000)[:30_000]
@@ -1530,8 +1532,8 @@ class TestHTTPServer:
         ptth.request_host(request.headers.get("host", ""))
         for name in ("range", "if-none-match"):
             headers = ptth.Headers([(name, "bytes=" + request.headers.get("x-whatever", ""))])
-            ptth.choose("GET", headers, '"a"', 0, 9, 0)
-        ptth.choose("GET", request.headers, '"a"', 0, 9, 0)
+            ptth.evaluate_preconditions("GET", headers, '"a"', 0, 9, 0)
+        ptth.evaluate_preconditions("GET", request.headers, '"a"', 0, 9, 0)
 
     @pytest.mark.parametrize(
         "field",
@@ -1553,9 +1555,9 @@ class TestHTTPServer:
                 value = (hostile * 45_000)[: 45_000 - len(more)]
                 head = f"HTTP/1.1 401 No\r\n{field}: {value}\r\n{more}\r\n".encode("latin-1")
                 status, headers = ptth.parse_inner_response(head)
-                assert self.steps(functools.partial(ptth.passing_response, status, headers, server="n")) < 100_000, (
-                    hostile
-                )
+                assert (
+                    self.steps(functools.partial(ptth.shared_origin_fields, status, headers, server="n")) < 100_000
+                ), hostile
 
     def test_a_target_of_dot_segments_is_not_much_work(self) -> None:
         for hostile in ("/a/..", "/", "%2e%2f", ";%2e", "/../", "\\..", "%25", "a%5c.."):
@@ -1592,8 +1594,8 @@ class TestHTTPClient:
             ended.set()
 
         server = await asyncio.start_server(origin, "127.0.0.1", 0)
-        client = ptth.Client(ptth.Origin(False, *server.sockets[0].getsockname(), "/base"))
-        sweeper = asyncio.create_task(ptth.sweep(client.streams))
+        client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), "/base"))
+        sweeper = asyncio.create_task(ptth.sweep(client.connections))
         try:
             async with asyncio.timeout(20):
                 response = await client.handle(request, **options)
@@ -1601,7 +1603,7 @@ class TestHTTPClient:
                     body = await response.body.read_all(1 << 20)
                 finally:
                     await response.body.aclose()
-                idle = client.spare
+                idle = client.idle_count
                 return response.status, dict(response.headers), body, idle, bytes(got)
         finally:
             sweeper.cancel()
@@ -1701,8 +1703,8 @@ class TestHTTPClient:
         assert (status, content, idle) == (200, b"hello", 0) and not got.endswith(b"0\r\n\r\n")
 
     def test_a_body_that_breaks_is_never_whole_for_the_origin(self) -> None:
-        body = self.Slow(2, ptth.BrokenBody("the client left"))
-        with pytest.raises(ptth.BrokenBody, match="the client left"):
+        body = self.Slow(2, ptth.IncompleteBody("the client left"))
+        with pytest.raises(ptth.IncompleteBody, match="the client left"):
             asyncio.run(self.ask(b"", ptth.Request("POST", "/", ptth.Headers(), body=body), reads=b"never"))
 
     @pytest.mark.parametrize(
@@ -1712,7 +1714,7 @@ class TestHTTPClient:
     def test_with_expect_a_refused_body_is_not_sent(
         self, reply: bytes, reads: bytes, sent: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ptth, "EXPECT_TIME", 0.01 if sent else 60)  # an origin that does not know Expect
+        monkeypatch.setattr(ptth, "EXPECT_TIMEOUT", 0.01 if sent else 60)  # an origin that does not know Expect
         body = self.Slow(1)
         request = ptth.Request("PUT", "/", ptth.Headers([("Expect", "100-continue")]), body=body)
         status, *_ = asyncio.run(self.ask(reply, request, reads=reads))
@@ -1740,7 +1742,7 @@ class TestHTTPClient:
                 writer.close()
 
             server = await asyncio.start_server(origin, "127.0.0.1", 0)
-            client = ptth.Client(ptth.Origin(False, *server.sockets[0].getsockname(), ""))
+            client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
 
             async def ask(method: str) -> int:
                 response = await client.handle(ptth.Request(method, "/", ptth.Headers()))
@@ -1751,7 +1753,7 @@ class TestHTTPClient:
             assert await ask("GET") == 1
             assert await ask("GET") == 1
             assert await ask("POST") == 2
-            assert client.spare == 2
+            assert client.idle_count == 2
             for writer in set(taken):
                 writer.close()
             assert await ask("GET") == 3
@@ -1785,7 +1787,7 @@ class TestConnecting:
     def test_addresses_in_the_forms_of_curl(
         self, url: str, address: tuple[str, int], authority: str, path: str
     ) -> None:
-        origin = ptth.parse_origin(url)
+        origin = ptth.parse_base_url(url)
         assert (origin.address, origin.authority, origin.path) == (address, authority, path)
         assert origin.tls is url.strip().lower().startswith("https")
 
@@ -1799,7 +1801,7 @@ class TestConnecting:
     @pytest.mark.parametrize("url", NO_URLS)
     def test_a_url_that_cannot_be_used_is_refused(self, url: str) -> None:
         with pytest.raises(ValueError, match=r"^its? "):
-            ptth.parse_origin(url)
+            ptth.parse_base_url(url)
 
     PROXIES = [
         ("http://p:3128", "p:3128", None), ("p:3128", "p:3128", None), ("HTTP://P/", "p:80", None), ("http://u:p%40@[::1]:1/", "[::1]:1", b"u:p@"),
@@ -1849,7 +1851,7 @@ class TestConnecting:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HTTP_PROXY", "http://p:1")
         monkeypatch.setenv("NO_PROXY", exceptions)
-        assert ptth.proxy_from_environment(ptth.parse_origin(url)) == ("" if exempt else "http://p:1")
+        assert ptth.proxy_from_environment(ptth.parse_base_url(url)) == ("" if exempt else "http://p:1")
 
     VARIABLES = [  # (environment, the proxy of an https relay)
         ({"HTTPS_PROXY": "a"}, "a"), ({"https_proxy": "a", "HTTPS_PROXY": "b"}, "a"), ({"HTTP_PROXY": "a"}, ""), ({"ALL_PROXY": "a"}, "a"), ({"all_proxy": "a", "https_proxy": "b"}, "b"),
@@ -1864,7 +1866,7 @@ class TestConnecting:
             monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        assert ptth.proxy_from_environment(ptth.parse_origin("https://r.example")) == url
+        assert ptth.proxy_from_environment(ptth.parse_base_url("https://r.example")) == url
 
     @staticmethod
     def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
@@ -1897,11 +1899,11 @@ class TestConnecting:
         self.resolve(monkeypatch, "127.0.0.2", "127.0.0.1")
         monkeypatch.setattr(ptth, "CONNECT_DELAY", 0.01)
         proxy = FakeProxy(b"HTTP/1.1 200 OK\r\n\r\n")
-        there = ptth.parse_origin(f"http://two.example:{proxy.port}")
+        there = ptth.parse_base_url(f"http://two.example:{proxy.port}")
         client = (
-            ptth.Client(there)
+            ptth.HTTPClient(there)
             if through == "direct"
-            else ptth.Client(ptth.parse_origin("http://r"), ptth.ForwardProxy(there, []))
+            else ptth.HTTPClient(ptth.parse_base_url("http://r"), ptth.ForwardProxy(there, []))
         )
 
         async def connect() -> None:
@@ -1919,8 +1921,8 @@ class TestConnecting:
     def test_what_no_address_takes_is_said_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.resolve(monkeypatch, "127.0.0.2", "127.0.0.3")
         with pytest.raises(OSError) as caught:
-            asyncio.run(ptth.Client(ptth.parse_origin(f"http://two.example:{free_port()}")).connect())
-        assert ptth.describe(caught.value) == "connection refused"
+            asyncio.run(ptth.HTTPClient(ptth.parse_base_url(f"http://two.example:{free_port()}")).connect())
+        assert ptth.format_error(caught.value) == "connection refused"
 
     TLS = "TLS begins"
     ANSWERS = [  # (a proxy's answer to CONNECT, words of the error)
@@ -1937,8 +1939,8 @@ class TestConnecting:
     @pytest.mark.parametrize(("answer", "words"), ANSWERS, ids=range(len(ANSWERS)))
     def test_what_a_proxy_answers_to_connect(self, answer: bytes, words: str) -> None:
         proxy = FakeProxy(answer)
-        client = ptth.Client(
-            ptth.parse_origin("https://[fe80::1%25eth0]/x"), ptth.parse_proxy(f"127.0.0.1:{proxy.port}")
+        client = ptth.HTTPClient(
+            ptth.parse_base_url("https://[fe80::1%25eth0]/x"), ptth.parse_proxy(f"127.0.0.1:{proxy.port}")
         )
         with pytest.raises(OSError) as caught:
             asyncio.run(client.connect())
@@ -1952,7 +1954,9 @@ class TestConnecting:
 
     def test_a_login_that_a_proxy_does_not_accept(self) -> None:
         proxy = FakeProxy(b"HTTP/1.1 407 No\r\n\r\n")
-        client = ptth.Client(ptth.parse_origin("https://r.example"), ptth.parse_proxy(f"u:p@127.0.0.1:{proxy.port}"))
+        client = ptth.HTTPClient(
+            ptth.parse_base_url("https://r.example"), ptth.parse_proxy(f"u:p@127.0.0.1:{proxy.port}")
+        )
         with pytest.raises(ptth.Refused, match="does not accept this user"):
             asyncio.run(client.connect())
         proxy.close()
@@ -1962,21 +1966,21 @@ class TestConnecting:
     def test_a_proxy_that_is_down_is_named(self, place: str) -> None:
         place = place.format(free=free_port())
         for scheme in ("http", "https"):
-            client = ptth.Client(ptth.parse_origin(f"{scheme}://r.example"), ptth.parse_proxy(place))
+            client = ptth.HTTPClient(ptth.parse_base_url(f"{scheme}://r.example"), ptth.parse_proxy(place))
             with pytest.raises(ptth.Refused, match=f"the proxy at {re.escape(place)} cannot be reached: "):
                 asyncio.run(client.connect())
 
     def test_a_peer_that_is_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ptth, "CONNECT_TIME", 0.05)
+        monkeypatch.setattr(ptth, "CONNECT_TIMEOUT", 0.05)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             place = f"127.0.0.1:{silent.getsockname()[1]}"
             with pytest.raises(
                 ptth.Refused, match=f"the proxy at {place} does not answer CONNECT r:443: no answer in time"
             ):
-                asyncio.run(ptth.Client(ptth.parse_origin("https://r"), ptth.parse_proxy(place)).connect())
+                asyncio.run(ptth.HTTPClient(ptth.parse_base_url("https://r"), ptth.parse_proxy(place)).connect())
             with pytest.raises(TimeoutError) as caught:  # within TLS
-                asyncio.run(ptth.Client(ptth.parse_origin(f"https://{place}")).connect())
-            assert ptth.describe(caught.value) == "no answer in time"
+                asyncio.run(ptth.HTTPClient(ptth.parse_base_url(f"https://{place}")).connect())
+            assert ptth.format_error(caught.value) == "no answer in time"
 
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     def test_a_zone_says_where_to_connect(self) -> None:
@@ -1984,13 +1988,13 @@ class TestConnecting:
             url = f"http://[::1%25{socket.if_nameindex()[0][0]}]:{sock.getsockname()[1]}"
 
             async def connect() -> None:
-                (await ptth.Client(ptth.parse_origin(url)).connect()).close()
+                (await ptth.HTTPClient(ptth.parse_base_url(url)).connect()).close()
 
             asyncio.run(connect())
 
     def test_what_is_sent_names_the_program(self) -> None:
         for proxy in (None, ptth.parse_proxy("u:p@p:1")):
-            client = ptth.Client(ptth.parse_origin("http://r.example/x"), proxy)
+            client = ptth.HTTPClient(ptth.parse_base_url("http://r.example/x"), proxy)
             request = ptth.Request("GET", "/y", ptth.Headers([("A", "b")]))
             for head in (client.head("GET", "/y", [("A", "b")]), client._format_request(request)):
                 target, *lines = head.decode().splitlines()
@@ -2000,7 +2004,7 @@ class TestConnecting:
 
     def test_what_is_forwarded_keeps_its_fields(self) -> None:
         fields = [("Host", "visitor.example"), ("Accept", "*/*")]
-        head = ptth.Client(ptth.parse_origin("http://app"))._format_request(
+        head = ptth.HTTPClient(ptth.parse_base_url("http://app"))._format_request(
             ptth.Request("GET", "/", ptth.Headers(fields))
         )
         assert head == ptth.format_request_head("GET", "/", fields)
@@ -2015,13 +2019,13 @@ class TestConnecting:
             server = ptth.HTTPServer(echo, tls=context)
             await server.listen(sock)
             for host in ("localhost", "localhost.", "LOCALHOST", "[::1]", "[::1%251]"):
-                client = ptth.Client(ptth.parse_origin(f"https://{host}:{sock.getsockname()[1]}"))
+                client = ptth.HTTPClient(ptth.parse_base_url(f"https://{host}:{sock.getsockname()[1]}"))
                 client._tls = ssl.create_default_context(cafile=tmp_path / "cert")
                 response = await client.handle(ptth.Request("GET", "/x", ptth.Headers()))
                 assert await response.body.read() == b"GET /x\n"
                 await response.body.aclose()
                 client.close()
-            client = ptth.Client(ptth.parse_origin(f"https://127.0.0.1:{sock.getsockname()[1]}"))
+            client = ptth.HTTPClient(ptth.parse_base_url(f"https://127.0.0.1:{sock.getsockname()[1]}"))
             client._tls = ssl.create_default_context(cafile=tmp_path / "cert")
             with pytest.raises(ssl.SSLError):
                 await client.connect()
@@ -2044,7 +2048,7 @@ class TestConnecting:
 
             feeding = asyncio.create_task(feed())
             try:
-                return await ptth.Stream(reader, FakeWriter()).read_response_head(patience)
+                return await ptth.Connection(reader, FakeWriter()).read_response_head(patience)
             finally:
                 feeding.cancel()
 
@@ -2526,7 +2530,7 @@ class TestFileServer:
         import zipfile
 
         monkeypatch.setattr(ptth, "ZIP32_MAX", limit)
-        sizes = (0, 1, 65535, 65536, ptth.SENDFILE_SLICE - 1, ptth.SENDFILE_SLICE, ptth.SENDFILE_SLICE + 1, 2_500_000)
+        sizes = (0, 1, 65535, 65536, ptth.SENDFILE_SIZE - 1, ptth.SENDFILE_SIZE, ptth.SENDFILE_SIZE + 1, 2_500_000)
         files = {f"f{size}": random.Random(size).randbytes(size) for size in sizes}
         for name, data in files.items():
             (tmp_path / name).write_bytes(data)
@@ -2714,7 +2718,7 @@ class TestFileServer:
     def test_a_disk_that_fails_ends_the_member_and_not_the_zip(self) -> None:
         class File:
             def __init__(self) -> None:
-                self.pieces = [b"x" * ptth.SENDFILE_SLICE]
+                self.pieces = [b"x" * ptth.SENDFILE_SIZE]
 
             def read(self, count: int) -> bytes:
                 if not self.pieces:
@@ -2728,7 +2732,7 @@ class TestFileServer:
             next(part)
         archive.add("y", 0o100644, 0, b"y")
         data += b"".join(archive.finish())
-        assert self.unpack(data) == {"x": b"x" * ptth.SENDFILE_SLICE, "y": b"y"}
+        assert self.unpack(data) == {"x": b"x" * ptth.SENDFILE_SIZE, "y": b"y"}
 
     def test_a_file_that_cannot_be_read_is_noted_in_the_zip(
         self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
@@ -2846,7 +2850,7 @@ class TestFileServer:
         async def handler(request: ptth.Request) -> ptth.Response:
             return made
 
-        guarded = ptth.guard(handler, ptth.SiteOptions(headers=(("Vary", "B"), ("X-Y", "z"))), "n")
+        guarded = ptth.with_site_options(handler, ptth.SiteOptions(headers=(("Vary", "B"), ("X-Y", "z"))), "n")
         request = ptth.parse_request_head(get("/"))
         for _ in range(2):
             assert asyncio.run(guarded(request)).headers == [*before, ("Vary", "B"), ("X-Y", "z")]
@@ -3190,7 +3194,7 @@ def fetch_direct(root: str, request: bytes) -> bytes:
 class TestTunnelMessages:
     def pack(self, head: bytes, **more: object) -> bytes:
         request = ptth.parse_request_head(head)
-        request.connection = ptth.Stream.__new__(ptth.Stream)
+        request.connection = ptth.Connection.__new__(ptth.Connection)
         request.connection.peer = "192.0.2.9"
         return ptth.pack_request("0" * 32, request, request.target, [], **{"prefix": "/p", **more})
 
@@ -3296,7 +3300,7 @@ class TestTunnelMessages:
     def test_a_response_is_fenced_in(self) -> None:
         names = [*self.DANGEROUS, *self.HARMLESS, "Content-Type", "X-Named", "Content-Named"]
         told = [*((name, "y") for name in names), ("Connection", "x-named, close, Content-Named")]
-        passed = [name for name, _ in ptth.passing_response(200, ptth.Headers(told))]
+        passed = [name for name, _ in ptth.shared_origin_fields(200, ptth.Headers(told))]
         expected = [*self.HARMLESS, "Content-Type", "Via", "X-Content-Type-Options", "Content-Security-Policy"]
         assert passed == expected
 
@@ -3308,7 +3312,7 @@ class TestTunnelMessages:
 
     @pytest.mark.parametrize(("value", "expected"), LINKS)
     def test_a_link_to_a_dictionary_does_not_pass(self, value: str, expected: str | None) -> None:
-        passed = ptth.passing_response(200, ptth.Headers([("Link", value)]))
+        passed = ptth.shared_origin_fields(200, ptth.Headers([("Link", value)]))
         assert dict(passed).get("Link") == expected
 
     REALMS = [
@@ -3328,10 +3332,10 @@ class TestTunnelMessages:
     @pytest.mark.parametrize(("value", "expected"), REALMS)
     def test_a_servers_name_goes_into_its_realms(self, value: str, expected: str | None) -> None:
         told = ptth.Headers([("WWW-Authenticate", value), ("www-authenticate", "Basic realm=other")])
-        passed = ptth.passing_response(401, told, server="n")
+        passed = ptth.shared_origin_fields(401, told, server="n")
         values = [text for name, text in passed if name.lower() == "www-authenticate"]
         assert values == [*([expected] if expected else []), 'Basic realm="n: other"']
-        kept = [pair for pair in ptth.passing_response(401, told) if pair in told.pairs]
+        kept = [pair for pair in ptth.shared_origin_fields(401, told) if pair in told.pairs]
         assert kept == [pair for pair in told.pairs if pair[1]]  # a server on a host of its own
 
     def test_too_many_challenges_or_links_do_not_pass(self) -> None:
@@ -3341,7 +3345,7 @@ class TestTunnelMessages:
         ):
             fitting = (most + 2) // (len(value) + 2)
             for count, passes in ((fitting, fitting), (fitting + 1, 0)):
-                passed = ptth.passing_response(401, ptth.Headers([(name, value)] * count), server="n")
+                passed = ptth.shared_origin_fields(401, ptth.Headers([(name, value)] * count), server="n")
                 assert [pair[0] for pair in passed].count(name) == passes
 
     def test_what_a_visitor_says_to_be_taken_for_the_relay_is_dropped(self) -> None:
@@ -3374,7 +3378,7 @@ class TestTunnelMessages:
 
     def test_a_304_changes_nothing_of_the_fence_round_what_is_stored(self) -> None:
         told = [("ETag", "x"), ("Content-Type", "text/plain"), ("Content-Security-Policy", "default-src *")]
-        passed = ptth.passing_response(304, ptth.Headers(told))
+        passed = ptth.shared_origin_fields(304, ptth.Headers(told))
         assert [name for name, _ in passed] == ["ETag", "Via", "X-Content-Type-Options"]
 
     def batched(self, identity: str, body: bytes, *fields: tuple[str, str]) -> bytes:
@@ -3386,14 +3390,14 @@ class TestTunnelMessages:
         elsewhere = b"HTTP/1.1 404 No\r\nX: y\r\nptth-body-length: 1\r\nA: b\r\nptth-request-id: 33333333\r\n\r\nz"
         unpacked = list(ptth.unpack_responses(data + elsewhere))
         assert [answer.body for answer in unpacked] == [*bodies, b"z"]
-        assert [answer.identity for answer in unpacked] == [f"{i}" * 8 for i in range(4)]
+        assert [answer.request_id for answer in unpacked] == [f"{i}" * 8 for i in range(4)]
         assert [answer.status for answer in unpacked] == [200, 200, 200, 404]
         assert all(answer.headers["x"] == "y" for answer in unpacked)
 
     def test_a_bad_response_in_a_batch_fails_its_own_id(self) -> None:
         bad = self.batched("0" * 8, b"body").replace(b"200 OK", b"100 Continue")
         unpacked = list(ptth.unpack_responses(bad + self.batched("1" * 8, b"good")))
-        assert [(answer.identity, answer.error is None) for answer in unpacked] == [("0" * 8, False), ("1" * 8, True)]
+        assert [(answer.request_id, answer.error is None) for answer in unpacked] == [("0" * 8, False), ("1" * 8, True)]
 
     @pytest.mark.parametrize("cut", [b"PTTH-Request-Id", b"PTTH-Body-Length", b"\r\n\r\nbody", b"dy"])
     def test_a_batch_that_lost_its_framing_is_given_up(self, cut: bytes) -> None:
@@ -3412,16 +3416,16 @@ class TestTunnelMessages:
 
     @pytest.mark.parametrize(("kind", "sandbox"), SANDBOX)
     def test_only_what_runs_nothing_is_spared_the_sandbox(self, kind: str, sandbox: bool) -> None:
-        fields = ptth.passing_response(200, ptth.Headers([("Content-Type", kind)] if kind else []))
+        fields = ptth.shared_origin_fields(200, ptth.Headers([("Content-Type", kind)] if kind else []))
         assert (("Content-Security-Policy", ptth.SANDBOX) in fields) is sandbox
-        double = ptth.passing_response(200, ptth.Headers([("Content-Type", "image/png"), ("content-type", kind)]))
+        double = ptth.shared_origin_fields(200, ptth.Headers([("Content-Type", "image/png"), ("content-type", kind)]))
         assert ("Content-Security-Policy", ptth.SANDBOX) in double
         assert not ptth.runs_nothing(f"{kind}; x={'y' * 256}")  # nor is it kept
-        named = ptth.passing_response(
+        named = ptth.shared_origin_fields(
             200, ptth.Headers([("Content-Type", "image/png"), ("Connection", "Content-Type")])
         )
         assert ("Content-Security-Policy", ptth.SANDBOX) in named
-        assert ("Content-Security-Policy", ptth.SANDBOX) not in ptth.passing_response(
+        assert ("Content-Security-Policy", ptth.SANDBOX) not in ptth.shared_origin_fields(
             200, ptth.Headers(), sandbox=False
         )
 
@@ -3456,19 +3460,19 @@ class TestOriginalMessages:
 
     def test_the_recorded_p3_both_ways(self) -> None:
         assert ptth.pack_value(ptth.unpack_value(self.P3)) == self.P3
-        ((identity, request),) = ptth.unpack_original_requests(self.P3)
+        ((identity, request),) = ptth.unpack_rust_requests(self.P3)
         assert (identity, request.method, request.target) == ("01F4B61CQF1GY39BM5H24SR9H3", "GET", "/files/")
         assert request.headers.pairs == [("host", "example.com")]
         head = b"GET /files/ HTTP/1.1\r\nPTTH-Request-Id: 01F4B61CQF1GY39BM5H24SR9H3\r\nHost: example.com\r\n\r\n"
-        assert ptth.pack_value([ptth.pack_original_request(head)]) == self.P3
+        assert ptth.pack_value([ptth.pack_rust_request(head)]) == self.P3
 
     @pytest.mark.parametrize(("text", "status", "fields"), P5)
     def test_the_recorded_p5_both_ways(self, text: str, status: int, fields: list[tuple[str, str]]) -> None:
-        assert ptth.unpack_original_response(text) == (status, dict(fields))
+        assert ptth.unpack_rust_response(text) == (status, dict(fields))
         length = int(dict(fields).get("content-length", "-1"))
         body = ptth.AbsentBody(length if length >= 0 else None)
         others = [pair for pair in fields if pair[0] != "content-length"]
-        assert ptth.pack_original_response(ptth.Response(status, others, body)) == text
+        assert ptth.pack_rust_response(ptth.Response(status, others, body)) == text
 
     STATUSES = [
         (301, 307),
@@ -3486,8 +3490,8 @@ class TestOriginalMessages:
 
     @pytest.mark.parametrize(("ours", "theirs"), STATUSES)
     def test_statuses_that_the_original_lacks(self, ours: int, theirs: int) -> None:
-        packed = ptth.pack_original_response(ptth.Response(ours, [], ptth.AbsentBody(None)))
-        assert ptth.unpack_original_response(packed)[0] == theirs
+        packed = ptth.pack_rust_response(ptth.Response(ours, [], ptth.AbsentBody(None)))
+        assert ptth.unpack_rust_response(packed)[0] == theirs
 
     VALUES = [
         None,
@@ -3538,7 +3542,7 @@ class TestOriginalMessages:
     def test_large_values_of_fields_are_taken(self) -> None:
         fields = {"host": list(b"a"), "cookie": list(b"x" * 8000), "x-name": list("\u00fc".encode() * 100)}
         packed = ptth.pack_value([[f"{i:026}", [{0: None}, "/", fields]] for i in range(64)])
-        unpacked = list(ptth.unpack_original_requests(packed))
+        unpacked = list(ptth.unpack_rust_requests(packed))
         assert len(unpacked) == 64 and unpacked[-1][1].headers["x-name"] == "\u00c3\u00bc" * 100
 
     BAD_REQUESTS = [
@@ -3550,7 +3554,7 @@ class TestOriginalMessages:
     @pytest.mark.parametrize("parts", BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
     def test_a_bad_request_fails_its_own_id(self, parts: object) -> None:
         good = [{1: None}, "/good", {"host": [97], "connection": [120]}]
-        unpacked = list(ptth.unpack_original_requests(ptth.pack_value([["a" * 26, parts], ["b" * 26, good]])))
+        unpacked = list(ptth.unpack_rust_requests(ptth.pack_value([["a" * 26, parts], ["b" * 26, good]])))
         assert isinstance(unpacked[0][1], ptth.ProtocolError) and unpacked[0][0] == "a" * 26
         assert (unpacked[1][1].method, unpacked[1][1].target, unpacked[1][1].headers) == (
             "HEAD",
@@ -3561,12 +3565,12 @@ class TestOriginalMessages:
     @pytest.mark.parametrize("text", ["", "?", "koEAwA==", "koELwIA=", "kA==", "koEAwIGBwMA="])
     def test_a_bad_response_is_refused(self, text: str) -> None:
         with pytest.raises(ptth.ProtocolError):
-            ptth.unpack_original_response(text)
+            ptth.unpack_rust_response(text)
 
     def test_values_of_one_name_are_joined_but_cookies(self) -> None:
         fields = [("X", "1"), ("x", "2"), ("Set-Cookie", "a"), ("Set-Cookie", "b")]
-        packed = ptth.pack_original_response(ptth.Response(200, fields, ptth.AbsentBody(None)))
-        assert ptth.unpack_original_response(packed)[1] == {"x": "1, 2", "set-cookie": "a"}
+        packed = ptth.pack_rust_response(ptth.Response(200, fields, ptth.AbsentBody(None)))
+        assert ptth.unpack_rust_response(packed)[1] == {"x": "1, 2", "set-cookie": "a"}
 
 
 class Hand:
@@ -3679,7 +3683,7 @@ class TestApp:
             sock = ptth.open_socket("127.0.0.1", 0)
             await server.listen(sock)
             self.port = sock.getsockname()[1]
-            handler = ptth.App(ptth.Client(ptth.parse_origin(f"http://127.0.0.1:{self.port}")), mode)
+            handler = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{self.port}")), mode)
             answers = []
             for method, more, body in requests:
                 headers = ptth.Headers([*self.PUBLIC, *more])
@@ -3777,7 +3781,7 @@ class TestApp:
         port = free_port()
 
         async def talk() -> None:
-            handler = ptth.App(ptth.Client(ptth.parse_origin(f"http://127.0.0.1:{port}")))
+            handler = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{port}")))
             for method in ("GET", "POST", "GET"):
                 with pytest.raises(ptth.ProtocolError) as caught:
                     await handler.handle(ptth.Request(method, "/", ptth.Headers(self.PUBLIC)))
@@ -3824,8 +3828,8 @@ class TestApp:
             with pytest.raises(ptth.UserError, match=word):
                 ptth.load_server_config(str(path), {})
         path.write_text(base + 'app = "3000"\n')
-        assert ptth.load_server_config(str(path), {}).app_origin.url == "http://localhost:3000"
-        assert ptth.load_server_config(str(path), {"app": "h:1"}).app_origin.url == "http://h:1"
+        assert ptth.load_server_config(str(path), {}).app_url.url == "http://localhost:3000"
+        assert ptth.load_server_config(str(path), {"app": "h:1"}).app_url.url == "http://h:1"
 
 
 @pytest.fixture
@@ -3978,7 +3982,7 @@ class TestRelay:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             sock.close()
         eventually(lambda: not (server.exchanges or server.waiting or server.offered or server.addresses))
-        assert not bare_relay.relay.exchanges and not server.transfers
+        assert not bare_relay.relay.exchanges and not server.in_flight
         assert hand.reply(identity, OK) == 410
 
     def test_thousands_of_instances_are_bounded(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -4136,7 +4140,7 @@ class TestRelay:
         assert again.requests() == [(identity, "/0")]
         last = Hand(bare_relay.port)
         again.close()
-        eventually(lambda: not bare_relay.relay._delivered)
+        eventually(lambda: not bare_relay.relay._offered_on)
         last.listen(0)
         assert last.requests() == []
         assert last.reply(identity, OK) == 200
@@ -4253,7 +4257,7 @@ class TestRelay:
             client = Client(bare_relay.port, target, method=method)
             status, fields, packed = hand.answer()
             assert status == 200 and "content-type" not in fields
-            ((identity, request),) = ptth.unpack_original_requests(packed)
+            ((identity, request),) = ptth.unpack_rust_requests(packed)
             assert (request.method, request.target) == (method, target)
             hand.send("POST", f"http_response/{identity}", body, f"X-PTTH-2LJYXWC4: {field}")
             assert hand.answer()[0] == (200 if expected[0] != 502 else 400)
@@ -4266,7 +4270,7 @@ class TestRelay:
         hand = self.original(bare_relay.port)
         eventually(lambda: bare_relay.relay.servers["n"].parked)
         client = Client(bare_relay.port)
-        ((identity, _),) = ptth.unpack_original_requests(hand.answer()[2])
+        ((identity, _),) = ptth.unpack_rust_requests(hand.answer()[2])
         head = f"POST /7ZSFUKGV/http_response/{identity if client_waits else 'x' * 32} HTTP/1.1\r\nHost: r\r\nX-ApiKey: {KEY}\r\n"
         not_modified = f"{head}X-PTTH-2LJYXWC4: koEDwIA=\r\n"
         hand.sock.sendall(f"{not_modified}Content-Length: 13\r\n\r\n".encode())
@@ -4292,7 +4296,7 @@ class TestRelay:
         ours.listen()
         eventually(lambda: len(bare_relay.relay.servers["n"].parked) == 2)
         clients = [Client(bare_relay.port, "/1")]
-        ((identity, request),) = ptth.unpack_original_requests(theirs.answer()[2]) or [("", None)]
+        ((identity, request),) = ptth.unpack_rust_requests(theirs.answer()[2]) or [("", None)]
         hand = Hand(bare_relay.port)
         hand.send("POST", f"http_response/{identity}", b"", "X-PTTH-2LJYXWC4: koEAwIA=")
         assert hand.answer()[0] == 200
@@ -4320,7 +4324,7 @@ class TestRelay:
         leaving.listen()
         leaving.sock.shutdown(socket.SHUT_WR)
         eventually(
-            lambda: [parked.connection.gone() for parked in bare_relay.relay.servers["n"].parked] in ([True], [])
+            lambda: [parked.connection.at_eof() for parked in bare_relay.relay.servers["n"].parked] in ([True], [])
         )
         staying.listen()
         client = Client(bare_relay.port)
@@ -4400,7 +4404,7 @@ class TestRelay:
     def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
         answer = one(bare_relay.fetch(get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)))
         assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
-        assert not bare_relay.relay.exchanges and not bare_relay.relay.servers["n"].transfers
+        assert not bare_relay.relay.exchanges and not bare_relay.relay.servers["n"].in_flight
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
@@ -4588,7 +4592,7 @@ def app_tunnel(background: Background) -> object:
     server = ptth.HTTPServer(app, takes_bodies=True)
     sock = ptth.open_socket("127.0.0.1", 0)
     background.run(server.listen(sock))
-    handler = ptth.App(ptth.Client(ptth.parse_origin(f"http://127.0.0.1:{sock.getsockname()[1]}")), "public")
+    handler = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{sock.getsockname()[1]}")), "public")
     made = Tunnel(background, handler.handle)
     made.app_port = sock.getsockname()[1]
     yield made
@@ -4772,14 +4776,14 @@ class TestHosts:
                 ptth.ServerEntry(name, ptth.tripcode(KEY), host="app.test" if name == "b" else "") for name in names
             ]
             relay = ptth.Relay(ptth.RelayConfig(servers=entries, domain="relay.test"))
-            relay._watcher.cancel()
+            relay._sweeper.cancel()
 
             async def forward(request: ptth.Request, route: object) -> ptth.Response:
                 return ptth.text_response(299, f"{route.server.name} {route.target}")
 
             relay._forward = forward
             request = ptth.parse_request_head(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-            response = await ptth.answer(relay.handle, request)
+            response = await ptth.call_handler(relay.handle, request)
             if response.status == 299:
                 name, _, got = response.body.data.decode().partition(" ")
                 below = target.startswith("/frontend/") and host == "relay.test"
@@ -5110,9 +5114,9 @@ class TestServer:
 
     @pytest.mark.parametrize(("status", "fields", "url", "words"), NO_P3, ids=range(len(NO_P3)))
     def test_what_is_no_p3_says_what_to_do(self, status: int, fields: dict[str, str], url: str, words: str) -> None:
-        client = ptth.Client(ptth.parse_origin(url))
+        client = ptth.HTTPClient(ptth.parse_base_url(url))
         with pytest.raises(ptth.Refused) as caught:
-            ptth.check_listen_answer(status, ptth.Headers(fields.items()), client)
+            ptth.check_p3(status, ptth.Headers(fields.items()), client)
         assert words in str(caught.value) and len(str(caught.value)) < 500
         assert not isinstance(caught.value, ptth.KeyRefused)
 
@@ -5125,19 +5129,17 @@ class TestServer:
     @pytest.mark.parametrize("fields", OWN_401)
     def test_a_relays_own_401(self, fields: dict[str, str]) -> None:
         with pytest.raises(ptth.KeyRefused):
-            ptth.check_listen_answer(
-                401, ptth.Headers(fields.items()), ptth.Client(ptth.parse_origin("http://r.example"))
-            )
+            ptth.check_p3(401, ptth.Headers(fields.items()), ptth.HTTPClient(ptth.parse_base_url("http://r.example")))
 
     def test_a_status_that_may_be_a_forward_proxys(self) -> None:
-        client = ptth.Client(ptth.parse_origin("http://r.example"), ptth.parse_proxy("p:3128"))
+        client = ptth.HTTPClient(ptth.parse_base_url("http://r.example"), ptth.parse_proxy("p:3128"))
         with pytest.raises(ConnectionError, match="or the proxy at p:3128, answers 502") as caught:
-            ptth.check_listen_answer(502, ptth.Headers(), client)
+            ptth.check_p3(502, ptth.Headers(), client)
         assert not isinstance(caught.value, ptth.Refused)  # tried again soon: a relay that is started again
         with pytest.raises(ptth.Refused, match="the proxy at p:3128 answers 407: it wants a login"):
-            ptth.check_listen_answer(407, ptth.Headers(), client)
+            ptth.check_p3(407, ptth.Headers(), client)
         with pytest.raises(ptth.Refused, match=r"http://r\.example, or the proxy at p:3128, is no relay"):
-            ptth.check_listen_answer(403, ptth.Headers(), client)
+            ptth.check_p3(403, ptth.Headers(), client)
 
     REFUSING = [  # (answer, scheme of relay_url, whether by a proxy, words)
         (b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n", "https", True, "407"), (b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n", "http", True, "407"),
@@ -5150,16 +5152,16 @@ class TestServer:
     ) -> None:
         for name in ("BACKOFF_MIN", "BACKOFF_MAX"):
             monkeypatch.setattr(ptth, name, 0)
-        monkeypatch.setattr(ptth, "REFUSED_TIME", 3600)
+        monkeypatch.setattr(ptth, "REFUSED_DELAY", 3600)
         proxy = FakeProxy(answer)
         here = f"127.0.0.1:{proxy.port}"
-        origin = ptth.parse_origin(f"{scheme}://{'r.example' if by_proxy else here}")
-        client = ptth.Client(origin, ptth.parse_proxy(here) if by_proxy else None)
+        origin = ptth.parse_base_url(f"{scheme}://{'r.example' if by_proxy else here}")
+        client = ptth.HTTPClient(origin, ptth.parse_proxy(here) if by_proxy else None)
 
         async def attend() -> None:
-            server = ptth.Server(client, "n", KEY, echo)
+            server = ptth.TunnelServer(client, "n", KEY, echo)
             running = asyncio.create_task(server.run())
-            while not server.link._told:
+            while not server.link._last_logged:
                 await asyncio.sleep(0.001)
             for _ in range(100):
                 await asyncio.sleep(0)
@@ -5189,7 +5191,7 @@ class TestServer:
         relay.sock.close()
         head, _, batch = relay.posts[0].partition(b"\r\n\r\n")
         assert head.startswith(b"POST /7ZSFUKGV/http_responses/n HTTP/1.1\r\n")
-        answers = [(answer.identity, answer.status) for answer in ptth.unpack_responses(batch)]
+        answers = [(answer.request_id, answer.status) for answer in ptth.unpack_responses(batch)]
         assert answers == [("aaaaaaaa", 400), ("bbbbbbbb", 404)]
         assert server.end() == 0
 
@@ -5214,8 +5216,8 @@ class TestServer:
 
         async def post() -> None:
             async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
-                origin = ptth.Origin(False, *relay.sockets[0].getsockname(), "")
-                sender = ptth.Sender(ptth.Client(origin), "n", KEY, ptth.Workers(echo), print)
+                origin = ptth.BaseURL(False, *relay.sockets[0].getsockname(), "")
+                sender = ptth.Sender(ptth.HTTPClient(origin), "n", KEY, ptth.Workers(echo), print)
                 await sender._post(["x"], "x", b"", ptth.BytesBody(b"the end"))
 
         asyncio.run(post())
@@ -5232,7 +5234,7 @@ class TestServer:
         async def post(begin: bytes) -> bytes:
             server, sock = ptth.HTTPServer(keep), ptth.open_socket("127.0.0.1", 0)
             await server.listen(sock)
-            client = ptth.Client(ptth.Origin(False, *sock.getsockname(), ""))
+            client = ptth.HTTPClient(ptth.BaseURL(False, *sock.getsockname(), ""))
             status, _ = await client.post("/", [], begin, Pieces(), await client.connect())
             await server.stop(0.1)
             return b"%d %b" % (status, bodies.pop())
@@ -5257,7 +5259,7 @@ class TestServer:
             return ptth.text_response(200, "")
 
         async def post(port: int) -> None:
-            client = ptth.Client(ptth.Origin(False, "127.0.0.1", port, ""))
+            client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(
                     client.post("/", [], b"", ptth.BytesBody(bytes(size)), await client.connect()), 20
@@ -5265,7 +5267,7 @@ class TestServer:
             client.close()
             release.set()
 
-        monkeypatch.setattr(ptth, "P7_TIME", 0.1)
+        monkeypatch.setattr(ptth, "P7_TIMEOUT", 0.1)
         with serving(background, never) as port:
             begin = time.monotonic()
             background.run(post(port))
@@ -5281,10 +5283,10 @@ class TestServer:
             return ptth.text_response(410, "the client is gone")
 
         async def post(port: int) -> int:
-            client = ptth.Client(ptth.Origin(False, "127.0.0.1", port, ""))
+            client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
             stream = await client.connect()
             status, _ = await client.post("/", [], b"", Endless(), stream)
-            assert stream.closing  # what was sent of the body would be read as a request
+            assert stream.must_close  # what was sent of the body would be read as a request
             client.close()
             return status
 
@@ -5335,7 +5337,7 @@ class TestServer:
         for post in relay.posts[:3]:
             head, _, body = post.partition(b"\r\n\r\n")
             field = re.search(rb"X-PTTH-2LJYXWC4: (\S+)", head)[1].decode()
-            status, headers = ptth.unpack_original_response(field)
+            status, headers = ptth.unpack_rust_response(field)
             answers[head[29:30]] = (status, headers.get("content-length"), body)
         assert answers[b"A"] == (200, "13", HELLO) and answers[b"B"] == (200, "13", b"")
         assert answers[b"C"][0] == 307
@@ -5367,7 +5369,7 @@ class TestServer:
                 running -= 1
                 raise ConnectionAbortedError  # nobody is there to take an answer
 
-            server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, handler)
+            server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, handler)
             requests = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % i for i in range(600)]
             async with asyncio.TaskGroup() as server.workers.group:
                 server.link.accept(b"".join(requests))
@@ -5394,14 +5396,14 @@ class TestServer:
             if kind == "fault-in-the-body":
                 return ptth.Response(200, [], Faulty())
             if kind == "field":
-                return ptth.Response(200, [("X", "a\r\nb")], ptth.BytesBody(b"x" * ptth.MAX_IN_BATCH * 2))
+                return ptth.Response(200, [("X", "a\r\nb")], ptth.BytesBody(b"x" * ptth.MAX_BATCHED_BODY * 2))
             if kind == "None":
                 return None
             if kind == "cancelled":
                 await asyncio.gather(asyncio.sleep(0), cancelled())
             raise {
                 "timeout": TimeoutError,
-                "broken": ptth.BrokenBody,
+                "broken": ptth.IncompleteBody,
                 "value": ValueError,
                 "reset": ConnectionResetError,
             }[kind]
@@ -5470,7 +5472,7 @@ class TestServer:
 
     def test_small_responses_that_the_relay_does_not_take_stop_the_polling(self) -> None:
         async def fill() -> list[bool]:
-            server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, echo)
+            server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, echo)
             sender, rooms, release = server.link._sender, [], asyncio.Event()
 
             async def post(*_: object) -> None:
@@ -5492,7 +5494,7 @@ class TestServer:
 
     def test_what_is_offered_again_is_not_told_as_lost(self) -> None:
         async def offer() -> list[str]:
-            server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, echo)
+            server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, echo)
             server.link._sender.lost.extend(["aaaaaaaa", "bbbbbbbb"])
             async with asyncio.TaskGroup() as server.workers.group:
                 server.link.accept(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n")
@@ -5541,8 +5543,8 @@ class TestServer:
 
         async def attend() -> None:
             async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
-                client = ptth.Client(ptth.Origin(False, *relay.sockets[0].getsockname(), ""))
-                server = ptth.Server(client, "n", KEY, handler)
+                client = ptth.HTTPClient(ptth.BaseURL(False, *relay.sockets[0].getsockname(), ""))
+                server = ptth.TunnelServer(client, "n", KEY, handler)
                 running = asyncio.create_task(server.run())
                 async with asyncio.timeout(20):
                     await done.wait()
@@ -5564,7 +5566,7 @@ class TestServer:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def measure() -> list[tuple[int, int]]:
-            link = ptth.Link(ptth.Client(ptth.Origin(False, "127.0.0.1", 1, "")), "n", KEY, ptth.Workers(echo))
+            link = ptth.Link(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, ptth.Workers(echo))
             samples = iter([0.9, 0.001, 0.9, 0.9, 0.8, 0.7, 0.9, 0.9, OSError("refused"), 0.0, OSError("refused")])
             seen: list[tuple[int, int]] = []
             set_distance = link._set_distance
@@ -5591,14 +5593,16 @@ class TestServer:
                 await link._look(0.9, failure)
             return seen
 
-        monkeypatch.setattr(ptth, "LOOK_TIME", 0)
+        monkeypatch.setattr(ptth, "MEASURE_INTERVAL", 0)
         near, far = (1, 1), (ptth.FAR_P1, ptth.FAR_BATCHES)
         # 0.9 and three samples; then three at a time, one of which may fail, and then those before it count
         assert asyncio.run(asyncio.wait_for(measure(), 20))[:4] == [near, far, far, near]
 
     def test_an_unexpected_error_and_a_cancellation_end_the_server(self, background: Background) -> None:
         async def attend(fault: bool) -> None:
-            server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", relay.port, "")), "n", KEY, echo)
+            server = ptth.TunnelServer(
+                ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", relay.port, "")), "n", KEY, echo
+            )
             running = asyncio.create_task(server.run())
             await server.connected.wait()
             if fault:
@@ -5610,7 +5614,7 @@ class TestServer:
             assert running.done()
             if fault:
                 assert running.exception().subgroup(TypeError)
-            assert not server.client.streams
+            assert not server.client.connections
             await server.stop()
 
         relay = Tunnel(background, None)
@@ -5810,7 +5814,7 @@ class TestConfiguration:
     def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
-        config = ptth.ServerConfig("s.toml", origin=ptth.Origin(True, "r.example", 443, ""))
+        config = ptth.ServerConfig("s.toml", origin=ptth.BaseURL(True, "r.example", 443, ""))
         assert ptth.find_proxy(config) is None
         monkeypatch.setenv("HTTPS_PROXY", "http://p:1")
         assert ptth.find_proxy(config).origin.port == 1
@@ -5840,7 +5844,7 @@ class TestConfiguration:
         path.chmod(0o600)
         config = ptth.load_server_config(str(path), {"name": "b", "relay_url": "https://r.example/7ZSFUKGV/"})
         assert (config.name, config.throttle_upload) == ("b", 0)
-        assert config.origin == ptth.Origin(True, "r.example", 443, "")
+        assert config.origin == ptth.BaseURL(True, "r.example", 443, "")
         path.write_text('file_server_root = "/nowhere"\nextra = 1\nproxy_url = "socks5://x"')
         path.chmod(0o644)
         with pytest.raises(ptth.UserError) as caught:
@@ -5991,15 +5995,15 @@ class TestCommandLine:
                     if host not in answering:
                         stack.enter_context(pytest.raises(ConnectionRefusedError))
                     socket.create_connection((host, port), timeout=20).close()
-            urls = ptth.urls(sock)
+            urls = ptth.listening_urls(sock)
             assert urls[0] == f"http://{ptth.bracket(answering[0])}:{port}/"
             for url in urls:
-                socket.create_connection(ptth.parse_origin(url).address, timeout=20).close()
+                socket.create_connection(ptth.parse_base_url(url).address, timeout=20).close()
 
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     def test_the_urls_of_a_socket_for_ipv6_only(self) -> None:
         with socket.create_server(("::", 0), family=socket.AF_INET6) as sock:
-            urls = ptth.urls(sock)
+            urls = ptth.listening_urls(sock)
             assert urls[0].startswith("http://[::1]:") and all("[" in url for url in urls)
 
     def test_the_urls_of_a_link_local_address(self) -> None:
@@ -6007,7 +6011,7 @@ class TestCommandLine:
             family = socket.AF_INET6
             getsockname = staticmethod(lambda: ("fe80::1", 80, 0, socket.if_nameindex()[0][0]))
 
-        assert ptth.urls(LinkLocal()) == [f"http://[fe80::1%25{socket.if_nameindex()[0][1]}]:80/"]
+        assert ptth.listening_urls(LinkLocal()) == [f"http://[fe80::1%25{socket.if_nameindex()[0][1]}]:80/"]
 
     @pytest.mark.parametrize(
         ("bind", "words"),
@@ -6136,7 +6140,7 @@ class TestCommandLine:
         monkeypatch.setattr(ptth, "open_socket", fail)
         assert ptth.main(["file-server", root, "--port", "0"]) == 1
         told = capfd.readouterr().err
-        assert told.count("\n") == 1 and ptth.describe(error) in told
+        assert told.count("\n") == 1 and ptth.format_error(error) in told
 
     def test_a_system_without_dev_null_will_do(self, monkeypatch: pytest.MonkeyPatch, call: object) -> None:
         monkeypatch.setattr(os, "devnull", "/nowhere/null")
@@ -6611,7 +6615,7 @@ class TestFaults:
 
     def test_one_servers_queue_does_not_delay_anothers(self, bare_relay: Tunnel) -> None:
         relay = bare_relay.relay
-        relay.servers["other"] = ptth.Registered(ptth.ServerEntry("other", ptth.tripcode(KEY)))
+        relay.servers["other"] = ptth.RegisteredServer(ptth.ServerEntry("other", ptth.tripcode(KEY)))
         busy = Hand(bare_relay.port)
         busy.listen(0)
         busy.requests()
@@ -6717,8 +6721,8 @@ class TestFaults:
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
         async def begin() -> None:
-            client = ptth.Client(ptth.Origin(False, "relay.example", tunnel.port, ""))
-            tunnel.server = ptth.Server(client, "n", KEY, echo)
+            client = ptth.HTTPClient(ptth.BaseURL(False, "relay.example", tunnel.port, ""))
+            tunnel.server = ptth.TunnelServer(client, "n", KEY, echo)
             tunnel.running = asyncio.create_task(tunnel.server.run())
 
         background.run(begin())
@@ -6854,7 +6858,7 @@ class TestFaults:
                 )
         assert len(served) - len(set(served)) <= len(served) * 0.2  # a GET may be offered again after a break, once
         eventually(lambda: not tunnel.relay.exchanges)
-        kept = tunnel.server.client.streams  # each is a task at the relay's end
+        kept = tunnel.server.client.connections  # each is a task at the relay's end
         eventually(lambda: len(background.run(self.all_tasks())) <= tasks + len(kept))
         tunnel.close()
 
@@ -6865,8 +6869,8 @@ class TestFaults:
     @staticmethod
     async def break_connections(tunnel: Tunnel, rng: random.Random) -> None:
         """Reset one of the server's connections to its relay."""
-        if tunnel.server.client.streams:
-            rng.choice(sorted(tunnel.server.client.streams, key=id)).transport.abort()
+        if tunnel.server.client.connections:
+            rng.choice(sorted(tunnel.server.client.connections, key=id)).transport.abort()
 
 
 @contextlib.contextmanager
@@ -6945,8 +6949,10 @@ class TestRealPrograms:
         with nginx(tmp_path, block):
             eventually(lambda: self.listens(front))
 
-            async def begin() -> tuple[ptth.Server, object]:
-                server = ptth.Server(ptth.Client(ptth.Origin(False, "127.0.0.1", front, "")), "n", KEY, handler)
+            async def begin() -> tuple[ptth.TunnelServer, object]:
+                server = ptth.TunnelServer(
+                    ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", front, "")), "n", KEY, handler
+                )
                 running = asyncio.create_task(server.run())
                 await server.connected.wait()
                 return server, running
