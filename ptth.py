@@ -21,24 +21,25 @@ client's request in the answer to that poll, and takes the response in the body 
 
 This file is the whole program.  It reads from top to bottom; each section uses only those above it:
 
-    1  Constants and errors   limits with units and reasons, the error that carries a status
-    2  Tripcodes              BLAKE3, and what makes a key too weak
-    3  Messages               headers, request, response, body, and the one seam: a handler
-    4  Syntax                 bytes to heads and back, framing, ranges, dates, paths; pure
-    5  Streams                heads and bodies over sockets, files by sendfile
-    6  Pages                  the HTML that people see; pure
-    7  HTTP server            one connection, many requests: time limits, access log, graceful stop
-    8  HTTP client            kept-alive connections to one origin
-    9  File server            a path to a file or a listing
-    10 Tunnel messages        requests and responses as they cross the tunnel; pure
-    11 Web app                a local web app as a handler
-    12 Relay                  P2 to P1, P5 to P6
-    13 Server                 P1, P4, P5
-    14 Configuration          TOML to dataclasses
-    15 Command line           demo, relay, server, file-server
+    1  Constants and errors    limits with units and reasons, the error that carries a status
+    2  Tripcodes               BLAKE3, and what makes a key too weak
+    3  Messages                headers, request, response, body, and the one seam: a handler
+    4  Syntax                  heads and framing: bytes to values and back; pure
+    5  Connections and bodies  heads and bodies over sockets
+    6  Pages                   the HTML that people see; pure
+    7  HTTP server             many connections, many requests: time-outs, access log, graceful stop
+    8  HTTP client             kept-alive connections to one server
+    9  Forwarding              fields that a proxy drops, adds and changes; a web app as a handler
+    10 File server             a path to a file, a listing or a zip; dates, ranges, tags
+    11 Tunnel messages         requests and responses as they cross the tunnel; pure
+    12 Rust form               the same for the peers in Rust; pure
+    13 Relay                   P2 to P1, P5 to P6
+    14 Server                  P1, P4, P5
+    15 Configuration           TOML to dataclasses
+    16 Command line            demo, relay, server, file-server
 
 Start with `Handler` in section 3.  A file server is a handler given to an HTTP server; a PTTH server is the same
-handler given to `TunnelServer`; a relay is a handler that asks somebody else.
+handler given to `TunnelServer`; `Relay.handle` is a handler, too: it gets the response from the server that polls it.
 """
 
 from __future__ import annotations
@@ -94,7 +95,6 @@ MAX_CHUNK_LINE = 4 * 1024  # bytes; a size and its extensions
 MAX_CHUNK_WASTE = 64 * 1024  # bytes of extensions and trailers in one body that nobody will read
 MAX_INTERIM = 64  # interim responses before one response; more is an error of the peer
 MAX_DRAIN = 64 * 1024  # bytes of an unwanted body that are read to keep the connection
-
 IDLE_TIMEOUT = 75.0  # seconds a kept connection may be silent; as nginx
 HEAD_TIMEOUT = 10.0  # seconds from a head's first byte to its last
 STALL_TIMEOUT = 60.0  # seconds without a byte moving before a peer is dropped; as nginx
@@ -107,14 +107,12 @@ MAX_SCRAPER_DAYS = 30  # that a scraper's key may be valid
 EXPECT_TIMEOUT = 1.0  # seconds that a client waits for 100 Continue before it sends a body (RFC 9110, 10.1.1)
 GRACE_PERIOD = 30.0  # seconds that work in flight has to finish at a stop
 SWEEP_INTERVAL = 0.25  # seconds between two looks at what has run out of time
-
 SMALL_BODY = 128 * 1024  # bytes; a body up to here is read at once and leaves in one write with its head
 WRITE_HIGH_WATER = 64 * 1024  # bytes; more than that in a connection's buffer waits for the peer to take some
 READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
 SPLICE_MIN = 256 * 1024  # bytes still to come from which on a pipe and four descriptors are worth while
 SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile; the loop is held for about half a millisecond
 MAX_RANGES = 64  # of one request; more gets the whole file, which is cheaper for both (RFC 9110, 14.2)
-
 MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are hashed
 MAX_P3_REQUESTS = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
@@ -165,7 +163,6 @@ SAMPLES = 3  # round trips of which the shortest tells how far away the relay is
 MEASURE_INTERVAL = 300.0  # seconds after which the server measures that again
 FAR_P1 = 8
 FAR_BATCHES = 4  # of responses under way at once, over a distance
-
 BACKEND = "/7ZSFUKGV/"
 
 
@@ -592,7 +589,7 @@ T = TypeVar("T")
 
 
 # -- 4. Syntax --
-# Bytes to values and back (RFC 9112, RFC 9110, RFC 3986). Pure: no await, no file, no socket, no clock.
+# Heads and framing: bytes to values and back (RFC 9112, RFC 9110). Pure: no await, no file, no socket, no clock.
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _FIELD_LINES = rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*"  # RFC 9112, 5: no fold, no space before the colon
@@ -796,13 +793,6 @@ def parse_trailers(data: bytes) -> None:
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_MONTH = "|".join(_MONTHS)
-_TIME = r"([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9]|60)"
-_IMF_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}), ([0-9]{{2}}) ({_MONTH}) ([0-9]{{4}}) {_TIME} GMT")
-_RFC850_DATE = re.compile(
-    rf"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, ([0-9]{{2}})-({_MONTH})-([0-9]{{2}}) {_TIME} GMT"
-)
-_ASCTIME_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}) ({_MONTH}) ([ 0-9][0-9]) {_TIME} ([0-9]{{4}})")
 
 
 @functools.lru_cache(1024)
@@ -818,116 +808,6 @@ def format_date(seconds: int) -> str:
     )
 
 
-def parse_date(text: str, now: float) -> int | None:
-    """Return the POSIX time of an HTTP date in any of its three forms (RFC 9110, 5.6.7), or None."""
-    import calendar
-
-    if match := _IMF_DATE.fullmatch(text):
-        day, month, year, hour, minute, second = match.groups()
-    elif match := _RFC850_DATE.fullmatch(text):
-        day, month, year, hour, minute, second = match.groups()
-        this_year = time.gmtime(now).tm_year
-        full = this_year - this_year % 100 + int(year)
-        year = str(full - 100 if full > this_year + 50 else full)  # more than 50 years ahead means the past
-    elif match := _ASCTIME_DATE.fullmatch(text):
-        month, day, hour, minute, second, year = match.groups()
-    else:
-        return None
-    number = _MONTHS.index(month) + 1
-    if not (int(year) >= 1 and 1 <= int(day) <= calendar.monthrange(int(year), number)[1]):
-        return None
-    return calendar.timegm((int(year), number, int(day), int(hour), int(minute), int(second)))
-
-
-_RANGE = re.compile(r"([0-9]*)-([0-9]*)")
-
-
-def _number(digits: str) -> int:
-    """Return the number, or one larger than any file: int() refuses more than 4,300 digits."""
-    return int(digits) if len(digits) < 4300 else 10**4300
-
-
-def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
-    """Return the (first, last) of each satisfiable range of `size` bytes; [] when there is none, None to ignore it.
-
-    To be ignored are unknown units, bad syntax, what costs more than the whole (RFC 9110, 14.2), and any range of an
-    empty file: proxies that fetch files in slices ask for one where their client wants the file.
-    """
-    unit, _, rest = text.partition("=")
-    members = [member for part in rest.split(",", MAX_MEMBERS) if (member := part.strip(" \t"))]
-    if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES or not size:
-        return None
-    ranges = []
-    for member in members:
-        match = _RANGE.fullmatch(member)
-        if match is None:
-            return None
-        first, last = (_number(digits) if digits else None for digits in match.groups())
-        if first is None:  # "-5": the last five bytes
-            if last is None:
-                return None
-            if last:
-                ranges.append((max(size - last, 0), size - 1))
-        elif last is not None and last < first:
-            return None
-        elif first < size:
-            ranges.append((first, size - 1 if last is None else min(last, size - 1)))
-    if len(ranges) > 1 and sum(last - first + 1 for first, last in ranges) > size:
-        return None  # overlapping ranges must not make an answer larger than the file
-    return ranges
-
-
-_ENTITY_TAG = re.compile(r'(?:\A|,)[ \t]*(W/)?("[!#-~\x80-\xff]*")(?=[ \t]*(?:,|\Z))')
-
-
-def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
-    """Return whether a list of entity tags, or "*", names `tag`; a weak comparison ignores W/ (RFC 9110, 8.8.3.2)."""
-    if field_value.strip(" \t") == "*":
-        return True
-    own_weak, own = tag.startswith("W/"), tag.removeprefix("W/")
-    if own not in field_value:  # so that a long list of others' tags costs nothing
-        return False
-    for prefix, opaque in _ENTITY_TAG.findall(field_value):
-        if opaque == own and (weak or not (prefix or own_weak)):
-            return True
-    return False
-
-
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-
-
-def parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
-    """Return a path's decoded segments, and whether it names a directory (it ends in a slash or a dot segment).
-
-    Dot segments, also written %2e, are removed (RFC 3986, 5.2.4), then empty ones. An escaped slash does not separate.
-    Short paths are kept: 256 of 8 KB would take 80 MB. ProtocolError 400 for what is no path.
-    """
-    return _parse_short_path(path) if len(path) < 256 else _parse_path(path)
-
-
-def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
-    if not path.startswith("/"):
-        raise ProtocolError(400, "the target is no path")
-    if _BAD_ESCAPE.search(path):
-        raise ProtocolError(400, "a percent sign without two hex digits in the path")
-    if "%00" in path or "\0" in path:
-        raise ProtocolError(400, "a NUL in the path")
-    segments: list[bytes] = []
-    segment = b""
-    for segment in path.encode("latin-1").split(b"/")[1:]:
-        if b"%" in segment:
-            segment = urllib.parse.unquote_to_bytes(segment)
-        if segment not in (b".", b".."):
-            segments.append(segment)
-        elif segment == b".." and segments:
-            segments.pop()
-    directory = segment in (b"", b".", b"..")
-    return tuple(filter(None, segments)), directory
-
-
-_parse_short_path = functools.lru_cache(256)(_parse_path)
-
-
 def quote(name: bytes) -> str:
     """Percent-encode one segment of a path: everything but unreserved characters (RFC 3986, 2.3)."""
     return urllib.parse.quote_from_bytes(name, safe="")
@@ -939,8 +819,8 @@ def redirect_below(segment: bytes, target: str) -> str:
     return f"./{quote(segment)}/{mark}{query}"
 
 
-# -- 5. Streams --
-# Heads and bodies over asyncio's streams. Knows framing and time limits, not what a message means.
+# -- 5. Connections and bodies --
+# Heads and bodies over asyncio's streams. Knows framing and time-outs, not what a message means.
 
 
 class Connection:
@@ -1494,85 +1374,6 @@ class IncomingBody(Body):
             await on_end()
 
 
-class FileBody(Body):
-    """A part of an open regular file; closes the file in the end.
-
-    Without a `length` it is all that can be read from `offset` on, which is not the same each time.
-    """
-
-    def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int | None) -> None:
-        self._fd = fd
-        self._opened = opened
-        self._offset = offset
-        self.length = length
-        self.replayable = length is not None
-
-    def slices(self, size: int) -> Iterator[tuple[int, int]]:
-        """Yield (offset, count) of each part to send, after a look whether the file is still what was announced.
-
-        A file that grew still begins with the right bytes: a log. One that shrank, or changed at the same size, does
-        not: IncompleteBody, so that no wrong bytes go out under a right length.
-        """
-        end = self._offset + (self.length or 0)
-        for offset in range(self._offset, end, size):
-            now = os.fstat(self._fd)
-            changed = now.st_mtime_ns != self._opened.st_mtime_ns
-            if now.st_size < end or changed and now.st_size <= self._opened.st_size:
-                raise IncompleteBody("the file changed while it was sent")
-            yield offset, min(size, end - offset)
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        offset = self._offset
-        while self.length is None and (data := read_at(self._fd, offset, WRITE_HIGH_WATER)):
-            offset += len(data)
-            yield data
-        for offset, count in self.slices(READ_SIZE):
-            data = read_at(self._fd, offset, count)
-            if len(data) < count:
-                raise IncompleteBody("the file became shorter")
-            yield data
-
-    async def write_to(self, sink: Sink) -> None:
-        if self.length is None or not sink.can_send_file:
-            await super().write_to(sink)
-            return
-        for offset, count in self.slices(4 * SENDFILE_SIZE):
-            await sink.send_file(self._fd, offset, count)
-
-    async def aclose(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-class MultipartBody(Body):
-    """Several parts of one file, each behind a head of its own (RFC 9110, 14.6)."""
-
-    replayable = True
-
-    def __init__(self, fd: int, opened: os.stat_result, parts: list[tuple[bytes, int, int]], last: bytes) -> None:
-        self._whole = FileBody(fd, opened, 0, 0)
-        self._parts = [(head, FileBody(fd, opened, offset, count)) for head, offset, count in parts]
-        self._last = last
-        self.length = sum(len(head) + count for head, _, count in parts) + len(last)
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for head, part in self._parts:
-            yield head
-            async for piece in part:
-                yield piece
-        yield self._last
-
-    async def write_to(self, sink: Sink) -> None:
-        for head, part in self._parts:
-            await sink.send(head)
-            await part.write_to(sink)
-        await sink.send(self._last)
-
-    async def aclose(self) -> None:
-        await self._whole.aclose()
-
-
 class ChunkedSink:
     """Puts each piece on another sink as a chunk (RFC 9112, 7.1)."""
 
@@ -1723,118 +1524,8 @@ def clamp(nanoseconds: int) -> int:
     return max(0, min(nanoseconds // 1_000_000_000, 253402300799))  # the last second of 9999
 
 
-class ListingEntry(NamedTuple):
-    """One line of a directory listing."""
-
-    name: bytes
-    is_dir: bool
-    size: int  # bytes; 0 for a directory
-    mtime: int  # POSIX time in nanoseconds
-    error: str = ""  # why the file system does not tell size and time: it cannot be read
-
-
-# What would hide in a name, or turn it round: controls, marks of direction, and what has no width.
-_UNSEEN = re.compile(
-    "[\u034f\u115f\u1160\u180e\u3164\uffa0\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
-)
-
-
-def name_text(name: bytes) -> str:
-    """Return a file's name as valid Unicode: U+FFFD in the place of what is not UTF-8."""
-    return name.decode("utf-8", "replace")
-
-
-def show_name(name: bytes) -> str:
-    """Return a file's name as text that shows every character of it."""
-    return _UNSEEN.sub("\ufffd", name_text(name))
-
-
-def entry_link(entry: ListingEntry) -> str:
-    """Return the URL of an entry, relative to its directory's URL.
-
-    It has no "./" in front, which several programs that read listings do not understand. It needs none, because a
-    colon, which would make a scheme of what is before it, is escaped.
-    """
-    return quote(entry.name) + ("/" if entry.is_dir else "")
-
-
-LISTING_SCRIPT = """
-const box=document.getElementById("filter"),count=document.getElementById("count"),all=count.textContent;
-const fold=text=>text.normalize("NFKC").toUpperCase().normalize("NFKC");
-const rows=[...document.querySelectorAll("tbody tr:not(.up)")].map(row=>[row,fold(row.cells[0].textContent)]);
-box.hidden=false;box.oninput=()=>{const word=fold(box.value);let shown=0;
-for(const [row,name] of rows)shown+=!(row.hidden=!name.includes(word));
-count.textContent=word?shown+" of "+rows.length+" match":all};
-"""
-
-
-def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str) -> bytes:
-    """Show a directory: `path` is below the root, `order` is how the entries are sorted.
-
-    All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
-    Programs read the page, too, by simple patterns. So a row is one line, `href` is its link's only attribute, and the
-    size stands last. The links to the folders above have no quotes: programs that take all links for entries look for
-    quotes, and would read the same folders again and again.
-    """
-    names = ["Files", *map(show_name, path)]
-    above = [f"<a href={'../' * (len(path) - i)}>{escape(name)}</a>" for i, name in enumerate(names[:-1])]
-    crumbs = "<i>/</i>".join([*above, f'<span aria-current="page">{escape(names[-1])}</span>'])
-    readable = [entry for entry in entries if not entry.error]
-    folders = sum(entry.is_dir for entry in readable)
-    facts = [format_count(n, noun) for n, noun in ((folders, "folder"), (len(readable) - folders, "file")) if n]
-    facts.append(format_size(sum(entry.size for entry in readable)) if entries else "Empty folder")
-    if len(readable) < len(entries):
-        facts.append(f"{len(entries) - len(readable):,} not readable")
-    controls = (
-        '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
-        '<form><button name="zip" value="">Download as .zip</button></form>'
-    )
-    headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
-    rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
-    return page(
-        "/" + "/".join(names[1:]),
-        f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span id="count" aria-live="polite">{", ".join(facts)}</span>\n'
-        f'{controls if entries else ""}</div>\n<form>\n<table class="l">\n<thead><tr>{headings}</tr></thead>\n'
-        f"<tbody>\n{rows}</tbody>\n</table>\n</form>\n</main>\n"
-        f"{f'<script>{LISTING_SCRIPT}</script>' if entries else ''}",
-    )
-
-
-_SORT_KEYS = (("name", "Name"), ("time", "Modified (UTC)"), ("size", "Size"))
-_PARENT_ROW = (
-    '<tr class="up"><td class="d"><a href="../" aria-label="Folder above">..</a></td>'
-    '<td class="n w"></td><td class="n"></td></tr>\n'
-)
-
-
-def _sort_heading(key: str, label: str, order: str) -> str:
-    """Make a column's heading: a button that sorts by it, or the other way round."""
-    active = (order.removeprefix("-") or "name") == key
-    backwards = order.startswith("-")
-    value = f"-{key}" if active and not backwards else key
-    aria = f' aria-sort="{"descending" if backwards else "ascending"}"' if active else ""
-    arrow = f' <span aria-hidden="true">{"&darr;" if backwards else "&uarr;"}</span>' if active else ""
-    column = {"name": "", "size": ' class="n"', "time": ' class="n w"'}[key]
-    return f'<th scope="col"{column}{aria}><button name="sort" value="{value}">{label}{arrow}</button></th>'
-
-
-def _entry_row(entry: ListingEntry) -> str:
-    """Make one row of a listing."""
-    name = escape(show_name(entry.name)) + ("/" if entry.is_dir else "")
-    column = '<td class="d">' if entry.is_dir else "<td>"
-    if entry.error:
-        link, when = f"<i>{name}</i>", ""
-        size = f' title="{escape(entry.error)}">not readable'
-    else:
-        link = f'<a href="{entry_link(entry)}">{name}</a>'
-        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
-        size = ">" if entry.is_dir else f' title="{format_count(entry.size, "byte")}">{format_size(entry.size)}'
-    return f'<tr>{column}{link}</td><td class="n w">{when}</td><td class="n"{size}</td></tr>\n'
-
-
 # -- 7. HTTP server --
-# One connection after another, one request after another. Asks a handler, and has never heard of files or tunnels.
-
+# Accepts connections, and serves the requests of each in order. Calls a handler; does not use files or the tunnel.
 
 NOSNIFF = ("X-Content-Type-Options", "nosniff")
 NO_STORE = ("Cache-Control", "no-store")
@@ -1942,8 +1633,6 @@ class AccessLog:
 
 
 _LOGGED = {code: f"\\x{code:02x}" for code in (*range(32), *b'"\\', *range(127, 256))}
-
-
 # Where keys are asked for, and may be found in the query by mistake.
 _ASKS_FOR_KEY = re.compile(rf"(?:https?://[^/?]*)?/*(?:{BACKEND[1:-1]}|scraper|frontend/audit_log)\b", re.IGNORECASE)
 
@@ -2214,7 +1903,7 @@ class HTTPServer:
 
 
 # -- 8. HTTP client --
-# Kept-alive connections to one origin. Does not know what is asked there.
+# Kept-alive connections to one server. Does not know what is asked there.
 
 
 async def end_task(task: asyncio.Task[None] | None) -> None:
@@ -2673,7 +2362,7 @@ class HTTPClient:
         if bare:
             await end()
             return Response(status, headers.pairs, AbsentBody(None if framing == CHUNKED else framing))
-        if framing == len(stream.held) and (sending is None or sending.done()):  # all is here: it can go on with others
+        if framing == len(connection.buffer) and (sending is None or sending.done()):  # all is here: it can go on with others
             data = await body.read()
             await end()
             return Response(status, headers.pairs, BytesBody(data))
@@ -2754,8 +2443,773 @@ class HTTPClient:
             await asyncio.gather(sending, reading, return_exceptions=True)
 
 
-# -- 9. File server --
-# Paths to responses. Has never heard of sockets or relays.
+# -- 9. Forwarding --
+# What a proxy does to a message on its way, and a local web app as a handler. Does not use the tunnel.
+
+# Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
+_HOP_BY_HOP = {
+    "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
+    "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
+}  # fmt: skip
+_NOT_TO_HOST = _HOP_BY_HOP - {"x-apikey"} | {
+    "via", "max-forwards", "forwarded",
+    "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix",
+    "proxy",  # CGI makes HTTP_PROXY of it
+    "x-sendfile-type",  # with X-Accel-Mapping it lets Rack give the path of any file to a proxy
+}  # fmt: skip
+_NOT_TO_SERVER = _NOT_TO_HOST | {
+    "x-apikey",  # of the scraper API
+    "cookie", "cookie2", "available-dictionary", "dictionary-id",  # texts that another server of this origin chose
+}  # fmt: skip
+# The fields of a response that reach the client. All servers share the relay's origin, and browsers and proxies obey
+# fields that nobody here has heard of, so what is not listed stays away. Among what does, and what it would do:
+#   Set-Cookie, Set-Login, Accept-CH, Critical-CH: make the browser tell every server something with each request.
+#   Clear-Site-Data, Strict-Transport-Security, Public-Key-Pins, Expect-CT, Alt-Svc, NEL, Report-To,
+#       Reporting-Endpoints, Origin-Agent-Cluster, Observe-Browsing-Topics, Origin-Trial,
+#       Service-Worker-Allowed: hold for the whole origin.
+#   Use-As-Dictionary, Speculation-Rules: make the browser send requests of one server's making to the others.
+#   Permissions-Policy, Document-Policy, Supports-Loading-Mode: give to foreign frames what the origin was allowed.
+#   Cross-Origin-Opener-Policy, -Embedder-Policy: mean nothing in a sandbox but an error.
+#   Refresh: a redirect with any status.  Proxy-*, Authentication-Info: of somebody else's password.
+#   Surrogate-Control, Edge-Control, CDN-Cache-Control: commands to a cache in front.
+_TO_CLIENT = {
+    "accept-ranges", "etag", "last-modified", "digest", "repr-digest",  # of a file; more of them below as content-*
+    "age", "cache-control", "expires", "pragma", "vary",  # of this URL only, since a cache keeps them with it
+    "timing-allow-origin", "cross-origin-resource-policy", "referrer-policy",  # who may use or learn of this resource
+    "location", "retry-after", "allow", "server", "accept-patch", "accept-post", "preference-applied",
+    "dav", "ms-author-via", "lock-token",  # of WebDAV: no browser obeys them
+    "link", "www-authenticate",  # as `shared_origin_fields` leaves them
+}  # fmt: skip
+_TO_CLIENT_PREFIXES = ("content-", "access-control-", "sec-websocket-", "x-")
+# Of X-*, which do nothing beyond their own page, those that make a proxy in front send a file or another URL, or run or
+# forget what it keeps.
+_PROXY_COMMANDS = (
+    "x-accel-", "x-sendfile", "x-lighttpd-",  # nginx, Apache and others, lighttpd
+    "x-litespeed-", "x-lscache", "x-reproxy-", "x-perlbal-", "x-cascade", "x-esi",  # LiteSpeed, Perlbal, Rack, Varnish
+)  # fmt: skip
+_NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the last two are the relay's to say
+# What a server with a host of its own may not say either: it holds for longer than the name is the server's, or for
+# other ports, and commands to a proxy in front.
+_NOT_TO_OWN_CLIENT = _HOP_BY_HOP - {"x-apikey"} | {
+    "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
+}  # fmt: skip
+_COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|\Z)", re.IGNORECASE)
+_NOT_IN_304 = {"content-type", "content-security-policy"}
+_RUNS_NOTHING = re.compile(
+    r"(?![^;]*\+xml)(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
+    r"|application/(?:json|pdf|zip|octet-stream))(?:;[^,]*)?",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def runs_nothing(kind: str) -> bool:
+    """Return whether a browser runs nothing of that Content-Type; no type, two or a malformed one may be anything."""
+    return len(kind) < 256 and _runs_nothing(kind)
+
+
+@functools.lru_cache(256)
+def _runs_nothing(kind: str) -> bool:
+    return _RUNS_NOTHING.fullmatch(kind) is not None
+
+
+SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
+
+
+def forwardable(headers: Headers, dropped: set[str]) -> Fields:
+    """Return the fields of a request that may pass: none of `dropped`, PTTH-*, X-Accel-*, or named by Connection.
+
+    To an app that gets them in the manner of CGI, X_Forwarded_For is X-Forwarded-For: so both are dropped.
+    """
+    named = set(headers.tokens("connection")) if "connection" in headers else ()
+    return [
+        pair
+        for pair in headers.pairs
+        if (name := pair[0].lower().replace("_", "-")) not in dropped
+        and not name.startswith(("ptth-", "x-accel-"))
+        and (name not in named or name == "host")
+    ]
+
+
+def _may_reach_client(name: str) -> bool:
+    """Return whether a field of that name, in lower case, may go from a server to a client."""
+    if name in _HOP_BY_HOP or name.startswith(_NOT_TO_CLIENT):
+        return False
+    return name in _TO_CLIENT or name.startswith(_TO_CLIENT_PREFIXES)
+
+
+# The members of a list, in which a quoted text or a <URL> may hold commas. Possessive: hostile ones cost no more.
+_LIST = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^"<])*+')
+_MEMBER = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^,"<])++')
+_AUTH_PARAM = rf'({TOKEN})[ \t]*=[ \t]*({TOKEN}|"(?:\\.|[^"\\])*+")'  # RFC 9110, 11.2
+_CONTINUED = re.compile(_AUTH_PARAM)
+_CHALLENGE = re.compile(rf"({TOKEN})(?: +{_AUTH_PARAM})?")
+
+
+def _split_list(value: str) -> list[str]:
+    """Return the members of a list; none when it cannot be split in one way only, or has too many."""
+    if value.count(",") >= MAX_MEMBERS or not _LIST.fullmatch(value):
+        return []
+    return [member for part in _MEMBER.findall(value) if (member := part.strip(" \t"))]
+
+
+def name_realms(value: str, server: str) -> str:
+    """Put a server's name into the realm of each challenge of WWW-Authenticate (RFC 9110, 11.6.1), or return "".
+
+    A browser sends a password to whoever names its realm on the same origin: so no server may say another's. What
+    cannot be read, or has no place for a realm (Negotiate and NTLM with their data), does not pass.
+    """
+    challenges: list[tuple[str, list[tuple[str, str]]]] = []
+    for member in _split_list(value):
+        if more := _CONTINUED.fullmatch(member):
+            if not challenges:
+                return ""
+            name, text = more.groups()
+        elif start := _CHALLENGE.fullmatch(member):
+            scheme, name, text = start.groups()
+            challenges.append((scheme, []))
+        else:
+            return ""
+        if name:
+            challenges[-1][1].append((name, text))
+    named = []
+    for scheme, parameters in challenges:
+        realm = next((text for name, text in parameters if name.lower() == "realm"), "")
+        realm = re.sub(r"\\(.)", r"\1", realm[1:-1]) if realm.startswith('"') else realm
+        realm = server if realm in ("", server) else f"{server}: {realm}"
+        others = "".join(f", {name}={text}" for name, text in parameters if name.lower() != "realm")
+        quoted = re.sub(r'(["\\])', r"\\\1", realm)
+        named.append(f'{scheme} realm="{quoted}"{others}')
+    return ", ".join(named)
+
+
+def _safe_links(value: str) -> str:
+    """Return those members of a Link field that give the browser no dictionary for other servers' URLs (RFC 9842)."""
+    links = _split_list(value)
+    return ", ".join(link for link in links if "compression-dictionary" not in link.replace("\\", "").lower())
+
+
+def max_forwards(request: Request) -> int | None:
+    """Return how often OPTIONS or TRACE may be forwarded (RFC 9110, 7.6.2); ProtocolError 400 for no number.
+
+    For other methods the field means nothing. A large number is as good as the largest of nine digits.
+    """
+    value = request.headers.get("max-forwards")
+    if value is None or request.method not in ("OPTIONS", "TRACE"):
+        return None
+    if not _LENGTH.fullmatch(value):
+        raise ProtocolError(400, "Max-Forwards is not one number")
+    digits = value.lstrip("0")
+    return int(digits or "0") if len(digits) < 10 else 10**9
+
+
+def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:
+    """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin.
+
+    The name of the `server` goes into its realms; without one they stay as they are.
+    """
+    named = set(headers.tokens("connection")) if "connection" in headers else ()
+    fields: Fields = []
+    for name, value in headers.pairs:
+        lower = name.lower()
+        # What 304 says becomes true of what the browser has stored: it must not take that out of the sandbox.
+        if not _may_reach_client(lower) or lower in named or status == 304 and lower in _NOT_IN_304:
+            continue
+        if lower == "link":
+            value = _safe_links(value) if len(headers[lower]) <= MAX_LINK else ""
+        elif lower == "www-authenticate" and server:
+            value = name_realms(value, server) if len(headers[lower]) <= MAX_CHALLENGES else ""
+        if value or lower not in ("link", "www-authenticate"):
+            fields.append((name, value))
+    via = headers.get("via", "")
+    fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
+    fields.append(NOSNIFF)
+    # Connection may name Content-Type, and then that does not pass. Two types are joined by a comma.
+    kind = "" if "content-type" in named else headers.get("content-type", "")
+    if sandbox and status != 304 and not runs_nothing(kind):
+        fields.append(("Content-Security-Policy", SANDBOX))
+    return fields
+
+
+# A dot and the separators of a path in every spelling that a proxy may normalise: nginx decodes %2F, Envoy and anything
+# on Windows takes a backslash for a slash, and behind two proxies an escape may have been escaped again.
+_ESCAPED_DOT = re.compile(r"%(?:25)*2e", re.IGNORECASE)
+_SLASH, _BACKSLASH = r"/|%(?:25)*2f", r"\\|%(?:25)*5c"
+_SEPARATORS = [
+    re.compile(pattern, re.IGNORECASE) for pattern in ("/", _SLASH, rf"/|{_BACKSLASH}", rf"{_SLASH}|{_BACKSLASH}")
+]
+_PATH_PARAMETER = re.compile(rf";(?:(?!{_SLASH}|{_BACKSLASH}).)*", re.IGNORECASE)  # Java's servers ignore it
+
+
+def own_host_fields(headers: Headers) -> Fields:
+    """Return the fields that a client gets of a server with a host of its own, and so an origin of its own.
+
+    A cookie loses its Domain, so that it is for this host only and not for those of other servers, too.
+    """
+    named = set(headers.tokens("connection")) if "connection" in headers else ()
+    fields: Fields = []
+    for name, value in headers.pairs:
+        lower = name.lower()
+        if lower in _NOT_TO_OWN_CLIENT or lower in named or lower.startswith(("ptth-", *_PROXY_COMMANDS)):
+            continue
+        fields.append((name, _COOKIE_DOMAIN.sub("", value) if lower == "set-cookie" else value))
+    via = headers.get("via", "")
+    fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
+    return fields
+
+
+def climbs(path: str) -> bool:
+    """Return whether some reader of `path` would find that it leads above its beginning.
+
+    Empty segments do not count, since a proxy may merge slashes. A name that merely contains dots climbs nowhere.
+    """
+    text = _ESCAPED_DOT.sub(".", path)
+    if ".." not in text:
+        return False
+    text = _PATH_PARAMETER.sub("", text)
+    for segments in {tuple(separator.split(text)) for separator in _SEPARATORS}:
+        depth = 0
+        for segment in segments:
+            if segment == "..":
+                depth -= 1
+                if depth < 0:
+                    return True
+            elif segment not in ("", "."):
+                depth += 1
+    return False
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address is this machine's own."""
+    return address.startswith("127.") or address in ("::1", "-", "")
+
+
+_FORWARDING = {"forwarded", "via", "x-real-ip"}  # and x-forwarded-*: what proxies add
+
+
+def is_local(request: Request) -> bool:
+    """Return whether a request comes from this machine itself, and not through a proxy on it."""
+    if request.peer == "-" or not is_loopback(request.peer):
+        return False
+    return not any(name in _FORWARDING or name.startswith("x-forwarded-") for name in request.headers)
+
+
+def is_local_name(host: str) -> bool:
+    """Return whether a Host field names this machine for itself: localhost, a name below it, a loopback address."""
+    name = re.sub(r":[0-9]*\Z", "", host.lower()) if not host.endswith("]") else host
+    if name.startswith("["):
+        family, name, own = socket.AF_INET6, name.strip("[]"), b"\0" * 15 + b"\1"
+    else:
+        family, name, own = socket.AF_INET, name.removesuffix("."), b"\x7f"
+    if name == "localhost" or name.endswith(".localhost"):
+        return family == socket.AF_INET
+    try:
+        return socket.inet_pton(family, name).startswith(own)
+    except (OSError, ValueError):
+        return False
+
+
+def outer_address(addresses: str) -> str:
+    """Return the last of these addresses, as in X-Forwarded-For, that is not this machine's own, or "".
+
+    Of IPv6 the network: one client has all addresses of a /64.
+    """
+    for text in addresses.split(",")[:-9:-1]:
+        address = text.strip()[:MAX_AUDIT_TEXT]
+        if is_loopback(address):
+            continue
+        try:
+            return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
+        except (OSError, ValueError):
+            return address
+    return ""
+
+
+def request_host(text: str) -> str:
+    """Return the host of a Host field's value, in lower case, without port and without one dot at its end."""
+    host = re.sub(r":[0-9]*\Z", "", text.lower())
+    return host.removesuffix(".")
+
+
+REFUSALS = (400, 403, 421)  # how an app refuses a Host or Origin that it does not know
+
+
+class App:
+    """A local web app as a handler: it gets each request over HTTP, and its response goes back.
+
+    `host_mode` decides what the app is told of its own name: "public" (Host and Origin as the visitor sent them),
+    "local" (the app's own authority), a name of the operator's instead of that, or "auto": public, until the app
+    refuses that and accepts the local way.
+    """
+
+    def __init__(self, client: HTTPClient, host_mode: str = "auto") -> None:
+        self.client = client
+        client.silence_timeout = math.inf  # an event stream may be silent for hours
+        self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
+        self._local = host_mode not in ("auto", "public")
+        self._fixed = host_mode != "auto"
+        self._asked = self._fixed  # whether a first request has shown the mode
+        self._logged = ""
+
+    async def handle(self, request: Request) -> Response:
+        """Answer a request by the app's response. ProtocolError 502 when there is none, 504 when it comes too late."""
+        safe = request.method in ("GET", "HEAD")
+        if not self._asked and not safe:
+            await self._probe(request)
+        response = await self._send(request, self._local)
+        refused = REFUSALS if safe else (421,)
+        self._asked = self._asked or response.status not in refused
+        if (
+            self._fixed
+            or self._local
+            or response.status not in refused
+            or request.body.data is None
+            and not request.upgrade
+        ):
+            return response
+        again = await self._send(request, True)
+        if again.status in refused:
+            await again.body.aclose()
+            return response
+        await response.body.aclose()
+        self._stay_local(response.status)
+        return again
+
+    async def _probe(self, request: Request) -> None:
+        """Learn by GET / which Host the app accepts, before a request that must not be sent twice."""
+        first = Request("GET", "/", request.headers, connection=request.connection)
+        statuses = []
+        for local in (False, True):
+            response = await self._send(first, local)
+            await response.body.aclose()
+            statuses.append(response.status)
+            if response.status not in REFUSALS:
+                break
+        self._asked = True
+        if statuses[-1] not in REFUSALS and len(statuses) > 1:
+            self._stay_local(statuses[0])
+
+    def _stay_local(self, status: int) -> None:
+        self._local = True
+        log_line(
+            f"ptth server: the app answers {status} to its public name, so from now on it is told that its name is "
+            f'{self._authority}; app_host = "local" or "public" decides that beforehand'
+        )
+
+    async def _send(self, request: Request, local: bool) -> Response:
+        """Send the request to the app, under its local name or its public one."""
+        public = f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', '')}"
+        own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
+        fields = self._request_fields(request, public, own) if local else forwardable(request.headers, _HOP_BY_HOP)
+        if request.body.expects:
+            fields.append(("Expect", "100-continue"))
+        outgoing = Request(request.method, request.target, Headers(fields), body=request.body, upgrade=request.upgrade)
+        response = await self._ask(outgoing)
+        response.headers = self._response_fields(response, public, own if local else "")
+        return response
+
+    async def _ask(self, request: Request) -> Response:
+        """Return the app's response to a request that is ready to be sent."""
+        connection = None
+        try:
+            if request.method in ("GET", "HEAD") and request.body is EMPTY:
+                connection = self.client.take_idle()
+            connection = connection or await self._connect()
+            return await self.client.handle(request, timeout=APP_RESPONSE_TIMEOUT, connection=connection)
+        except IncompleteBody:
+            raise
+        except TimeoutError:
+            raise ProtocolError(504, "the app did not answer in time") from None
+        except OSError as error:
+            if connection and connection.stalled:
+                raise ProtocolError(504, "the app does not take the request") from None
+            self._log(f"the app closed the connection without a response: {format_error(error)}")
+            raise ProtocolError(502, "the app closed the connection without a response") from None
+
+    async def _connect(self) -> Connection:
+        """Open a connection to the app.
+
+        One that cannot be opened is tried again for APP_WAIT, which is safe for any request, as nothing was sent yet.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + APP_WAIT
+        while True:
+            try:
+                connection = await self.client.connect()
+            except OSError as error:
+                if loop.time() < end:
+                    await asyncio.sleep(0.1)
+                    continue
+                self._log(
+                    f"the app at {self.client.origin.authority} cannot be reached: {format_error(error)}; "
+                    "visitors get 502"
+                )
+                retry = [("Retry-After", "2")]
+                raise ProtocolError(502, "the app behind this server is not running", headers=retry) from None
+            if self._logged:
+                self._log("")
+                log_line(f"ptth server: the app at {self.client.origin.authority} answers again")
+            return connection
+
+    def _log(self, line: str) -> None:
+        """Log a change of the app's state, once."""
+        if line and line != self._logged:
+            log_line(f"ptth server: {line}")
+        self._logged = line
+
+    @staticmethod
+    def _request_fields(request: Request, public: str, own: str) -> Fields:
+        """Return the fields of a request for an app that knows itself by `own` only.
+
+        Origin, Referer and Destination are mapped when they name this server's own public origin. A foreign Origin
+        stays: the app's defence against requests of other sites relies on it.
+        """
+        fields = [("Host", own.partition("//")[2])]
+        for name, value in forwardable(
+            request.headers, _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}
+        ):
+            if name.lower() in ("origin", "referer", "destination"):
+                value = move_origin(value, public, own)
+            fields.append((name, value))
+        return fields
+
+    @staticmethod
+    def _response_fields(response: Response, public: str, own: str) -> Fields:
+        """Return the fields of the app's response; what names its `own` origin, unless "", names the public one."""
+        kept = {"upgrade"} if response.status in (101, 426) else set()
+        fields = []
+        for name, value in forwardable(Headers(response.headers), _HOP_BY_HOP - kept):
+            lower = name.lower()
+            if lower == "location" or own and lower == "access-control-allow-origin":
+                value = move_origin(value, own, public) if own else value
+                if public.startswith("https:"):
+                    value = move_origin(value, f"http{public[5:]}", public)
+            fields.append((name, value))
+        return fields
+
+
+def move_origin(url: str, old: str, new: str) -> str:
+    """Return `url` with the origin `new` if its origin is `old` (RFC 6454, 5), else as it is."""
+    match = re.match(r"(https?://[^/?#\s]*)(?=[/?#]|\Z)", url, re.IGNORECASE)
+    if match and normal_origin(match[1]) == normal_origin(old):
+        return new + url[match.end() :]
+    return url
+
+
+def normal_origin(origin: str) -> str:
+    """Return an origin in lower case and without its scheme's own port, to compare it."""
+    scheme, _, authority = origin.lower().partition("://")
+    return f"{scheme}://{authority.removesuffix({'http': ':80', 'https': ':443'}.get(scheme, ':'))}"
+
+
+# -- 10. File server --
+# Paths to responses: files, listings, zips. Does not use sockets or the tunnel.
+
+_MONTH = "|".join(_MONTHS)
+_TIME = r"([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9]|60)"
+_IMF_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}), ([0-9]{{2}}) ({_MONTH}) ([0-9]{{4}}) {_TIME} GMT")
+_RFC850_DATE = re.compile(
+    rf"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, ([0-9]{{2}})-({_MONTH})-([0-9]{{2}}) {_TIME} GMT"
+)
+_ASCTIME_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}) ({_MONTH}) ([ 0-9][0-9]) {_TIME} ([0-9]{{4}})")
+
+
+def parse_date(text: str, now: float) -> int | None:
+    """Return the POSIX time of an HTTP date in any of its three forms (RFC 9110, 5.6.7), or None."""
+    import calendar
+
+    if match := _IMF_DATE.fullmatch(text):
+        day, month, year, hour, minute, second = match.groups()
+    elif match := _RFC850_DATE.fullmatch(text):
+        day, month, year, hour, minute, second = match.groups()
+        this_year = time.gmtime(now).tm_year
+        full = this_year - this_year % 100 + int(year)
+        year = str(full - 100 if full > this_year + 50 else full)  # more than 50 years ahead means the past
+    elif match := _ASCTIME_DATE.fullmatch(text):
+        month, day, hour, minute, second, year = match.groups()
+    else:
+        return None
+    number = _MONTHS.index(month) + 1
+    if not (int(year) >= 1 and 1 <= int(day) <= calendar.monthrange(int(year), number)[1]):
+        return None
+    return calendar.timegm((int(year), number, int(day), int(hour), int(minute), int(second)))
+
+
+_RANGE = re.compile(r"([0-9]*)-([0-9]*)")
+
+
+def _number(digits: str) -> int:
+    """Return the number, or one larger than any file: int() refuses more than 4,300 digits."""
+    return int(digits) if len(digits) < 4300 else 10**4300
+
+
+def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
+    """Return the (first, last) of each satisfiable range of `size` bytes; [] when there is none, None to ignore it.
+
+    To be ignored are unknown units, bad syntax, what costs more than the whole (RFC 9110, 14.2), and any range of an
+    empty file: proxies that fetch files in slices ask for one where their client wants the file.
+    """
+    unit, _, rest = text.partition("=")
+    members = [member for part in rest.split(",", MAX_MEMBERS) if (member := part.strip(" \t"))]
+    if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES or not size:
+        return None
+    ranges = []
+    for member in members:
+        match = _RANGE.fullmatch(member)
+        if match is None:
+            return None
+        first, last = (_number(digits) if digits else None for digits in match.groups())
+        if first is None:  # "-5": the last five bytes
+            if last is None:
+                return None
+            if last:
+                ranges.append((max(size - last, 0), size - 1))
+        elif last is not None and last < first:
+            return None
+        elif first < size:
+            ranges.append((first, size - 1 if last is None else min(last, size - 1)))
+    if len(ranges) > 1 and sum(last - first + 1 for first, last in ranges) > size:
+        return None  # overlapping ranges must not make an answer larger than the file
+    return ranges
+
+
+_ENTITY_TAG = re.compile(r'(?:\A|,)[ \t]*(W/)?("[!#-~\x80-\xff]*")(?=[ \t]*(?:,|\Z))')
+
+
+def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
+    """Return whether a list of entity tags, or "*", names `tag`; a weak comparison ignores W/ (RFC 9110, 8.8.3.2)."""
+    if field_value.strip(" \t") == "*":
+        return True
+    own_weak, own = tag.startswith("W/"), tag.removeprefix("W/")
+    if own not in field_value:  # so that a long list of others' tags costs nothing
+        return False
+    for prefix, opaque in _ENTITY_TAG.findall(field_value):
+        if opaque == own and (weak or not (prefix or own_weak)):
+            return True
+    return False
+
+
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
+    """Return a path's decoded segments, and whether it names a directory (it ends in a slash or a dot segment).
+
+    Dot segments, also written %2e, are removed (RFC 3986, 5.2.4), then empty ones. An escaped slash does not separate.
+    Short paths are kept: 256 of 8 KB would take 80 MB. ProtocolError 400 for what is no path.
+    """
+    return _parse_short_path(path) if len(path) < 256 else _parse_path(path)
+
+
+def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
+    if not path.startswith("/"):
+        raise ProtocolError(400, "the target is no path")
+    if _BAD_ESCAPE.search(path):
+        raise ProtocolError(400, "a percent sign without two hex digits in the path")
+    if "%00" in path or "\0" in path:
+        raise ProtocolError(400, "a NUL in the path")
+    segments: list[bytes] = []
+    segment = b""
+    for segment in path.encode("latin-1").split(b"/")[1:]:
+        if b"%" in segment:
+            segment = urllib.parse.unquote_to_bytes(segment)
+        if segment not in (b".", b".."):
+            segments.append(segment)
+        elif segment == b".." and segments:
+            segments.pop()
+    directory = segment in (b"", b".", b"..")
+    return tuple(filter(None, segments)), directory
+
+
+_parse_short_path = functools.lru_cache(256)(_parse_path)
+
+
+class FileBody(Body):
+    """A part of an open regular file; closes the file in the end.
+
+    Without a `length` it is all that can be read from `offset` on, which is not the same each time.
+    """
+
+    def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int | None) -> None:
+        self._fd = fd
+        self._opened = opened
+        self._offset = offset
+        self.length = length
+        self.replayable = length is not None
+
+    def slices(self, size: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, count) of each part to send, after a look whether the file is still what was announced.
+
+        A file that grew still begins with the right bytes: a log. One that shrank, or changed at the same size, does
+        not: IncompleteBody, so that no wrong bytes go out under a right length.
+        """
+        end = self._offset + (self.length or 0)
+        for offset in range(self._offset, end, size):
+            now = os.fstat(self._fd)
+            changed = now.st_mtime_ns != self._opened.st_mtime_ns
+            if now.st_size < end or changed and now.st_size <= self._opened.st_size:
+                raise IncompleteBody("the file changed while it was sent")
+            yield offset, min(size, end - offset)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        offset = self._offset
+        while self.length is None and (data := read_at(self._fd, offset, WRITE_HIGH_WATER)):
+            offset += len(data)
+            yield data
+        for offset, count in self.slices(READ_SIZE):
+            data = read_at(self._fd, offset, count)
+            if len(data) < count:
+                raise IncompleteBody("the file became shorter")
+            yield data
+
+    async def write_to(self, sink: Sink) -> None:
+        if self.length is None or not sink.can_send_file:
+            await super().write_to(sink)
+            return
+        for offset, count in self.slices(4 * SENDFILE_SIZE):
+            await sink.send_file(self._fd, offset, count)
+
+    async def aclose(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class MultipartBody(Body):
+    """Several parts of one file, each behind a head of its own (RFC 9110, 14.6)."""
+
+    replayable = True
+
+    def __init__(self, fd: int, opened: os.stat_result, parts: list[tuple[bytes, int, int]], last: bytes) -> None:
+        self._whole = FileBody(fd, opened, 0, 0)
+        self._parts = [(head, FileBody(fd, opened, offset, count)) for head, offset, count in parts]
+        self._last = last
+        self.length = sum(len(head) + count for head, _, count in parts) + len(last)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for head, part in self._parts:
+            yield head
+            async for piece in part:
+                yield piece
+        yield self._last
+
+    async def write_to(self, sink: Sink) -> None:
+        for head, part in self._parts:
+            await sink.send(head)
+            await part.write_to(sink)
+        await sink.send(self._last)
+
+    async def aclose(self) -> None:
+        await self._whole.aclose()
+
+
+class ListingEntry(NamedTuple):
+    """One line of a directory listing."""
+
+    name: bytes
+    is_dir: bool
+    size: int  # bytes; 0 for a directory
+    mtime: int  # POSIX time in nanoseconds
+    error: str = ""  # why the file system does not tell size and time: it cannot be read
+
+
+# What would hide in a name, or turn it round: controls, marks of direction, and what has no width.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u180e\u3164\uffa0\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
+)
+
+
+def name_text(name: bytes) -> str:
+    """Return a file's name as valid Unicode: U+FFFD in the place of what is not UTF-8."""
+    return name.decode("utf-8", "replace")
+
+
+def show_name(name: bytes) -> str:
+    """Return a file's name as text that shows every character of it."""
+    return _UNSEEN.sub("\ufffd", name_text(name))
+
+
+def entry_link(entry: ListingEntry) -> str:
+    """Return the URL of an entry, relative to its directory's URL.
+
+    It has no "./" in front, which several programs that read listings do not understand. It needs none, because a
+    colon, which would make a scheme of what is before it, is escaped.
+    """
+    return quote(entry.name) + ("/" if entry.is_dir else "")
+
+
+LISTING_SCRIPT = """
+const box=document.getElementById("filter"),count=document.getElementById("count"),all=count.textContent;
+const fold=text=>text.normalize("NFKC").toUpperCase().normalize("NFKC");
+const rows=[...document.querySelectorAll("tbody tr:not(.up)")].map(row=>[row,fold(row.cells[0].textContent)]);
+box.hidden=false;box.oninput=()=>{const word=fold(box.value);let shown=0;
+for(const [row,name] of rows)shown+=!(row.hidden=!name.includes(word));
+count.textContent=word?shown+" of "+rows.length+" match":all};
+"""
+
+
+def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str) -> bytes:
+    """Show a directory: `path` is below the root, `order` is how the entries are sorted.
+
+    All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
+    Programs read the page, too, by simple patterns. So a row is one line, `href` is its link's only attribute, and the
+    size stands last. The links to the folders above have no quotes: programs that take all links for entries look for
+    quotes, and would read the same folders again and again.
+    """
+    names = ["Files", *map(show_name, path)]
+    above = [f"<a href={'../' * (len(path) - i)}>{escape(name)}</a>" for i, name in enumerate(names[:-1])]
+    crumbs = "<i>/</i>".join([*above, f'<span aria-current="page">{escape(names[-1])}</span>'])
+    readable = [entry for entry in entries if not entry.error]
+    folders = sum(entry.is_dir for entry in readable)
+    facts = [format_count(n, noun) for n, noun in ((folders, "folder"), (len(readable) - folders, "file")) if n]
+    facts.append(format_size(sum(entry.size for entry in readable)) if entries else "Empty folder")
+    if len(readable) < len(entries):
+        facts.append(f"{len(entries) - len(readable):,} not readable")
+    controls = (
+        '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
+        '<form><button name="zip" value="">Download as .zip</button></form>'
+    )
+    headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
+    rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
+    return page(
+        "/" + "/".join(names[1:]),
+        f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span id="count" aria-live="polite">{", ".join(facts)}</span>\n'
+        f'{controls if entries else ""}</div>\n<form>\n<table class="l">\n<thead><tr>{headings}</tr></thead>\n'
+        f"<tbody>\n{rows}</tbody>\n</table>\n</form>\n</main>\n"
+        f"{f'<script>{LISTING_SCRIPT}</script>' if entries else ''}",
+    )
+
+
+_SORT_KEYS = (("name", "Name"), ("time", "Modified (UTC)"), ("size", "Size"))
+_PARENT_ROW = (
+    '<tr class="up"><td class="d"><a href="../" aria-label="Folder above">..</a></td>'
+    '<td class="n w"></td><td class="n"></td></tr>\n'
+)
+
+
+def _sort_heading(key: str, label: str, order: str) -> str:
+    """Make a column's heading: a button that sorts by it, or the other way round."""
+    active = (order.removeprefix("-") or "name") == key
+    backwards = order.startswith("-")
+    value = f"-{key}" if active and not backwards else key
+    aria = f' aria-sort="{"descending" if backwards else "ascending"}"' if active else ""
+    arrow = f' <span aria-hidden="true">{"&darr;" if backwards else "&uarr;"}</span>' if active else ""
+    column = {"name": "", "size": ' class="n"', "time": ' class="n w"'}[key]
+    return f'<th scope="col"{column}{aria}><button name="sort" value="{value}">{label}{arrow}</button></th>'
+
+
+def _entry_row(entry: ListingEntry) -> str:
+    """Make one row of a listing."""
+    name = escape(show_name(entry.name)) + ("/" if entry.is_dir else "")
+    column = '<td class="d">' if entry.is_dir else "<td>"
+    if entry.error:
+        link, when = f"<i>{name}</i>", ""
+        size = f' title="{escape(entry.error)}">not readable'
+    else:
+        link = f'<a href="{entry_link(entry)}">{name}</a>'
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
+        size = ">" if entry.is_dir else f' title="{format_count(entry.size, "byte")}">{format_size(entry.size)}'
+    return f'<tr>{column}{link}</td><td class="n w">{when}</td><td class="n"{size}</td></tr>\n'
+
 
 TYPES = {  # where the table of the standard library differs between versions, or lacks what browsers need
     ".7z": "application/x-7z-compressed", ".apk": "application/vnd.android.package-archive", ".apng": "image/apng",
@@ -2868,7 +3322,6 @@ METHODS = ("GET", "HEAD", "OPTIONS")
 _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
 ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
-
 # What HFS+ leaves out when it compares names.
 _IGNORED = re.compile("[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]")
 
@@ -2913,8 +3366,6 @@ def is_refused(segments: tuple[bytes, ...], hidden: bool) -> bool:
 
 
 _is_short_path_refused = functools.lru_cache(256)(is_refused)
-
-
 _CONFIGURATIONS = (b"ptth_server.toml", b"ptth_relay.toml")
 # What editors, installers and people add to the name of a copy.
 _COPY_MARK = (
@@ -3766,168 +4217,13 @@ def server_handler(site: Site, name: str) -> Handler:
     return with_site_options(handle, site.options, name)
 
 
-# -- 10. Tunnel messages --
+# -- 11. Tunnel messages --
 # Requests and responses as they cross the tunnel: application/http (RFC 9112, 10.2). Pure.
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
 FEATURES = ("PTTH-Features", "body")  # what this program can do, said in P1 and in the answer to it
 MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may travel with others in one POST
-
-# Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
-_HOP_BY_HOP = {
-    "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
-    "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
-}  # fmt: skip
-_NOT_TO_HOST = _HOP_BY_HOP - {"x-apikey"} | {
-    "via", "max-forwards", "forwarded",
-    "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix",
-    "proxy",  # CGI makes HTTP_PROXY of it
-    "x-sendfile-type",  # with X-Accel-Mapping it lets Rack give the path of any file to a proxy
-}  # fmt: skip
-_NOT_TO_SERVER = _NOT_TO_HOST | {
-    "x-apikey",  # of the scraper API
-    "cookie", "cookie2", "available-dictionary", "dictionary-id",  # texts that another server of this origin chose
-}  # fmt: skip
-# The fields of a response that reach the client. All servers share the relay's origin, and browsers and proxies obey
-# fields that nobody here has heard of, so what is not listed stays away. Among what does, and what it would do:
-#   Set-Cookie, Set-Login, Accept-CH, Critical-CH: make the browser tell every server something with each request.
-#   Clear-Site-Data, Strict-Transport-Security, Public-Key-Pins, Expect-CT, Alt-Svc, NEL, Report-To,
-#       Reporting-Endpoints, Origin-Agent-Cluster, Observe-Browsing-Topics, Origin-Trial,
-#       Service-Worker-Allowed: hold for the whole origin.
-#   Use-As-Dictionary, Speculation-Rules: make the browser send requests of one server's making to the others.
-#   Permissions-Policy, Document-Policy, Supports-Loading-Mode: give to foreign frames what the origin was allowed.
-#   Cross-Origin-Opener-Policy, -Embedder-Policy: mean nothing in a sandbox but an error.
-#   Refresh: a redirect with any status.  Proxy-*, Authentication-Info: of somebody else's password.
-#   Surrogate-Control, Edge-Control, CDN-Cache-Control: commands to a cache in front.
-_TO_CLIENT = {
-    "accept-ranges", "etag", "last-modified", "digest", "repr-digest",  # of a file; more of them below as content-*
-    "age", "cache-control", "expires", "pragma", "vary",  # of this URL only, since a cache keeps them with it
-    "timing-allow-origin", "cross-origin-resource-policy", "referrer-policy",  # who may use or learn of this resource
-    "location", "retry-after", "allow", "server", "accept-patch", "accept-post", "preference-applied",
-    "dav", "ms-author-via", "lock-token",  # of WebDAV: no browser obeys them
-    "link", "www-authenticate",  # as `shared_origin_fields` leaves them
-}  # fmt: skip
-_TO_CLIENT_PREFIXES = ("content-", "access-control-", "sec-websocket-", "x-")
-# Of X-*, which do nothing beyond their own page, those that make a proxy in front send a file or another URL, or run or
-# forget what it keeps.
-_PROXY_COMMANDS = (
-    "x-accel-", "x-sendfile", "x-lighttpd-",  # nginx, Apache and others, lighttpd
-    "x-litespeed-", "x-lscache", "x-reproxy-", "x-perlbal-", "x-cascade", "x-esi",  # LiteSpeed, Perlbal, Rack, Varnish
-)  # fmt: skip
-_NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the last two are the relay's to say
-# What a server with a host of its own may not say either: it holds for longer than the name is the server's, or for
-# other ports, and commands to a proxy in front.
-_NOT_TO_OWN_CLIENT = _HOP_BY_HOP - {"x-apikey"} | {
-    "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
-}  # fmt: skip
-_COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|\Z)", re.IGNORECASE)
-_NOT_IN_304 = {"content-type", "content-security-policy"}
-_RUNS_NOTHING = re.compile(
-    r"(?![^;]*\+xml)(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
-    r"|application/(?:json|pdf|zip|octet-stream))(?:;[^,]*)?",
-    re.IGNORECASE | re.ASCII,
-)
-
-
-def runs_nothing(kind: str) -> bool:
-    """Return whether a browser runs nothing of that Content-Type; no type, two or a malformed one may be anything."""
-    return len(kind) < 256 and _runs_nothing(kind)
-
-
-@functools.lru_cache(256)
-def _runs_nothing(kind: str) -> bool:
-    return _RUNS_NOTHING.fullmatch(kind) is not None
-
-
-SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
-
-
-def forwardable(headers: Headers, dropped: set[str]) -> Fields:
-    """Return the fields of a request that may pass: none of `dropped`, PTTH-*, X-Accel-*, or named by Connection.
-
-    To an app that gets them in the manner of CGI, X_Forwarded_For is X-Forwarded-For: so both are dropped.
-    """
-    named = set(headers.tokens("connection")) if "connection" in headers else ()
-    return [
-        pair
-        for pair in headers.pairs
-        if (name := pair[0].lower().replace("_", "-")) not in dropped
-        and not name.startswith(("ptth-", "x-accel-"))
-        and (name not in named or name == "host")
-    ]
-
-
-def _may_reach_client(name: str) -> bool:
-    """Return whether a field of that name, in lower case, may go from a server to a client."""
-    if name in _HOP_BY_HOP or name.startswith(_NOT_TO_CLIENT):
-        return False
-    return name in _TO_CLIENT or name.startswith(_TO_CLIENT_PREFIXES)
-
-
-# The members of a list, in which a quoted text or a <URL> may hold commas. Possessive: hostile ones cost no more.
-_LIST = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^"<])*+')
-_MEMBER = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^,"<])++')
-_AUTH_PARAM = rf'({TOKEN})[ \t]*=[ \t]*({TOKEN}|"(?:\\.|[^"\\])*+")'  # RFC 9110, 11.2
-_CONTINUED = re.compile(_AUTH_PARAM)
-_CHALLENGE = re.compile(rf"({TOKEN})(?: +{_AUTH_PARAM})?")
-
-
-def _split_list(value: str) -> list[str]:
-    """Return the members of a list; none when it cannot be split in one way only, or has too many."""
-    if value.count(",") >= MAX_MEMBERS or not _LIST.fullmatch(value):
-        return []
-    return [member for part in _MEMBER.findall(value) if (member := part.strip(" \t"))]
-
-
-def name_realms(value: str, server: str) -> str:
-    """Put a server's name into the realm of each challenge of WWW-Authenticate (RFC 9110, 11.6.1), or return "".
-
-    A browser sends a password to whoever names its realm on the same origin: so no server may say another's. What
-    cannot be read, or has no place for a realm (Negotiate and NTLM with their data), does not pass.
-    """
-    challenges: list[tuple[str, list[tuple[str, str]]]] = []
-    for member in _split_list(value):
-        if more := _CONTINUED.fullmatch(member):
-            if not challenges:
-                return ""
-            name, text = more.groups()
-        elif start := _CHALLENGE.fullmatch(member):
-            scheme, name, text = start.groups()
-            challenges.append((scheme, []))
-        else:
-            return ""
-        if name:
-            challenges[-1][1].append((name, text))
-    named = []
-    for scheme, parameters in challenges:
-        realm = next((text for name, text in parameters if name.lower() == "realm"), "")
-        realm = re.sub(r"\\(.)", r"\1", realm[1:-1]) if realm.startswith('"') else realm
-        realm = server if realm in ("", server) else f"{server}: {realm}"
-        others = "".join(f", {name}={text}" for name, text in parameters if name.lower() != "realm")
-        quoted = re.sub(r'(["\\])', r"\\\1", realm)
-        named.append(f'{scheme} realm="{quoted}"{others}')
-    return ", ".join(named)
-
-
-def _safe_links(value: str) -> str:
-    """Return those members of a Link field that give the browser no dictionary for other servers' URLs (RFC 9842)."""
-    links = _split_list(value)
-    return ", ".join(link for link in links if "compression-dictionary" not in link.replace("\\", "").lower())
-
-
-def max_forwards(request: Request) -> int | None:
-    """Return how often OPTIONS or TRACE may be forwarded (RFC 9110, 7.6.2); ProtocolError 400 for no number.
-
-    For other methods the field means nothing. A large number is as good as the largest of nine digits.
-    """
-    value = request.headers.get("max-forwards")
-    if value is None or request.method not in ("OPTIONS", "TRACE"):
-        return None
-    if not _LENGTH.fullmatch(value):
-        raise ProtocolError(400, "Max-Forwards is not one number")
-    digits = value.lstrip("0")
-    return int(digits or "0") if len(digits) < 10 else 10**9
 
 
 def pack_request(
@@ -3971,8 +4267,6 @@ def pack_request(
 
 
 _REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IGNORECASE)
-
-
 Fetch = Callable[[str, "int | None"], Body]  # makes the body of a request by its id and length; None is not known
 
 
@@ -4099,87 +4393,17 @@ def parse_inner_response(head: bytes) -> tuple[int, Headers]:
     return status, headers
 
 
-def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:
-    """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin.
-
-    The name of the `server` goes into its realms; without one they stay as they are.
-    """
-    named = set(headers.tokens("connection")) if "connection" in headers else ()
-    fields: Fields = []
-    for name, value in headers.pairs:
-        lower = name.lower()
-        # What 304 says becomes true of what the browser has stored: it must not take that out of the sandbox.
-        if not _may_reach_client(lower) or lower in named or status == 304 and lower in _NOT_IN_304:
-            continue
-        if lower == "link":
-            value = _safe_links(value) if len(headers[lower]) <= MAX_LINK else ""
-        elif lower == "www-authenticate" and server:
-            value = name_realms(value, server) if len(headers[lower]) <= MAX_CHALLENGES else ""
-        if value or lower not in ("link", "www-authenticate"):
-            fields.append((name, value))
-    via = headers.get("via", "")
-    fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
-    fields.append(NOSNIFF)
-    # Connection may name Content-Type, and then that does not pass. Two types are joined by a comma.
-    kind = "" if "content-type" in named else headers.get("content-type", "")
-    if sandbox and status != 304 and not runs_nothing(kind):
-        fields.append(("Content-Security-Policy", SANDBOX))
-    return fields
-
-
-# A dot and the separators of a path in every spelling that a proxy may normalise: nginx decodes %2F, Envoy and anything
-# on Windows takes a backslash for a slash, and behind two proxies an escape may have been escaped again.
-_ESCAPED_DOT = re.compile(r"%(?:25)*2e", re.IGNORECASE)
-_SLASH, _BACKSLASH = r"/|%(?:25)*2f", r"\\|%(?:25)*5c"
-_SEPARATORS = [
-    re.compile(pattern, re.IGNORECASE) for pattern in ("/", _SLASH, rf"/|{_BACKSLASH}", rf"{_SLASH}|{_BACKSLASH}")
-]
-_PATH_PARAMETER = re.compile(rf";(?:(?!{_SLASH}|{_BACKSLASH}).)*", re.IGNORECASE)  # Java's servers ignore it
-
-
-def own_host_fields(headers: Headers) -> Fields:
-    """Return the fields that a client gets of a server with a host of its own, and so an origin of its own.
-
-    A cookie loses its Domain, so that it is for this host only and not for those of other servers, too.
-    """
-    named = set(headers.tokens("connection")) if "connection" in headers else ()
-    fields: Fields = []
-    for name, value in headers.pairs:
-        lower = name.lower()
-        if lower in _NOT_TO_OWN_CLIENT or lower in named or lower.startswith(("ptth-", *_PROXY_COMMANDS)):
-            continue
-        fields.append((name, _COOKIE_DOMAIN.sub("", value) if lower == "set-cookie" else value))
-    via = headers.get("via", "")
-    fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
-    return fields
-
-
-def climbs(path: str) -> bool:
-    """Return whether some reader of `path` would find that it leads above its beginning.
-
-    Empty segments do not count, since a proxy may merge slashes. A name that merely contains dots climbs nowhere.
-    """
-    text = _ESCAPED_DOT.sub(".", path)
-    if ".." not in text:
-        return False
-    text = _PATH_PARAMETER.sub("", text)
-    for segments in {tuple(separator.split(text)) for separator in _SEPARATORS}:
-        depth = 0
-        for segment in segments:
-            if segment == "..":
-                depth -= 1
-                if depth < 0:
-                    return True
-            elif segment not in ("", "."):
-                depth += 1
-    return False
-
-
 def parse_wait(prefer: str) -> float:
     """Return the seconds of `Prefer: wait=N` (RFC 7240, 4.3), POLL_WAIT at most, and that when nothing is said."""
     match = re.search(r"(?:\A|[,;\s])wait\s*=\s*\"?([0-9]{1,9})(?![0-9])", prefer, re.IGNORECASE)
     return min(float(match[1]), POLL_WAIT) if match else POLL_WAIT
 
+
+_ID = re.compile(r"[0-9A-Za-z]{8,64}")
+
+
+# -- 12. Rust form --
+# The same in MessagePack, for the peers in Rust. Pure.
 
 # The original's form of P3 and P5, in MessagePack: arrays of [id, [{method: nil}, uri, {name: [byte, ...]}]] and of
 # [{status: nil}, {name: [byte, ...]}]. Only the few types that it has, and in no other shape.
@@ -4334,9 +4558,6 @@ def unpack_rust_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolE
             yield request_id, error if isinstance(error, ProtocolError) else ProtocolError(400, "an odd character")
 
 
-_ID = re.compile(r"[0-9A-Za-z]{8,64}")
-
-
 def pack_rust_response(response: Response) -> str:
     """Return the value of the original's field of P5: status and fields.
 
@@ -4368,182 +4589,8 @@ def unpack_rust_response(text: str) -> tuple[int, Headers]:
     return parse_inner_response(head)
 
 
-# -- 11. Web app --
-# An app on this machine or beside it as a handler. Does not use the tunnel.
-
-REFUSALS = (400, 403, 421)  # how an app refuses a Host or Origin that it does not know
-
-
-class App:
-    """A local web app as a handler: it gets each request over HTTP, and its response goes back.
-
-    `host_mode` decides what the app is told of its own name: "public" (Host and Origin as the visitor sent them),
-    "local" (the app's own authority), a name of the operator's instead of that, or "auto": public, until the app
-    refuses that and accepts the local way.
-    """
-
-    def __init__(self, client: HTTPClient, host_mode: str = "auto") -> None:
-        self.client = client
-        client.silence_timeout = math.inf  # an event stream may be silent for hours
-        self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
-        self._local = host_mode not in ("auto", "public")
-        self._fixed = host_mode != "auto"
-        self._asked = self._fixed  # whether a first request has shown the mode
-        self._logged = ""
-
-    async def handle(self, request: Request) -> Response:
-        """Answer a request by the app's response. ProtocolError 502 when there is none, 504 when it comes too late."""
-        safe = request.method in ("GET", "HEAD")
-        if not self._asked and not safe:
-            await self._probe(request)
-        response = await self._send(request, self._local)
-        refused = REFUSALS if safe else (421,)
-        self._asked = self._asked or response.status not in refused
-        if (
-            self._fixed
-            or self._local
-            or response.status not in refused
-            or request.body.data is None
-            and not request.upgrade
-        ):
-            return response
-        again = await self._send(request, True)
-        if again.status in refused:
-            await again.body.aclose()
-            return response
-        await response.body.aclose()
-        self._stay_local(response.status)
-        return again
-
-    async def _probe(self, request: Request) -> None:
-        """Learn by GET / which Host the app accepts, before a request that must not be sent twice."""
-        first = Request("GET", "/", request.headers, connection=request.connection)
-        statuses = []
-        for local in (False, True):
-            response = await self._send(first, local)
-            await response.body.aclose()
-            statuses.append(response.status)
-            if response.status not in REFUSALS:
-                break
-        self._asked = True
-        if statuses[-1] not in REFUSALS and len(statuses) > 1:
-            self._stay_local(statuses[0])
-
-    def _stay_local(self, status: int) -> None:
-        self._local = True
-        log_line(
-            f"ptth server: the app answers {status} to its public name, so from now on it is told that its name is "
-            f'{self._authority}; app_host = "local" or "public" decides that beforehand'
-        )
-
-    async def _send(self, request: Request, local: bool) -> Response:
-        """Send the request to the app, under its local name or its public one."""
-        public = f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', '')}"
-        own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
-        fields = self._request_fields(request, public, own) if local else forwardable(request.headers, _HOP_BY_HOP)
-        if request.body.expects:
-            fields.append(("Expect", "100-continue"))
-        outgoing = Request(request.method, request.target, Headers(fields), body=request.body, upgrade=request.upgrade)
-        response = await self._ask(outgoing)
-        response.headers = self._response_fields(response, public, own if local else "")
-        return response
-
-    async def _ask(self, request: Request) -> Response:
-        """Return the app's response to a request that is ready to be sent."""
-        connection = None
-        try:
-            if request.method in ("GET", "HEAD") and request.body is EMPTY:
-                connection = self.client.take_idle()
-            connection = connection or await self._connect()
-            return await self.client.handle(request, timeout=APP_RESPONSE_TIMEOUT, connection=connection)
-        except IncompleteBody:
-            raise
-        except TimeoutError:
-            raise ProtocolError(504, "the app did not answer in time") from None
-        except OSError as error:
-            if connection and connection.stalled:
-                raise ProtocolError(504, "the app does not take the request") from None
-            self._log(f"the app closed the connection without a response: {format_error(error)}")
-            raise ProtocolError(502, "the app closed the connection without a response") from None
-
-    async def _connect(self) -> Connection:
-        """Open a connection to the app.
-
-        One that cannot be opened is tried again for APP_WAIT, which is safe for any request, as nothing was sent yet.
-        """
-        loop = asyncio.get_running_loop()
-        end = loop.time() + APP_WAIT
-        while True:
-            try:
-                connection = await self.client.connect()
-            except OSError as error:
-                if loop.time() < end:
-                    await asyncio.sleep(0.1)
-                    continue
-                self._log(
-                    f"the app at {self.client.origin.authority} cannot be reached: {format_error(error)}; "
-                    "visitors get 502"
-                )
-                retry = [("Retry-After", "2")]
-                raise ProtocolError(502, "the app behind this server is not running", headers=retry) from None
-            if self._logged:
-                self._log("")
-                log_line(f"ptth server: the app at {self.client.origin.authority} answers again")
-            return connection
-
-    def _log(self, line: str) -> None:
-        """Log a change of the app's state, once."""
-        if line and line != self._logged:
-            log_line(f"ptth server: {line}")
-        self._logged = line
-
-    @staticmethod
-    def _request_fields(request: Request, public: str, own: str) -> Fields:
-        """Return the fields of a request for an app that knows itself by `own` only.
-
-        Origin, Referer and Destination are mapped when they name this server's own public origin. A foreign Origin
-        stays: the app's defence against requests of other sites relies on it.
-        """
-        fields = [("Host", own.partition("//")[2])]
-        for name, value in forwardable(
-            request.headers, _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}
-        ):
-            if name.lower() in ("origin", "referer", "destination"):
-                value = move_origin(value, public, own)
-            fields.append((name, value))
-        return fields
-
-    @staticmethod
-    def _response_fields(response: Response, public: str, own: str) -> Fields:
-        """Return the fields of the app's response; what names its `own` origin, unless "", names the public one."""
-        kept = {"upgrade"} if response.status in (101, 426) else set()
-        fields = []
-        for name, value in forwardable(Headers(response.headers), _HOP_BY_HOP - kept):
-            lower = name.lower()
-            if lower == "location" or own and lower == "access-control-allow-origin":
-                value = move_origin(value, own, public) if own else value
-                if public.startswith("https:"):
-                    value = move_origin(value, f"http{public[5:]}", public)
-            fields.append((name, value))
-        return fields
-
-
-def move_origin(url: str, old: str, new: str) -> str:
-    """Return `url` with the origin `new` if its origin is `old` (RFC 6454, 5), else as it is."""
-    match = re.match(r"(https?://[^/?#\s]*)(?=[/?#]|\Z)", url, re.IGNORECASE)
-    if match and normal_origin(match[1]) == normal_origin(old):
-        return new + url[match.end() :]
-    return url
-
-
-def normal_origin(origin: str) -> str:
-    """Return an origin in lower case and without its scheme's own port, to compare it."""
-    scheme, _, authority = origin.lower().partition("://")
-    return f"{scheme}://{authority.removesuffix({'http': ':80', 'https': ':443'}.get(scheme, ':'))}"
-
-
-# -- 12. Relay --
-# P2 to P1 and P5 to P6. Sees heads and passes bodies on; has never heard of files.
+# -- 13. Relay --
+# P2 to P1 and P5 to P6. Sees heads and forwards bodies; does not read files.
 
 NAME = r"[A-Za-z0-9._-]{1,64}"
 _NAME = re.compile(rf"(?!\.\.?\Z){NAME}")
@@ -4852,52 +4899,6 @@ class RegisteredServer:
             asyncio.get_running_loop().call_soon(self.dispatch)
 
 
-def is_loopback(address: str) -> bool:
-    """Return whether an address is this machine's own."""
-    return address.startswith("127.") or address in ("::1", "-", "")
-
-
-_FORWARDING = {"forwarded", "via", "x-real-ip"}  # and x-forwarded-*: what proxies add
-
-
-def is_local(request: Request) -> bool:
-    """Return whether a request comes from this machine itself, and not through a proxy on it."""
-    if request.peer == "-" or not is_loopback(request.peer):
-        return False
-    return not any(name in _FORWARDING or name.startswith("x-forwarded-") for name in request.headers)
-
-
-def is_local_name(host: str) -> bool:
-    """Return whether a Host field names this machine for itself: localhost, a name below it, a loopback address."""
-    name = re.sub(r":[0-9]*\Z", "", host.lower()) if not host.endswith("]") else host
-    if name.startswith("["):
-        family, name, own = socket.AF_INET6, name.strip("[]"), b"\0" * 15 + b"\1"
-    else:
-        family, name, own = socket.AF_INET, name.removesuffix("."), b"\x7f"
-    if name == "localhost" or name.endswith(".localhost"):
-        return family == socket.AF_INET
-    try:
-        return socket.inet_pton(family, name).startswith(own)
-    except (OSError, ValueError):
-        return False
-
-
-def outer_address(addresses: str) -> str:
-    """Return the last of these addresses, as in X-Forwarded-For, that is not this machine's own, or "".
-
-    Of IPv6 the network: one client has all addresses of a /64.
-    """
-    for text in addresses.split(",")[:-9:-1]:
-        address = text.strip()[:MAX_AUDIT_TEXT]
-        if is_loopback(address):
-            continue
-        try:
-            return socket.inet_pton(socket.AF_INET6, address)[:8].hex()
-        except (OSError, ValueError):
-            return address
-    return ""
-
-
 def parse_ids(text: str) -> list[str]:
     """Return the ids of a PTTH-Lost or PTTH-At-Work field, MAX_LOST at most."""
     return [request_id.strip() for request_id in text.split(",", MAX_LOST)[:MAX_LOST]]
@@ -5031,12 +5032,6 @@ class Route(NamedTuple):
     server: RegisteredServer
     target: str
     prefix: str = ""
-
-
-def request_host(text: str) -> str:
-    """Return the host of a Host field's value, in lower case, without port and without one dot at its end."""
-    host = re.sub(r":[0-9]*\Z", "", text.lower())
-    return host.removesuffix(".")
 
 
 class Desk:
@@ -5262,8 +5257,6 @@ _BACKEND_ACTIONS = {
     "http_responses": ("POST", _NAME),
 }
 _GONE = (410, "nobody waits for this response")
-
-
 NO_BODIES = "this server is too old to take request bodies"
 
 
@@ -5858,8 +5851,8 @@ class Relay:
         self._sweeper.cancel()
 
 
-# -- 13. Server --
-# P1, P4 and P5: brings a relay's requests to a handler, and its responses back. Has never heard of clients.
+# -- 14. Server --
+# P1, P4 and P5: brings a relay's requests to a handler, and its responses back. Does not see clients' connections.
 
 
 class KeyRefused(Refused):
@@ -6535,9 +6528,8 @@ def format_server_block(name: str, key: str) -> str:
     return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
 
 
-# -- 14. Configuration --
+# -- 15. Configuration --
 # TOML to dataclasses. All that is wrong with a file is said at once.
-
 
 NO_URL = BaseURL(False, "", 0, "")
 
@@ -7009,7 +7001,7 @@ def check_root(root: str, how: str) -> str:
     return root
 
 
-# -- 15. Command line --
+# -- 16. Command line --
 # What people type, and what they are told.
 
 

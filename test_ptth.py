@@ -578,7 +578,7 @@ class TestShape:
             used = {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
             assert not used & later, name
 
-    @pytest.mark.parametrize("name", ["Tripcodes", "Syntax", "Pages", "Tunnel messages"])
+    @pytest.mark.parametrize("name", ["Tripcodes", "Syntax", "Pages", "Tunnel messages", "Rust form"])
     def test_a_pure_section_does_no_input_or_output(self, name: str) -> None:
         for node in dict(self.sections())[name]:
             for inner in ast.walk(node):
@@ -1653,10 +1653,10 @@ class TestHTTPClient:
 
         async def talk() -> bytes | None:
             server = await asyncio.start_server(lambda reader, writer: writer.write(reply), "127.0.0.1", 0)
-            client = ptth.Client(ptth.Origin(False, *server.sockets[0].getsockname(), ""))
+            client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
             response = await client.handle(ptth.Request("GET", "/", ptth.Headers([])))
             await response.body.aclose()
-            spare = client.spare
+            spare = client.idle_count
             client.close()
             server.close()
             assert spare == (data is not None)
