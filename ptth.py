@@ -2362,7 +2362,9 @@ class HTTPClient:
         if bare:
             await end()
             return Response(status, headers.pairs, AbsentBody(None if framing == CHUNKED else framing))
-        if framing == len(connection.buffer) and (sending is None or sending.done()):  # all is here: it can go on with others
+        if framing == len(connection.buffer) and (
+            sending is None or sending.done()
+        ):  # all is here: it can go on with others
             data = await body.read()
             await end()
             return Response(status, headers.pairs, BytesBody(data))

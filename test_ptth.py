@@ -1142,7 +1142,9 @@ class TestConnections:
             return result
 
         result = in_time(talk())
-        assert isinstance(result, ptth.IncompleteBody if end == "short" else ConnectionResetError | BrokenPipeError), result
+        assert isinstance(result, ptth.IncompleteBody if end == "short" else ConnectionResetError | BrokenPipeError), (
+            result
+        )
         assert ("stalls" in str(result)) is (end in ("silent", "unread"))
 
     @sends_files
