@@ -33,10 +33,12 @@ This file is the whole program.  It reads from top to bottom; each section uses 
     10 File server             a path to a file, a listing or a zip; dates, ranges, tags
     11 Tunnel messages         requests and responses as they cross the tunnel; pure
     12 Rust form               the same for the peers in Rust; pure
-    13 Relay                   P2 to P1, P5 to P6
-    14 Server                  P1, P4, P5
-    15 Configuration           TOML to dataclasses
-    16 Command line            demo, relay, server, file-server
+    13 Relay state             a relay's configuration, its servers, and requests on their way
+    14 Relay desk              what a relay shows: pages, scraper API, metrics, audit log
+    15 Relay                   P2 to P1, P5 to P6
+    16 Server                  P1, P4, P5
+    17 Configuration           TOML to dataclasses
+    18 Command line            demo, relay, server, file-server
 
 Start with `Handler` in section 3.  A file server is a handler given to an HTTP server; a PTTH server is the same
 handler given to `TunnelServer`; `Relay.handle` is a handler, too: it gets the response from the server that polls it.
@@ -4591,8 +4593,8 @@ def unpack_rust_response(text: str) -> tuple[int, Headers]:
     return parse_inner_response(head)
 
 
-# -- 13. Relay --
-# P2 to P1 and P5 to P6. Sees heads and forwards bodies; does not read files.
+# -- 13. Relay state --
+# What a relay knows of its servers and of the requests on their way. Answers nobody.
 
 NAME = r"[A-Za-z0-9._-]{1,64}"
 _NAME = re.compile(rf"(?!\.\.?\Z){NAME}")
@@ -4652,6 +4654,9 @@ class AuditEvent(NamedTuple):
     path: str = ""
     status: int = 0
     size: int = 0  # bytes of the body
+
+
+NO_BODIES = "this server is too old to take request bodies"
 
 
 class Exchange:
@@ -5036,12 +5041,173 @@ class Route(NamedTuple):
     prefix: str = ""
 
 
+class RelayState:
+    """What a relay knows: its configuration, its servers, and the requests that are not answered yet."""
+
+    def __init__(self, config: RelayConfig) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.started = self.loop.time()
+        self.servers: dict[str, RegisteredServer] = {}
+        self.hosts: dict[str, RegisteredServer] = {}  # by the host that is a server's own
+        self.exchanges: dict[str, Exchange] = {}  # all that is not claimed
+        self.uploads: dict[str, Exchange] = {}  # those whose body can be fetched
+        self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
+        self.refused = {"backend": 0, "scraper": 0}  # keys
+        self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
+        self.connection_count: Callable[[], int] = int  # how many are open: the HTTP server knows
+        self.stopping = False
+        self.configure(config)
+
+    def configure(self, config: RelayConfig) -> None:
+        """Take over a configuration: servers come, go and change without touching the others.
+
+        One that went or changed its key loses its parked P1; what it is sending finishes.
+        """
+        import ipaddress
+
+        self.config = config
+        entries = {entry.name: entry for entry in config.servers}
+        for name, server in list(self.servers.items()):
+            new = entries.pop(name, None)
+            if new is None or new.tripcode != server.entry.tripcode:
+                server.answer_empty()
+            if new is None:
+                del self.servers[name]
+                for exchange in list(server.waiting.values()):
+                    exchange.fail(503, f"the server {name} is not registered any more")
+            else:
+                server.entry = new
+        self.servers |= {name: RegisteredServer(entry) for name, entry in entries.items()}
+        self.hosts = {host: server for server in self.servers.values() for host in config.hosts_of(server.entry)}
+        self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
+
+    def audit(self, event: str, server: str, **details: Any) -> None:
+        """Add a line to the audit log."""
+        self.events.append(AuditEvent(time.time(), event, server, **details))
+
+    def trusts(self, address: str) -> bool:
+        """Return whether an address is that of a proxy which is believed what it says of its clients."""
+        import ipaddress
+
+        if is_loopback(address):
+            return True
+        try:
+            return any(ipaddress.ip_address(address) in network for network in self._trusted)
+        except ValueError:
+            return False
+
+    def client_address(self, request: Request) -> str:
+        """Return the client's address: the peer's, or what trusted proxies say in X-Forwarded-For, the nearest last."""
+        address = request.peer
+        for said in request.headers.get("x-forwarded-for", "").rsplit(",", 8)[:-9:-1]:
+            if not said or not self.trusts(address):
+                break
+            address = said.strip()[:MAX_AUDIT_TEXT]
+        return address
+
+    def find_server(self, name: str) -> RegisteredServer:
+        """Return the server of that name; ProtocolError 404."""
+        server = self.servers.get(name)
+        if server is None:
+            raise ProtocolError(404, "there is no server of that name here")
+        return server
+
+    def forget(self, exchange: Exchange) -> None:
+        """Take a request out of all lists of what is to be answered."""
+        request_id = exchange.request_id
+        self.exchanges.pop(request_id, None)
+        exchange.server.waiting.pop(request_id, None)
+        exchange.server.offered.pop(request_id, None)
+
+
+class Gate:
+    """Tells whether a request shows a valid key, and keeps account of those that do not."""
+
+    def __init__(self, state: RelayState) -> None:
+        self.state = state
+        self._server_keys = Keys()
+        self._scraper_keys = Keys()
+        self._refusal_logged: dict[str, float] = {}  # when the last refused key was logged, by name
+        self.configure()
+
+    def configure(self) -> None:
+        """Forget what is not in the configuration any more."""
+        self._server_keys.configure(entry.tripcode for entry in self.state.config.servers)
+        self._scraper_keys.configure(key.hash for key in self.state.config.scraper_keys)
+
+    async def is_server(self, request: Request, server: RegisteredServer | None, name: str) -> bool:
+        """Return whether the request shows the server's key; remember who asks in vain."""
+        key = request.headers.get("x-apikey", "")
+        if not key or len(key) > MAX_KEY:
+            return False
+        address = outer_address(self.state.client_address(request))
+        if server:
+            verdict = await self._server_keys.find(key, [server.entry.tripcode], f"{name} {address}")
+            if verdict.is_new:
+                self._warn_of_weakness("server", name, key)
+            if verdict.right:
+                return verdict.tripcode == server.entry.tripcode  # which a reload may have changed
+        else:
+            verdict = await self._server_keys.find(key, [], address)
+        self._record_refused_key("backend", request, name, "wrong key" if server else "unknown name")
+        if not server and _NAME.fullmatch(name):
+            self.state.unregistered[name, verdict.tripcode] = time.time()
+            self.state.unregistered.move_to_end((name, verdict.tripcode))
+            while len(self.state.unregistered) > MAX_UNREGISTERED:
+                self.state.unregistered.popitem(last=False)
+        return False
+
+    async def is_scraper(self, request: Request) -> bool:
+        """Return whether the request shows a scraper's key that is valid now; only the log learns why it is not."""
+        key = request.headers.get("x-apikey")
+        why, name, now = "no key", "-", time.time()
+        if key and len(key) > MAX_KEY:
+            why = "a key that is too long"
+        elif key:
+            why = "unknown key"
+            codes = [entry.hash for entry in self.state.config.scraper_keys]
+            verdict = await self._scraper_keys.find(key, codes, outer_address(self.state.client_address(request)))
+            for entry in self.state.config.scraper_keys:
+                if is_same_secret(verdict.tripcode.encode(), entry.hash.encode()):
+                    name = entry.name
+                    if verdict.is_new:
+                        self._warn_of_weakness("scraper", name, key)
+                    if entry.not_before <= now <= entry.not_after:
+                        return True
+                    why = "a key that is not yet valid" if now < entry.not_before else "a key that has expired"
+        self._record_refused_key("scraper", request, name, why)
+        return False
+
+    @staticmethod
+    def _warn_of_weakness(kind: str, name: str, key: str) -> None:
+        """Tell the operator of a key that can be guessed: the original's servers do not refuse one."""
+        if weakness := key_weakness(key):
+            why = weakness.partition(";")[0].removeprefix("api_key ")
+            log_line(f"ptth relay: warning: the key of the {kind} {name!r} {why}; give it a better one")
+
+    def _record_refused_key(self, api: str, request: Request, name: str, why: str) -> None:
+        """Keep account of a key that was refused; tell it once a minute for each name, and for all that nobody has."""
+        self.state.refused[api] += 1
+        now = self.state.loop.time()
+        known = name if name in self.state.servers or api == "scraper" else ""
+        if now - self._refusal_logged.get(known, -math.inf) < 60:
+            return
+        self._refusal_logged[known] = now
+        client = self.state.client_address(request)
+        log_line(f"ptth relay: {api} key refused: {why} for {name!r} from {client}; not told again for a minute")
+        self.state.audit(f"{api} key refused: {why}", name, client=client)
+
+
+# -- 14. Relay desk --
+# What a relay shows: pages, scraper API, metrics, audit log. Only reads.
+
+
 class Desk:
     """Shows a relay's state: its pages, the audit log, metrics and the rest of the scraper API. Changes nothing."""
 
-    def __init__(self, relay: Relay) -> None:
-        self.relay = relay
-        self._started = relay.loop.time()
+    def __init__(self, state: RelayState, gate: Gate) -> None:
+        self.state = state
+        self.gate = gate
         with open(__file__, "rb") as file:
             self._source = file.read()  # now: the file may be replaced while the program runs
         self._pages: dict[str, Callable[[Request], Response]] = {
@@ -5077,10 +5243,10 @@ class Desk:
 
     async def _may_see_clients(self, request: Request) -> bool:
         """Return whether the addresses of clients and what they asked for may be shown to who sends this request."""
-        config = self.relay.config
+        config = self.state.config
         if config.audit_log_public or is_local(request):
             return True
-        return config.enable_scraper_api and "x-apikey" in request.headers and await self.relay.is_scraper(request)
+        return config.enable_scraper_api and "x-apikey" in request.headers and await self.gate.is_scraper(request)
 
     def show_scraper(self, request: Request, what: str) -> Response:
         """Answer the part of the scraper API that does not go to a server; ProtocolError 404, 405."""
@@ -5096,7 +5262,7 @@ class Desk:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", "GET, HEAD")])
 
     def _servers(self) -> list[RegisteredServer]:
-        return sorted(self.relay.servers.values(), key=lambda server: server.name)
+        return sorted(self.state.servers.values(), key=lambda server: server.name)
 
     # the scraper API
 
@@ -5104,7 +5270,7 @@ class Desk:
         """Return what the scraper API tells of a server."""
         seen = None
         if server.last_seen is not None:
-            seen = format_time(time.time() - (0 if server.connected else self.relay.loop.time() - server.last_seen))
+            seen = format_time(time.time() - (0 if server.connected else self.state.loop.time() - server.last_seen))
         return {
             "name": server.name,
             "display_name": server.entry.display_name or None,
@@ -5124,14 +5290,14 @@ class Desk:
         def each(value: Callable[[RegisteredServer], float]) -> list[tuple[str, float]]:
             return [(f'{{server="{server.name}"}}', value(server)) for server in servers]
 
-        refused = [(f'{{api="{api}"}}', count) for api, count in self.relay.refused.items()]
+        refused = [(f'{{api="{api}"}}', count) for api, count in self.state.refused.items()]
         answered = [
             (f'{{server="{server.name}",status="{status}"}}', count)
             for server in servers
             for status, count in sorted(server.statuses.items())
         ]
         families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
-            ("connections", "gauge", "Open connections.", [("", self.relay.connection_count())]),
+            ("connections", "gauge", "Open connections.", [("", self.state.connection_count())]),
             ("keys_refused_total", "counter", "Keys that were refused.", refused),
             ("server_connected", "gauge", "Whether the server is connected.", each(lambda server: server.connected)),
             (
@@ -5154,13 +5320,13 @@ class Desk:
     def _tls_check(self, request: Request) -> Response:
         """Tell a proxy whether `?domain=HOST` is a server's host, for which it should get a certificate."""
         query = urllib.parse.parse_qs(request.target.partition("?")[2])
-        if request_host(query.get("domain", [""])[-1]) not in self.relay.hosts:
+        if request_host(query.get("domain", [""])[-1]) not in self.state.hosts:
             raise ProtocolError(404, "this is not the host of a server", headers=[NO_STORE])
         return text_response(200, "this is the host of a server\n", [NO_STORE])
 
     def _server_list(self, request: Request) -> Response:
         """Show the servers: whether they are connected, and what they have done."""
-        now = self.relay.loop.time()
+        now = self.state.loop.time()
         port = re.search(r"(?::[0-9]+)?\Z", request.headers.get("host", ""))
         rows = []
         for server in self._servers():
@@ -5171,15 +5337,15 @@ class Desk:
             else:
                 state = f"last seen {format_age(now - server.last_seen)}"
             shown = escape(server.entry.display_name or server.name)
-            hosts = self.relay.config.hosts_of(server.entry)
+            hosts = self.state.config.hosts_of(server.entry)
             url = f"//{hosts[0]}{port[0] if port else ''}/" if hosts else f"./{server.name}/"
             link = f'<a href="{escape(url)}">{shown}</a>'
             state = f'<span class="{"on" if server.connected else "q"}">{state}</span>'
             requests = f"{sum(server.statuses.values()):,}"
             rows.append((link, state, requests, format_size(server.body_bytes), str(server.in_flight)))
         content = "<h1>Servers</h1>\n"
-        if self.relay.config.news_url:
-            content += f'<p><a href="{escape(self.relay.config.news_url)}">News</a></p>\n'
+        if self.state.config.news_url:
+            content += f'<p><a href="{escape(self.state.config.news_url)}">News</a></p>\n'
         columns = {"Name": "d", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
         content += table(columns, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
         return self._page("Servers", content, "../../")
@@ -5187,7 +5353,7 @@ class Desk:
     def _page(self, title: str, content: str, top: str) -> Response:
         """Make a page of the relay's; `top` leads from it to the root."""
         links = [("servers/", "Servers"), ("unregistered_servers", "Unregistered servers"), ("audit_log", "Audit log")]
-        links += [("debug/", "Debug")] if self.relay.config.dev_mode else []
+        links += [("debug/", "Debug")] if self.state.config.dev_mode else []
         ways = " &middot; ".join(f'<a href="{top}frontend/{path}">{text}</a>' for path, text in links)
         footer = f"<footer>{ways}<br>{VERSION_LINE.format(top)}</footer>"
         return html_response(200, page(title, f"<main>\n{content}\n</main>\n{footer}"), [NO_STORE])
@@ -5196,10 +5362,10 @@ class Desk:
         """Show who came, was refused and was served, the newest first; as JSON for whoever asks for that."""
         if wants_json(request.headers):
             names = ("time", "event", "server", "client", "method", "path", "status", "bytes")
-            newest_first = ((format_time(event[0]), *event[1:]) for event in reversed(self.relay.events))
+            newest_first = ((format_time(event[0]), *event[1:]) for event in reversed(self.state.events))
             return json_response([dict(zip(names, values, strict=True)) for values in newest_first])
         rows = []
-        for event in itertools.islice(reversed(self.relay.events), MAX_AUDIT_ROWS):
+        for event in itertools.islice(reversed(self.state.events), MAX_AUDIT_ROWS):
             what = f"{event.method} {event.path}" if event.method else event.event
             end = f"{event.status}, {format_size(event.size)}" if event.status else ""
             day, _, second = format_time(event.time).removesuffix("Z").partition("T")
@@ -5212,8 +5378,8 @@ class Desk:
     def _audit_counts(self, request: Request) -> Response:
         """Show of the audit log how often each server had which event, for those who may not see more."""
         counts: dict[tuple[str, str], int] = {}
-        for event in self.relay.events:
-            server = event.server if event.server in self.relay.servers else ""
+        for event in self.state.events:
+            server = event.server if event.server in self.state.servers else ""
             counts[server, event.event] = counts.get((server, event.event), 0) + 1
         rows = [(server, event, count) for (server, event), count in sorted(counts.items())]
         if wants_json(request.headers):
@@ -5226,15 +5392,15 @@ class Desk:
 
     def _debug(self, request: Request) -> Response:
         """Show build and state, in dev mode."""
-        if not self.relay.config.dev_mode:
+        if not self.state.config.dev_mode:
             raise ProtocolError(404, "there is nothing here")
         values = {
             "Version": __version__,
             "Python": sys.version,
             "System": sys.platform,
-            "Up": format_age(self.relay.loop.time() - self._started).removesuffix(" ago"),
-            "Connections": str(self.relay.connection_count()),
-            "Requests not answered": str(len(self.relay.exchanges)),
+            "Up": format_age(self.state.loop.time() - self.state.started).removesuffix(" ago"),
+            "Connections": str(self.state.connection_count()),
+            "Requests not answered": str(len(self.state.exchanges)),
         }
         rows = [(name, escape(value)) for name, value in values.items()]
         return self._page("Debug", "<h1>Debug</h1>\n" + table({"Name": "", "Value": "b"}, rows), "../../")
@@ -5244,13 +5410,16 @@ class Desk:
         now = time.time()
         rows = [
             (f'<pre>[[servers]]\nname = "{escape(name)}"\ntripcode = "{code}"</pre>', format_age(now - seen))
-            for (name, code), seen in reversed(self.relay.unregistered.items())
+            for (name, code), seen in reversed(self.state.unregistered.items())
         ]
         content = "<h1>Unregistered servers</h1>\n<p>These tried to connect. Anybody can: before pasting a block into "
         content += "ptth_relay.toml, compare its tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
         content += table({"To register": "", "Tried": "n"}, rows) if rows else "<p>Nobody has tried.</p>"
         return self._page("Unregistered servers", content, "../")
 
+
+# -- 15. Relay --
+# P2 to P1 and P5 to P6. Sees heads and forwards bodies; does not read files.
 
 _BACKEND_ACTIONS = {
     "http_listen": ("GET", _NAME),
@@ -5259,212 +5428,17 @@ _BACKEND_ACTIONS = {
     "http_responses": ("POST", _NAME),
 }
 _GONE = (410, "nobody waits for this response")
-NO_BODIES = "this server is too old to take request bodies"
 
 
-class Relay:
-    """Tells clients and servers apart, and brings them together.  `handle` is its handler."""
+class Backend:
+    """Serves the tunnel's servers: P1 and P3, the bodies of requests, P5 and P7."""
 
-    def __init__(self, config: RelayConfig) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.servers: dict[str, RegisteredServer] = {}
-        self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
-        self.refused = {"backend": 0, "scraper": 0}
-        self.connection_count: Callable[[], int] = int  # how many are open: the HTTP server knows
-        self.exchanges: dict[str, Exchange] = {}  # all that is not claimed, the oldest first
-        self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
-        self.hosts: dict[str, RegisteredServer] = {}  # by the host that is a server's own
-        self.uploads: dict[str, Exchange] = {}  # those whose body can be fetched
-        self._inline = 0  # bytes of requests' bodies that wait here
-        self.stopping = False
-        self.keys = Keys()  # of servers
-        self.scraper_keys = Keys()
-        self.desk = Desk(self)
-        self._refusals: dict[str, float] = {}  # when the last one was told, by name
+    def __init__(self, state: RelayState, gate: Gate) -> None:
+        self.state = state
+        self.gate = gate
         self._offered_on: dict[Peer, list[Exchange]] = {}  # by the connection that took the P3
-        self._started = self.loop.time()
-        self._sweeper = self.loop.create_task(self._sweep())
-        self.configure(config)
 
-    def configure(self, config: RelayConfig) -> None:
-        """Take over a configuration: servers come, go and change without touching the others.
-
-        One that went or changed its key loses its parked P1; what it is sending finishes.
-        """
-        import ipaddress
-
-        self.config = config
-        entries = {entry.name: entry for entry in config.servers}
-        for name, server in list(self.servers.items()):
-            new = entries.pop(name, None)
-            if new is None or new.tripcode != server.entry.tripcode:
-                server.answer_empty()
-            if new is None:
-                del self.servers[name]
-                for exchange in list(server.waiting.values()):
-                    exchange.fail(503, f"the server {name} is not registered any more")
-            else:
-                server.entry = new
-        self.servers |= {name: RegisteredServer(entry) for name, entry in entries.items()}
-        self.hosts = {host: server for server in self.servers.values() for host in config.hosts_of(server.entry)}
-        self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
-        self.keys.configure(entry.tripcode for entry in config.servers)
-        self.scraper_keys.configure(key.hash for key in config.scraper_keys)
-
-    def note(self, event: str, server: str, **details: Any) -> None:
-        """Add a line to the audit log."""
-        self.events.append(AuditEvent(time.time(), event, server, **details))
-
-    async def handle(self, request: Request) -> Response:
-        """Answer any request to the relay.
-
-        The prefixes and the name are matched on the raw target, not decoded, not normalised: what a proxy in front of
-        us allows by its prefix must not become something else here.
-        """
-        host = request_host(request.headers.get("host", ""))
-        if server := self.hosts.get(host):
-            return await self._forward(request, Route(server, request.target))
-        if self.config.domain and host.endswith(f".{self.config.domain}"):
-            raise ProtocolError(404, "there is no server with this host here")
-        target = request.target
-        path = target.partition("?")[0]
-        if target == "*":
-            return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
-        if path.startswith("/frontend/servers/") and path != "/frontend/servers/":
-            name, slash, rest = target.removeprefix("/frontend/servers/").partition("/")
-            if not slash or "?" in name:
-                name = name.partition("?")[0]
-                self._known(name)
-                return text_response(301, "see below\n", [("Location", redirect_below(name.encode("latin-1"), target))])
-            return await self._forward(request, Route(self._known(name), f"/{rest}", f"/frontend/servers/{name}"))
-        if path.startswith("/scraper/"):
-            return await self._scrape(request, target.removeprefix("/scraper/"))
-        if path.startswith(BACKEND):
-            return await self._backend(request, path.removeprefix(BACKEND))
-        return await self.desk.show(request, path)
-
-    def trusts(self, address: str) -> bool:
-        """Return whether an address is that of a proxy which is believed what it says of its clients."""
-        import ipaddress
-
-        if is_loopback(address):
-            return True
-        try:
-            return any(ipaddress.ip_address(address) in network for network in self._trusted)
-        except ValueError:
-            return False
-
-    def client_address(self, request: Request) -> str:
-        """Return the client's address: the peer's, or what trusted proxies say in X-Forwarded-For, the nearest last."""
-        address = request.peer
-        for said in request.headers.get("x-forwarded-for", "").rsplit(",", 8)[:-9:-1]:
-            if not said or not self.trusts(address):
-                break
-            address = said.strip()[:MAX_AUDIT_TEXT]
-        return address
-
-    def _known(self, name: str) -> RegisteredServer:
-        """Return the server of that name; ProtocolError 404."""
-        server = self.servers.get(name)
-        if server is None:
-            raise ProtocolError(404, "there is no server of that name here")
-        return server
-
-    # P2 and P6
-
-    async def _forward(self, request: Request, route: Route) -> Response:
-        """Have the server answer a client's request, and keep account of it.
-
-        A target that climbs above the server's own prefix is refused: a proxy in front may have normalised the path,
-        and then its rule for the other path, perhaps without a password, let this request through.
-        """
-        server, target = route.server, route.target
-        if route.prefix and climbs(target.partition("?")[0]):
-            raise ProtocolError(404, "the path leads out of the server's")
-        if request.method == "TRACE":
-            raise ProtocolError(405, "TRACE is not possible here", headers=[("Allow", "GET, HEAD, OPTIONS")])
-        if max_forwards(request) == 0:  # the relay answers as the last recipient
-            return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
-        server.in_flight += 1
-        try:
-            response = await self._ask(request, route)
-        except ProtocolError as error:
-            response = error_response(request, error)
-        except BaseException:
-            server.in_flight -= 1
-            raise
-        set_delivered = response.on_sent
-
-        def sent(whole: bool, size: int) -> None:
-            if set_delivered:
-                set_delivered(whole, size)
-            server.in_flight -= 1
-            server.body_bytes += size
-            status = response.status
-            server.statuses[status] = server.statuses.get(status, 0) + 1
-            method, path = request.method[:MAX_AUDIT_TEXT], target.partition("?")[0][:MAX_AUDIT_TEXT]
-            client = self.client_address(request)
-            self.events.append(AuditEvent(time.time(), "request", server.name, client, method, path, status, size))
-
-        response.on_sent = sent
-        return response
-
-    async def _ask(self, request: Request, route: Route) -> Response:
-        """Let a request wait for a P1, and for the P5 that answers it."""
-        server, now = route.server, self.loop.time()
-        if self.stopping:
-            raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
-        if not server.has_connection and now - (server.last_seen or self._started) >= UNAVAILABLE_AFTER:
-            raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
-        inline = await self._read_inline(request, server)
-        trusted = self.trusts(request.peer)
-        exchange = Exchange(route, request, self.loop.time(), inline, trusted)
-        exchange.address = outer_address(self.client_address(request))
-        server.admit(exchange)
-        self.exchanges[exchange.request_id] = exchange
-        self._inline += exchange.inline_size
-        if exchange.body:
-            self.uploads[exchange.request_id] = exchange
-            exchange.on_leave = lambda: self.uploads.pop(exchange.request_id, None)
-        server.offer(exchange)
-        try:
-            response = await exchange.response
-        except BaseException:
-            exchange.set_delivered(False)
-            await exchange.end_fetch()
-            raise
-        finally:
-            self._inline -= exchange.inline_size
-            self._forget(exchange)
-        if exchange.body:
-            response.body = LastBody(exchange, response.body)
-        return response
-
-    async def _read_inline(self, request: Request, server: RegisteredServer) -> bytes | None:
-        """Return a request's body if it is small enough to travel with its head; None if it is to be fetched."""
-        body = request.body
-        if body is EMPTY:
-            return b""
-        if "body" not in server.features:
-            if request.method not in ("GET", "HEAD"):
-                raise ProtocolError(501, NO_BODIES, close=True)
-            await body.drain()  # as it was before: it means nothing
-            return b""
-        size = MAX_INLINE + 1 if body.known_length is None else body.known_length
-        if body.expects or size > MAX_INLINE or self._inline + size > MAX_INLINE_TOTAL:
-            return None
-        return await body.read_all(MAX_INLINE)
-
-    def _forget(self, exchange: Exchange) -> None:
-        """Take a request out of all lists of what is to be answered."""
-        request_id = exchange.request_id
-        self.exchanges.pop(request_id, None)
-        exchange.server.waiting.pop(request_id, None)
-        exchange.server.offered.pop(request_id, None)
-
-    # P1, P3, P5 and P7
-
-    async def _backend(self, request: Request, path: str) -> Response:
+    async def handle(self, request: Request, path: str) -> Response:
         """Answer a server: every request shows its key anew, since a proxy may mix connections."""
         action, _, rest = path.partition("/")
         method, form = _BACKEND_ACTIONS.get(action, ("", _NAME))
@@ -5472,13 +5446,13 @@ class Relay:
             raise ProtocolError(404, "there is nothing here")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
-        by_id = {"http_response": self.exchanges, "http_request": self.uploads}.get(action)
+        by_id = {"http_response": self.state.exchanges, "http_request": self.state.uploads}.get(action)
         exchange = by_id.get(rest) if by_id is not None else None
         if exchange is None and by_id is not None:
             raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self._settle(request))
-        server = exchange.server if exchange else self.servers.get(rest)
-        verified = await self._verify(request, server, server.name if server else rest)
-        if exchange is None and server is not self.servers.get(rest):  # the configuration has changed meanwhile
+        server = exchange.server if exchange else self.state.servers.get(rest)
+        verified = await self.gate.is_server(request, server, server.name if server else rest)
+        if exchange is None and server is not self.state.servers.get(rest):  # the configuration has changed meanwhile
             verified = False
         if not verified or server is None:
             challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
@@ -5487,92 +5461,13 @@ class Relay:
             return self._give_body(exchange) if method == "GET" else await self._receive_response(request, exchange)
         return await (self._listen if method == "GET" else self._receive_batch)(request, server)
 
-    async def _verify(self, request: Request, server: RegisteredServer | None, name: str) -> bool:
-        """Return whether the request shows the server's key; remember who asks in vain."""
-        key = request.headers.get("x-apikey", "")
-        if not key or len(key) > MAX_KEY:
-            return False
-        address = outer_address(self.client_address(request))
-        if server:
-            verdict = await self.keys.find(key, [server.entry.tripcode], f"{name} {address}")
-            if verdict.is_new:
-                self._warn_of_weakness("server", name, key)
-            if verdict.right:
-                return verdict.tripcode == server.entry.tripcode  # which a reload may have changed
-        else:
-            verdict = await self.keys.find(key, [], address)
-        self._refuse("backend", request, name, "wrong key" if server else "unknown name")
-        if not server and _NAME.fullmatch(name):
-            self.unregistered[name, verdict.tripcode] = time.time()
-            self.unregistered.move_to_end((name, verdict.tripcode))
-            while len(self.unregistered) > MAX_UNREGISTERED:
-                self.unregistered.popitem(last=False)
-        return False
-
-    @staticmethod
-    def _warn_of_weakness(kind: str, name: str, key: str) -> None:
-        """Tell the operator of a key that can be guessed: the original's servers do not refuse one."""
-        if weakness := key_weakness(key):
-            why = weakness.partition(";")[0].removeprefix("api_key ")
-            log_line(f"ptth relay: warning: the key of the {kind} {name!r} {why}; give it a better one")
-
-    def _refuse(self, api: str, request: Request, name: str, why: str) -> None:
-        """Keep account of a key that was refused; tell it once a minute for each name, and for all that nobody has."""
-        self.refused[api] += 1
-        now = self.loop.time()
-        known = name if name in self.servers or api == "scraper" else ""
-        if now - self._refusals.get(known, -math.inf) < 60:
-            return
-        self._refusals[known] = now
-        client = self.client_address(request)
-        log_line(f"ptth relay: {api} key refused: {why} for {name!r} from {client}; not told again for a minute")
-        self.note(f"{api} key refused: {why}", name, client=client)
-
-    # scrapers
-
-    async def _scrape(self, request: Request, path: str) -> Response:
-        """Answer the scraper API: as the frontend, for programs with a key."""
-        version, _, rest = path.partition("/")
-        if not self.config.enable_scraper_api or version not in ("v1", "api"):
-            raise ProtocolError(404, "there is nothing here")
-        if not await self.is_scraper(request):
-            raise ProtocolError(403, "this needs a valid X-ApiKey", headers=[NO_STORE])
-        what = rest.partition("?")[0]
-        if not what.startswith("server/"):
-            return self.desk.show_scraper(request, what)
-        name, slash, below = rest.removeprefix("server/").partition("/")
-        if not slash or "?" in name:
-            raise ProtocolError(404, "there is nothing here")
-        return await self._forward(request, Route(self._known(name), f"/{below}", f"/scraper/{version}/server/{name}"))
-
-    async def is_scraper(self, request: Request) -> bool:
-        """Return whether the request shows a scraper's key that is valid now; only the log learns why it is not."""
-        key = request.headers.get("x-apikey")
-        why, name, now = "no key", "-", time.time()
-        if key and len(key) > MAX_KEY:
-            why = "a key that is too long"
-        elif key:
-            why = "unknown key"
-            codes = [entry.hash for entry in self.config.scraper_keys]
-            verdict = await self.scraper_keys.find(key, codes, outer_address(self.client_address(request)))
-            for entry in self.config.scraper_keys:
-                if is_same_secret(verdict.tripcode.encode(), entry.hash.encode()):
-                    name = entry.name
-                    if verdict.is_new:
-                        self._warn_of_weakness("scraper", name, key)
-                    if entry.not_before <= now <= entry.not_after:
-                        return True
-                    why = "a key that is not yet valid" if now < entry.not_before else "a key that has expired"
-        self._refuse("scraper", request, name, why)
-        return False
-
     async def _listen(self, request: Request, server: RegisteredServer) -> Response:
         """P1: answer with what waits, or wait for it."""
-        now = self.loop.time()
+        now = self.state.loop.time()
         if not server.connected:
             server.connected = True
             log_line(f"ptth relay: {server.name} is connected")
-            self.note("connected", server.name, client=self.client_address(request))
+            self.state.audit("connected", server.name, client=self.state.client_address(request))
         instance = request.headers.get("ptth-instance", "")[:32]
         server.see(instance, now)
         wait = parse_wait(request.headers.get("prefer", ""))
@@ -5581,33 +5476,35 @@ class Relay:
             self._renew(server, instance, request.headers)
         features = set(request.headers.tokens("ptth-features"))
         batch = server.next_requests(instance, features)
-        if not batch and self.stopping:
+        if not batch and self.state.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
             # A proxy may hold a dead server's P1 open, and a request handed to that would be lost: those that live ask
             # again.
             for parked in server.parked:
-                self.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.answer_empty)
+                self.state.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.answer_empty)
             server.parked.clear()
         if not batch and wait:
-            parked = ParkedPoll(self.loop.create_future(), request.connection, instance, features, now, now + wait)
+            parked = ParkedPoll(
+                self.state.loop.create_future(), request.connection, instance, features, now, now + wait
+            )
             server.parked.append(parked)
             if len(server.parked) > MAX_PARKED:
                 server.parked.popleft().answer_empty()
             try:
                 batch = await parked.batch
             finally:
-                server.see(instance, self.loop.time())
+                server.see(instance, self.state.loop.time())
                 if parked in server.parked:
                     server.parked.remove(parked)
         sent = (lambda whole, size: self._p3_sent(request.connection, batch, whole)) if batch else None
         if "application/http" not in request.headers.get("accept", ""):  # the original's server says */*
             data = self._pack_for_rust(batch)
-            return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, close=self.stopping)
+            return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, close=self.state.stopping)
         body = BytesBody(b"".join([exchange.head for exchange in batch]))
         fields = [("Content-Type", REQUESTS_TYPE), NO_STORE, FEATURES]
-        fields += [("PTTH-Host", host) for host in self.config.hosts_of(server.entry)[:1]]
-        return Response(200, fields, body, sent, close=self.stopping)
+        fields += [("PTTH-Host", host) for host in self.state.config.hosts_of(server.entry)[:1]]
+        return Response(200, fields, body, sent, close=self.state.stopping)
 
     @staticmethod
     def _give_body(exchange: Exchange) -> Response:
@@ -5655,7 +5552,7 @@ class Relay:
         if connection not in self._offered_on:
             connection.on_close.append(lambda: self._on_connection_close(connection))
         under_way = (*self._offered_on.get(connection, ()), *batch)
-        self._offered_on[connection] = [one for one in under_way if one.request_id in self.exchanges]
+        self._offered_on[connection] = [one for one in under_way if one.request_id in self.state.exchanges]
 
     def _on_connection_close(self, connection: Peer) -> None:
         """A connection that brought a P3 has ended: a plain close that was announced loses nothing."""
@@ -5710,10 +5607,10 @@ class Relay:
                 raise ProtocolError(502, "the response is not application/http")
             else:
                 response = await self._read_response(incoming, exchange)
-            if self.exchanges.pop(exchange.request_id, None) is None or exchange.response.done():
+            if self.state.exchanges.pop(exchange.request_id, None) is None or exchange.response.done():
                 raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client's time is over
             server.offered.pop(exchange.request_id, None)
-            exchange.delivered = self.loop.create_future()
+            exchange.delivered = self.state.loop.create_future()
             exchange.connection = request.connection
             exchange.response.set_result(response)
             if not await exchange.delivered:
@@ -5728,7 +5625,7 @@ class Relay:
             raise ProtocolError(400, error.reason, close=True, headers=[NO_STORE]) from None
         finally:
             server.responding -= 1
-            server.last_seen = self.loop.time()
+            server.last_seen = self.state.loop.time()
         return text_response(200, "StreamFinished\n", [NO_STORE])
 
     async def _read_response(self, incoming: IncomingBody, exchange: Exchange) -> Response:
@@ -5769,9 +5666,9 @@ class Relay:
         What is foreign or was answered before is passed over: a repeat does no harm.
         """
         data = await self._read_batch(request.body, server)
-        server.last_seen = self.loop.time()
+        server.last_seen = self.state.loop.time()
         for request_id, status, headers, content, error in unpack_responses(data):
-            exchange = self.exchanges.get(request_id)
+            exchange = self.state.exchanges.get(request_id)
             if exchange is None or exchange.server is not server or exchange.response.done():
                 continue
             try:
@@ -5780,7 +5677,7 @@ class Relay:
                 exchange.response.set_result(self._make_response(exchange, status, headers, BytesBody(content)))
             except ProtocolError as problem:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
-            self._forget(exchange)
+            self.state.forget(exchange)
         return Response(200, [NO_STORE])
 
     async def _read_batch(self, body: Body, server: RegisteredServer) -> bytes:
@@ -5794,25 +5691,172 @@ class Relay:
             raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
         server.batch_bytes += size
         try:
-            async with asyncio.timeout(self.config.response_timeout):
+            async with asyncio.timeout(self.state.config.response_timeout):
                 return await body.read_all(most)
         except TimeoutError:
-            reason = f"the batch took longer than {self.config.response_timeout:.0f} seconds"
+            reason = f"the batch took longer than {self.state.config.response_timeout:.0f} seconds"
             raise ProtocolError(408, reason, close=True, headers=[NO_STORE]) from None
         finally:
             server.batch_bytes -= size
 
-    # time, and the end
+
+class Relay:
+    """Tells clients and servers apart, and brings them together.  `handle` is its handler."""
+
+    def __init__(self, config: RelayConfig) -> None:
+        self.state = RelayState(config)
+        self.gate = Gate(self.state)
+        self.desk = Desk(self.state, self.gate)
+        self.backend = Backend(self.state, self.gate)
+        self._inline = 0  # bytes of requests' bodies that wait here
+        self._sweeper = self.state.loop.create_task(self._sweep())
+
+    def configure(self, config: RelayConfig) -> None:
+        """Take over a configuration: servers come, go and change without touching the others."""
+        self.state.configure(config)
+        self.gate.configure()
+
+    async def handle(self, request: Request) -> Response:
+        """Answer any request to the relay.
+
+        The prefixes and the name are matched on the raw target, not decoded, not normalised: what a proxy in front of
+        us allows by its prefix must not become something else here.
+        """
+        host = request_host(request.headers.get("host", ""))
+        if server := self.state.hosts.get(host):
+            return await self._forward(request, Route(server, request.target))
+        if self.state.config.domain and host.endswith(f".{self.state.config.domain}"):
+            raise ProtocolError(404, "there is no server with this host here")
+        target = request.target
+        path = target.partition("?")[0]
+        if target == "*":
+            return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
+        if path.startswith("/frontend/servers/") and path != "/frontend/servers/":
+            name, slash, rest = target.removeprefix("/frontend/servers/").partition("/")
+            if not slash or "?" in name:
+                name = name.partition("?")[0]
+                self.state.find_server(name)
+                return text_response(301, "see below\n", [("Location", redirect_below(name.encode("latin-1"), target))])
+            return await self._forward(
+                request, Route(self.state.find_server(name), f"/{rest}", f"/frontend/servers/{name}")
+            )
+        if path.startswith("/scraper/"):
+            return await self._scrape(request, target.removeprefix("/scraper/"))
+        if path.startswith(BACKEND):
+            return await self.backend.handle(request, path.removeprefix(BACKEND))
+        return await self.desk.show(request, path)
+
+    async def _forward(self, request: Request, route: Route) -> Response:
+        """Have the server answer a client's request, and keep account of it.
+
+        A target that climbs above the server's own prefix is refused: a proxy in front may have normalised the path,
+        and then its rule for the other path, perhaps without a password, let this request through.
+        """
+        server, target = route.server, route.target
+        if route.prefix and climbs(target.partition("?")[0]):
+            raise ProtocolError(404, "the path leads out of the server's")
+        if request.method == "TRACE":
+            raise ProtocolError(405, "TRACE is not possible here", headers=[("Allow", "GET, HEAD, OPTIONS")])
+        if max_forwards(request) == 0:  # the relay answers as the last recipient
+            return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
+        server.in_flight += 1
+        try:
+            response = await self._ask(request, route)
+        except ProtocolError as error:
+            response = error_response(request, error)
+        except BaseException:
+            server.in_flight -= 1
+            raise
+        set_delivered = response.on_sent
+
+        def sent(whole: bool, size: int) -> None:
+            if set_delivered:
+                set_delivered(whole, size)
+            server.in_flight -= 1
+            server.body_bytes += size
+            status = response.status
+            server.statuses[status] = server.statuses.get(status, 0) + 1
+            method, path = request.method[:MAX_AUDIT_TEXT], target.partition("?")[0][:MAX_AUDIT_TEXT]
+            client = self.state.client_address(request)
+            self.state.events.append(
+                AuditEvent(time.time(), "request", server.name, client, method, path, status, size)
+            )
+
+        response.on_sent = sent
+        return response
+
+    async def _ask(self, request: Request, route: Route) -> Response:
+        """Let a request wait for a P1, and for the P5 that answers it."""
+        server, now = route.server, self.state.loop.time()
+        if self.state.stopping:
+            raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
+        if not server.has_connection and now - (server.last_seen or self.state.started) >= UNAVAILABLE_AFTER:
+            raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
+        inline = await self._read_inline(request, server)
+        trusted = self.state.trusts(request.peer)
+        exchange = Exchange(route, request, self.state.loop.time(), inline, trusted)
+        exchange.address = outer_address(self.state.client_address(request))
+        server.admit(exchange)
+        self.state.exchanges[exchange.request_id] = exchange
+        self._inline += exchange.inline_size
+        if exchange.body:
+            self.state.uploads[exchange.request_id] = exchange
+            exchange.on_leave = lambda: self.state.uploads.pop(exchange.request_id, None)
+        server.offer(exchange)
+        try:
+            response = await exchange.response
+        except BaseException:
+            exchange.set_delivered(False)
+            await exchange.end_fetch()
+            raise
+        finally:
+            self._inline -= exchange.inline_size
+            self.state.forget(exchange)
+        if exchange.body:
+            response.body = LastBody(exchange, response.body)
+        return response
+
+    async def _read_inline(self, request: Request, server: RegisteredServer) -> bytes | None:
+        """Return a request's body if it is small enough to travel with its head; None if it is to be fetched."""
+        body = request.body
+        if body is EMPTY:
+            return b""
+        if "body" not in server.features:
+            if request.method not in ("GET", "HEAD"):
+                raise ProtocolError(501, NO_BODIES, close=True)
+            await body.drain()  # as it was before: it means nothing
+            return b""
+        size = MAX_INLINE + 1 if body.known_length is None else body.known_length
+        if body.expects or size > MAX_INLINE or self._inline + size > MAX_INLINE_TOTAL:
+            return None
+        return await body.read_all(MAX_INLINE)
+
+    async def _scrape(self, request: Request, path: str) -> Response:
+        """Answer the scraper API: as the frontend, for programs with a key."""
+        version, _, rest = path.partition("/")
+        if not self.state.config.enable_scraper_api or version not in ("v1", "api"):
+            raise ProtocolError(404, "there is nothing here")
+        if not await self.gate.is_scraper(request):
+            raise ProtocolError(403, "this needs a valid X-ApiKey", headers=[NO_STORE])
+        what = rest.partition("?")[0]
+        if not what.startswith("server/"):
+            return self.desk.show_scraper(request, what)
+        name, slash, below = rest.removeprefix("server/").partition("/")
+        if not slash or "?" in name:
+            raise ProtocolError(404, "there is nothing here")
+        return await self._forward(
+            request, Route(self.state.find_server(name), f"/{below}", f"/scraper/{version}/server/{name}")
+        )
 
     async def _sweep(self) -> NoReturn:
         """End, for ever, what has waited for too long."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
-            now = self.loop.time()
-            for server in self.servers.values():
+            now = self.state.loop.time()
+            for server in self.state.servers.values():
                 self._sweep_server(server, now)
-            for exchange in list(self.exchanges.values()):
-                if exchange.is_late(now, self.config.response_timeout):
+            for exchange in list(self.state.exchanges.values()):
+                if exchange.is_late(now, self.state.config.response_timeout):
                     exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
                 elif exchange.fetch_broke and now - exchange.fetch_broke > FETCH_GRACE:
                     exchange.fail(502, "the server stopped reading the request")
@@ -5829,31 +5873,31 @@ class Relay:
             return
         if was_connected:
             server.last_seen = now
-        absent_since = server.last_seen or self._started
+        absent_since = server.last_seen or self.state.started
         if server.connected and now - absent_since >= DISCONNECTED_AFTER:
             server.connected = False
             log_line(f"ptth relay: {server.name} went away")
-            self.note("went away", server.name)
+            self.state.audit("went away", server.name)
         for exchange in list(server.waiting.values()):
             if now - max(exchange.moved, absent_since) >= RECONNECT_WAIT:
                 exchange.fail(503, f"the server {server.name} is not connected")
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Take no new work; what was accepted is finished, since the servers' P5 are still taken."""
-        self.stopping = True
-        for server in self.servers.values():
+        self.state.stopping = True
+        for server in self.state.servers.values():
             server.answer_empty()
         try:
             async with asyncio.timeout(grace):
-                while self.exchanges or any(server.responding for server in self.servers.values()):
+                while self.state.exchanges or any(server.responding for server in self.state.servers.values()):
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            for exchange in list(self.exchanges.values()):
+            for exchange in list(self.state.exchanges.values()):
                 exchange.fail(503, "the relay is stopping")
         self._sweeper.cancel()
 
 
-# -- 14. Server --
+# -- 16. Server --
 # P1, P4 and P5: brings a relay's requests to a handler, and its responses back. Does not see clients' connections.
 
 
@@ -6530,7 +6574,7 @@ def format_server_block(name: str, key: str) -> str:
     return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
 
 
-# -- 15. Configuration --
+# -- 17. Configuration --
 # TOML to dataclasses. All that is wrong with a file is said at once.
 
 NO_URL = BaseURL(False, "", 0, "")
@@ -7003,7 +7047,7 @@ def check_root(root: str, how: str) -> str:
     return root
 
 
-# -- 16. Command line --
+# -- 18. Command line --
 # What people type, and what they are told.
 
 
@@ -7211,9 +7255,9 @@ async def run_relay(args: argparse.Namespace) -> None:
         config.domain = args.domain.lower().strip(".")
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
     relay = Relay(config)
-    log = None if args.quiet else AccessLog(relay.client_address)
+    log = None if args.quiet else AccessLog(relay.state.client_address)
     server = HTTPServer(relay.handle, takes_bodies=True, log=log)
-    relay.connection_count = lambda: len(server.connections)
+    relay.state.connection_count = lambda: len(server.connections)
     stop = stop_event(functools.partial(reload, relay, path, args.domain))
     await server.listen(sock)
     print_ready(f"PTTH relay for {format_count(len(config.servers), 'server')} at {' '.join(listening_urls(sock))}")
@@ -7229,8 +7273,8 @@ def reload(relay: Relay, path: str, domain: str | None) -> None:
         log_line(f"ptth relay: keeping the old configuration: {'; '.join(error.args)}")
         return
     if domain is not None:
-        config.domain = relay.config.domain
-    if (config.port, config.bind) != (relay.config.port, relay.config.bind):
+        config.domain = relay.state.config.domain
+    if (config.port, config.bind) != (relay.state.config.port, relay.state.config.bind):
         log_line("ptth relay: port and bind change with a restart only")
     relay.configure(config)
     counts = format_count(len(config.servers), "server"), format_count(len(config.scraper_keys), "scraper key")

@@ -3865,7 +3865,7 @@ class TestRelay:
 
     def test_what_waits_is_handed_over_together(self, bare_relay: Tunnel, hand: Hand) -> None:
         clients = [Client(bare_relay.port, f"/{i}") for i in range(70)]
-        eventually(lambda: len(bare_relay.relay.servers["n"].waiting) == 70)
+        eventually(lambda: len(bare_relay.relay.state.servers["n"].waiting) == 70)
         hand.listen()
         first = hand.requests()
         hand.listen()
@@ -3910,7 +3910,7 @@ class TestRelay:
     ) -> None:
         monkeypatch.setattr(ptth, "RENEWAL_TIME", 0.2)
         hand.listen()  # nobody is there any more, but a proxy holds it open
-        eventually(lambda: bare_relay.relay.servers["n"].parked)
+        eventually(lambda: bare_relay.relay.state.servers["n"].parked)
         new = Hand(bare_relay.port)
         new.listen(0)
         assert new.requests() == []
@@ -3925,7 +3925,7 @@ class TestRelay:
         hands = [Hand(bare_relay.port) for _ in range(3)]
         for i, hand in enumerate(hands):
             hand.listen()
-            eventually(lambda i=i: len(bare_relay.relay.servers["n"].parked) == min(i + 1, 2))
+            eventually(lambda i=i: len(bare_relay.relay.state.servers["n"].parked) == min(i + 1, 2))
         assert hands[0].requests() == []
         client = Client(bare_relay.port)
         ((identity, _),) = hands[1].requests()
@@ -3958,7 +3958,7 @@ class TestRelay:
         )
         begin = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
         post.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
-        eventually(lambda: len(bare_relay.relay.exchanges) == 2)
+        eventually(lambda: len(bare_relay.relay.state.exchanges) == 2)
         many = ", ".join(f"{i:032}" for i in range(ptth.MAX_LOST - 2))
         hand.listen(0, f"PTTH-Lost: {ids[0]}, {ids[1]}, {many}, {ids[2]}")
         assert waiting.answer()[0] == 502
@@ -3967,10 +3967,10 @@ class TestRelay:
         assert hand.requests() == []
         assert hand.reply(ids[2], OK) == 200  # behind more ids than anybody loses at once
         assert other.answer()[0] == 200
-        assert not bare_relay.relay.servers["n"].exchanges
+        assert not bare_relay.relay.state.servers["n"].exchanges
 
     def test_a_client_that_resets_while_it_waits_frees_its_place(self, bare_relay: Tunnel, hand: Hand) -> None:
-        server = bare_relay.relay.servers["n"]
+        server = bare_relay.relay.state.servers["n"]
         socks = []
         for handed_over in (True, False):
             if handed_over:
@@ -3984,14 +3984,14 @@ class TestRelay:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             sock.close()
         eventually(lambda: not (server.exchanges or server.waiting or server.offered or server.addresses))
-        assert not bare_relay.relay.exchanges and not server.in_flight
+        assert not bare_relay.relay.state.exchanges and not server.in_flight
         assert hand.reply(identity, OK) == 410
 
     def test_thousands_of_instances_are_bounded(self, bare_relay: Tunnel, hand: Hand) -> None:
         for i in range(ptth.MAX_INSTANCES + 5):
             hand.listen(0, f"PTTH-Instance: {i}")
             assert hand.requests() == []
-        assert len(bare_relay.relay.servers["n"].instances) == ptth.MAX_INSTANCES
+        assert len(bare_relay.relay.state.servers["n"].instances) == ptth.MAX_INSTANCES
 
     def test_a_server_cannot_lose_what_another_one_has(self, bare_relay: Tunnel, hand: Hand) -> None:
         key = "another-key-than-the-right-one"
@@ -4023,7 +4023,7 @@ class TestRelay:
             begin = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
             post.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
             slow += [(sock, post)]
-        server = bare_relay.relay.servers["n"]
+        server = bare_relay.relay.state.servers["n"]
         eventually(lambda: len(server.exchanges) == 3 and not server.offered)
         for fields in ((), ("X-Forwarded-For: 192.0.2.9",)):
             status, headers, _ = one(bare_relay.fetch(get("/frontend/servers/n/", *fields)))
@@ -4142,7 +4142,7 @@ class TestRelay:
         assert again.requests() == [(identity, "/0")]
         last = Hand(bare_relay.port)
         again.close()
-        eventually(lambda: not bare_relay.relay._offered_on)
+        eventually(lambda: not bare_relay.relay.backend._offered_on)
         last.listen(0)
         assert last.requests() == []
         assert last.reply(identity, OK) == 200
@@ -4199,7 +4199,7 @@ class TestRelay:
         return hand
 
     def test_batches_without_their_end_take_no_more_than_their_share_of_memory(self, bare_relay: Tunnel) -> None:
-        server = bare_relay.relay.servers["n"]
+        server = bare_relay.relay.state.servers["n"]
         most = ptth.MAX_BATCHES_BYTES // 400_000
         hands = [self.begin_batch(bare_relay.port, "Content-Length: 400000") for _ in range(most)]
         eventually(lambda: server.batch_bytes == most * 400_000)
@@ -4215,7 +4215,7 @@ class TestRelay:
     def test_a_batch_that_takes_longer_than_its_clients_wait_is_408(self, framing: str, background: Background) -> None:
         relay = Tunnel(background, None, response_timeout=0.05)
         hand = self.begin_batch(relay.port, framing)
-        assert (hand.answer()[0], relay.relay.servers["n"].batch_bytes) == (408, 0)
+        assert (hand.answer()[0], relay.relay.state.servers["n"].batch_bytes) == (408, 0)
         hand.close()
         relay.close()
 
@@ -4255,7 +4255,7 @@ class TestRelay:
             ("GET", "/e", "koEAwIGuY29udGVudC1sZW5ndGiRMg==", b"too long", (502, None)),
         ):
             hand = self.original(bare_relay.port)
-            eventually(lambda: bare_relay.relay.servers["n"].parked)
+            eventually(lambda: bare_relay.relay.state.servers["n"].parked)
             client = Client(bare_relay.port, target, method=method)
             status, fields, packed = hand.answer()
             assert status == 200 and "content-type" not in fields
@@ -4270,7 +4270,7 @@ class TestRelay:
     @pytest.mark.parametrize("client_waits", [True, False])
     def test_an_original_server_gets_p7_when_its_body_was_read(self, client_waits: bool, bare_relay: Tunnel) -> None:
         hand = self.original(bare_relay.port)
-        eventually(lambda: bare_relay.relay.servers["n"].parked)
+        eventually(lambda: bare_relay.relay.state.servers["n"].parked)
         client = Client(bare_relay.port)
         ((identity, _),) = ptth.unpack_rust_requests(hand.answer()[2])
         head = f"POST /7ZSFUKGV/http_response/{identity if client_waits else 'x' * 32} HTTP/1.1\r\nHost: r\r\nX-ApiKey: {KEY}\r\n"
@@ -4294,9 +4294,9 @@ class TestRelay:
 
     def test_a_server_of_the_original_beside_ours(self, bare_relay: Tunnel) -> None:
         theirs, ours = self.original(bare_relay.port), Hand(bare_relay.port)
-        eventually(lambda: len(bare_relay.relay.servers["n"].parked) == 1)
+        eventually(lambda: len(bare_relay.relay.state.servers["n"].parked) == 1)
         ours.listen()
-        eventually(lambda: len(bare_relay.relay.servers["n"].parked) == 2)
+        eventually(lambda: len(bare_relay.relay.state.servers["n"].parked) == 2)
         clients = [Client(bare_relay.port, "/1")]
         ((identity, request),) = ptth.unpack_rust_requests(theirs.answer()[2]) or [("", None)]
         hand = Hand(bare_relay.port)
@@ -4317,7 +4317,7 @@ class TestRelay:
 
     def test_what_the_original_cannot_take_is_405(self, bare_relay: Tunnel) -> None:
         hand = self.original(bare_relay.port)
-        eventually(lambda: bare_relay.relay.servers["n"].parked)
+        eventually(lambda: bare_relay.relay.state.servers["n"].parked)
         assert Client(bare_relay.port, method="DELETE").answer()[0] == 405
         hand.close()
 
@@ -4326,7 +4326,9 @@ class TestRelay:
         leaving.listen()
         leaving.sock.shutdown(socket.SHUT_WR)
         eventually(
-            lambda: [parked.connection.at_eof() for parked in bare_relay.relay.servers["n"].parked] in ([True], [])
+            lambda: (
+                [parked.connection.at_eof() for parked in bare_relay.relay.state.servers["n"].parked] in ([True], [])
+            )
         )
         staying.listen()
         client = Client(bare_relay.port)
@@ -4393,8 +4395,8 @@ class TestRelay:
     @pytest.mark.parametrize("below", ["frontend/servers/n/", "scraper/v1/server/n/", "scraper/api/server/n/"])
     def test_a_path_that_climbs_above_the_servers_is_404(self, below: str, background: Background) -> None:
         tunnel = Tunnel(background, echo)
-        tunnel.relay.config.enable_scraper_api = True
-        tunnel.relay.config.scraper_keys = [ptth.ScraperKey("s", ptth.tripcode(KEY), 0, time.time() + 99)]
+        tunnel.relay.state.config.enable_scraper_api = True
+        tunnel.relay.state.config.scraper_keys = [ptth.ScraperKey("s", ptth.tripcode(KEY), 0, time.time() + 99)]
         for paths, status in ((self.UP, 404), (self.NOT_UP, 200)):
             for path in paths:
                 assert one(tunnel.fetch(get(f"/{below}{path}", f"X-ApiKey: {KEY}")))[0] == status, path
@@ -4406,7 +4408,7 @@ class TestRelay:
     def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
         answer = one(bare_relay.fetch(get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)))
         assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
-        assert not bare_relay.relay.exchanges and not bare_relay.relay.servers["n"].in_flight
+        assert not bare_relay.relay.state.exchanges and not bare_relay.relay.state.servers["n"].in_flight
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
@@ -4427,7 +4429,7 @@ class TestRelay:
         assert [status for status, _, _ in split(result.get(timeout=20))] == [200, 404]
 
     def test_a_server_that_is_away_is_503(self, bare_relay: Tunnel) -> None:
-        bare_relay.relay._started -= 100
+        bare_relay.relay.state.started -= 100
         status, fields, _ = one(bare_relay.fetch(get("/frontend/servers/n/")))
         assert (status, "retry-after" in fields) == (503, True)
 
@@ -4440,7 +4442,7 @@ class TestRelay:
         relay.close()
 
     def test_a_thousand_requests_may_wait(self, bare_relay: Tunnel) -> None:
-        server = bare_relay.relay.servers["n"]
+        server = bare_relay.relay.state.servers["n"]
         server.waiting.update({str(i): None for i in range(ptth.MAX_WAITING)})
         try:
             assert one(bare_relay.fetch(get("/frontend/servers/n/")))[0] == 503
@@ -4467,7 +4469,7 @@ class TestRelay:
     def test_a_stopping_relay_finishes_what_it_accepted(self, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand)
         hand.listen()
-        eventually(lambda: bare_relay.relay.servers["n"].parked)
+        eventually(lambda: bare_relay.relay.state.servers["n"].parked)
         stopping = asyncio.run_coroutine_threadsafe(bare_relay.relay.stop(), bare_relay.background.loop)
         status, fields, body = hand.answer()
         assert (status, fields["connection"], body) == (200, "close", b"")
@@ -4670,7 +4672,12 @@ class TestBodies:
         relay = app_tunnel.relay
         eventually(
             lambda: (
-                not (relay.exchanges or relay.uploads or relay.servers["n"].exchanges or self.server_busy(app_tunnel))
+                not (
+                    relay.state.exchanges
+                    or relay.state.uploads
+                    or relay.state.servers["n"].exchanges
+                    or self.server_busy(app_tunnel)
+                )
             )
         )
         assert not app_tunnel.complete
@@ -5006,7 +5013,7 @@ class TestOperator:
         )
         hand = Hand(tunnel.port, "m")
         hand.listen()
-        eventually(lambda: tunnel.relay.servers["m"].parked)
+        eventually(lambda: tunnel.relay.state.servers["m"].parked)
         assert one(tunnel.fetch(get("/frontend/servers/n/x")))[0] == 200
         self.configure(tunnel)
         assert hand.requests() == []
@@ -5308,7 +5315,7 @@ class TestServer:
             return ptth.text_response(200, request.target)
 
         tunnel = Tunnel(background, handler)
-        queue_ = tunnel.relay.servers["n"]
+        queue_ = tunnel.relay.state.servers["n"]
         clients = []
         for i in range(2):
             clients.append(Client(tunnel.port, f"/{i}"))
@@ -5461,12 +5468,12 @@ class TestServer:
         tunnel = Tunnel(background, handler)
         clients = [Client(tunnel.port, f"/{i}") for i in range(2)]
         try:
-            eventually(lambda: len(started) == 2 and not tunnel.relay.servers["n"].parked)
+            eventually(lambda: len(started) == 2 and not tunnel.relay.state.servers["n"].parked)
             clients.append(Client(tunnel.port, "/2"))
-            eventually(lambda: tunnel.relay.servers["n"].waiting)
+            eventually(lambda: tunnel.relay.state.servers["n"].waiting)
             for _ in range(3):
                 tunnel.fetch(get("/frontend/relay_up_check"))
-            assert len(started) == 2 and len(tunnel.relay.servers["n"].waiting) == 1
+            assert len(started) == 2 and len(tunnel.relay.state.servers["n"].waiting) == 1
         finally:
             release.set()  # also after a failure, or its thread would keep the tests from ending
         assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
@@ -6617,12 +6624,12 @@ class TestFaults:
 
     def test_one_servers_queue_does_not_delay_anothers(self, bare_relay: Tunnel) -> None:
         relay = bare_relay.relay
-        relay.servers["other"] = ptth.RegisteredServer(ptth.ServerEntry("other", ptth.tripcode(KEY)))
+        relay.state.servers["other"] = ptth.RegisteredServer(ptth.ServerEntry("other", ptth.tripcode(KEY)))
         busy = Hand(bare_relay.port)
         busy.listen(0)
         busy.requests()
         clients = [Client(bare_relay.port) for _ in range(200)]
-        eventually(lambda: len(relay.servers["n"].waiting) == 200)
+        eventually(lambda: len(relay.state.servers["n"].waiting) == 200)
         hand = Hand(bare_relay.port, "other")
         hand.listen()
         result: queue.Queue[bytes] = queue.Queue()
@@ -6631,7 +6638,7 @@ class TestFaults:
         ((identity, _),) = hand.requests()
         assert hand.reply(identity, OK) == 200
         assert one(result.get(timeout=2))[0] == 200
-        for exchange in list(relay.servers["n"].waiting.values()):
+        for exchange in list(relay.state.servers["n"].waiting.values()):
             bare_relay.background.loop.call_soon_threadsafe(exchange.fail, 503, "over")
         assert {client.answer()[0] for client in clients} == {503}
 
@@ -6859,7 +6866,7 @@ class TestFaults:
                     or len(body) < int(fields["content-length"])
                 )
         assert len(served) - len(set(served)) <= len(served) * 0.2  # a GET may be offered again after a break, once
-        eventually(lambda: not tunnel.relay.exchanges)
+        eventually(lambda: not tunnel.relay.state.exchanges)
         kept = tunnel.server.client.connections  # each is a task at the relay's end
         eventually(lambda: len(background.run(self.all_tasks())) <= tasks + len(kept))
         tunnel.close()
