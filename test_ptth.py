@@ -1148,6 +1148,24 @@ class TestConnections:
         assert ("stalls" in str(result)) is (end in ("silent", "unread"))
 
     @sends_files
+    def test_a_file_goes_from_the_disk_to_the_socket(
+        self, background: Background, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sent: list[int] = []
+        sendfile = os.sendfile
+
+        def count(*args: int) -> int:
+            sent.append(sendfile(*args))
+            return sent[-1]
+
+        data = os.urandom(3 * ptth.SMALL)
+        (tmp_path / "x").write_bytes(data)
+        monkeypatch.setattr(os, "sendfile", count)
+        with serving(background, ptth.site_handler(ptth.Site(str(tmp_path)))) as port:
+            assert one(fetch(port, get("/x")))[2] == data
+        assert sum(sent) == len(data)
+
+    @sends_files
     def test_a_file_goes_to_nobody_who_stalls(self, tmp_path: object) -> None:
         (tmp_path / "x").write_bytes(bytes(20_000_000))
 
