@@ -412,8 +412,9 @@ class Process:
         quiet: bool = True,
         **constants: float,
     ) -> None:
-        """Start it; `constants` are values for names of the module, such as AWAY_TIME."""
+        """Start it; `constants` are values for names of the module, such as SWEEP_INTERVAL."""
         command = [PROGRAM]
+        assert constants.keys() <= vars(ptth).keys()
         if PLAIN or constants:
             lines = [inspect.getsource(take_away), "take_away()"] if PLAIN else []
             lines += [f"import sys\nsys.path.insert(0, {HERE!r})\nimport ptth", f"vars(ptth).update({constants!r})"]
@@ -1158,7 +1159,7 @@ class TestConnections:
             sent.append(sendfile(*args))
             return sent[-1]
 
-        data = os.urandom(3 * ptth.SMALL)
+        data = os.urandom(3 * ptth.SMALL_BODY)
         (tmp_path / "x").write_bytes(data)
         monkeypatch.setattr(os, "sendfile", count)
         with serving(background, ptth.site_handler(ptth.Site(str(tmp_path)))) as port:
@@ -6556,7 +6557,7 @@ class TestFaults:
         assert {answer for answer in answers if answer and answer[0] != 503} == {(200, HELLO)}
 
     def test_two_servers_of_one_name(self, start: object, tmp_path: object, files: str) -> None:
-        pair = Pair(functools.partial(start, AWAY_TIME=0.3), tmp_path, files)
+        pair = Pair(functools.partial(start, DISCONNECTED_AFTER=0.3), tmp_path, files)
         second = pair.start("server", cwd=pair.where)
         second.wait_for("connected")
         eventually(lambda: b"connected (2 servers)" in fetch(pair.port, get("/frontend/servers/")))
