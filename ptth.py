@@ -6234,10 +6234,12 @@ class FetchedBody(Body):
 class Link:
     """Attends to one relay: says hello, and asks it for requests by P1."""
 
-    def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers) -> None:
+    def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers, label: str = "") -> None:
         self.client = client
         self.name = name
+        self.label = label  # begins each message: tells this relay from the others
         self.connected = asyncio.Event()
+        self.on_change: Callable[[], object] = int  # called when `connected` has changed
         self._key = key
         self._instance = os.urandom(8).hex()  # so that a relay can count the servers of one name
         self._workers = workers
@@ -6285,6 +6287,7 @@ class Link:
                     pause = backoff * random.uniform(0.5, 0.95)
                     backoff = min(backoff * 2, BACKOFF_MAX)
                 self.connected.clear()
+                self.on_change()
                 await self._unless_stopped(asyncio.sleep(pause))
         except _Stopped:
             pass
@@ -6306,7 +6309,7 @@ class Link:
         """Tell the operator, once for each change."""
         if line != self._last_logged:
             self._last_logged = line
-            for part in f"ptth server: {line}".split("\n"):
+            for part in f"ptth server: {self.label}{line}".split("\n"):
                 log_line(part)
 
     def _registration_needed(self) -> str:
@@ -6344,6 +6347,7 @@ class Link:
             url = origin._replace(host=self._host, path="").url + "/"
         self._log_change(f"connected to the relay at {origin.authority} as {self.name}; open {url}")
         self.connected.set()
+        self.on_change()
         return took
 
     async def _look(self, took: float, failure: asyncio.Future[Exception]) -> None:
@@ -6461,35 +6465,49 @@ class Link:
 
 
 class TunnelServer:
-    """Serves a handler through a relay: `run` until `stop`."""
+    """Serves a handler through one relay or several: `run` until `stop`. `connected` is set while any relay is."""
 
-    def __init__(self, client: HTTPClient, name: str, key: str, handler: Handler) -> None:
-        self.client = client
+    def __init__(self, client: HTTPClient, name: str, key: str, handler: Handler, *others: HTTPClient) -> None:
         self.workers = Workers(handler)
-        self.link = Link(client, name, key, self.workers)
-        self.connected = self.link.connected
+        self.links = [
+            Link(one, name, key, self.workers, f"{one.origin.url}: " if others else "") for one in (client, *others)
+        ]
+        self.connected = asyncio.Event()
+        for link in self.links:
+            link.on_change = self._note_change
         self._ended = asyncio.Event()
         self._ended.set()
 
     async def run(self) -> None:
-        """Attend to the relay until `stop`; an unexpected error or a cancellation ends all work at once."""
+        """Attend to the relays until `stop`; an unexpected error or a cancellation ends all work at once."""
         self._ended.clear()
         try:
             async with asyncio.TaskGroup() as self.workers.group:
-                self.workers.spawn(self.link.run())
+                for link in self.links:
+                    self.workers.spawn(link.run())
         except* _Stopped:
             pass
         finally:
-            self.client.close()
+            for link in self.links:
+                link.client.close()
             self._ended.set()
+
+    def _note_change(self) -> None:
+        """Note whether any relay is connected."""
+        if any(link.connected.is_set() for link in self.links):
+            self.connected.set()
+        else:
+            self.connected.clear()
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Ask for nothing more, and let what is under way finish for `grace` seconds; ends `run`."""
         self.workers.stopping.set()
-        self.link.leave()
+        for link in self.links:
+            link.leave()
         first = min(grace, LINGER_TIMEOUT)
         await self._wait_for_the_end(first)
-        self.link.abort_polls()
+        for link in self.links:
+            link.abort_polls()
         if not await self._wait_for_the_end(grace - first):
             self.workers.spawn(self._give_up())
 
@@ -6587,15 +6605,14 @@ class ServerConfig:
     path: str
     name: str = ""
     api_key: str = ""
-    relay_url: str = ""
+    relay_url: list[str] = field(default_factory=list)
     file_server_root: str = ""
     app: str = ""  # what is served instead of a directory
     app_host: str = "auto"
     throttle_upload: int = 0  # bytes per second; 0 is no limit
     proxy_url: str = ""
     site: SiteOptions = SiteOptions()
-    origin: BaseURL = NO_URL  # the relay's
-    proxy: ForwardProxy | None = None  # on the way there
+    relays: list[tuple[BaseURL, ForwardProxy | None]] = field(default_factory=list)  # with the proxy on the way there
     app_url: BaseURL = NO_URL
 
 
@@ -6618,6 +6635,16 @@ class TOMLTable:
             return value
         self.problem(f"{key} must be a string in quotes")
         return default
+
+    def texts(self, key: str) -> list[str]:
+        """Return the strings of a list, or the only one; [""] if there is none."""
+        value = self.values.get(key) or ""
+        values = value if isinstance(value, list) else [value]
+        texts = [text for text in values if isinstance(text, str)]
+        if len(texts) == len(values):
+            return texts
+        self.problem(f"{key} must be a string in quotes, or a list of such strings")
+        return []
 
     def is_text(self, key: str) -> bool:
         """Return whether a string is there, or nothing: otherwise `text` has noted the wrong type already."""
@@ -6882,7 +6909,7 @@ def find_key(table: TOMLTable) -> str:
 
 
 def load_server_config(
-    path: str, flags: dict[str, str], *, to_connect: bool = True, optional: bool = False
+    path: str, flags: dict[str, str | list[str]], *, to_connect: bool = True, optional: bool = False
 ) -> ServerConfig:
     """Read ptth_server.toml, overridden by `flags`; UserError with a line for each thing that is wrong.
 
@@ -6906,7 +6933,7 @@ def load_server_config(
     config = ServerConfig(
         path,
         name=table.text("name"),
-        relay_url=table.text("relay_url"),
+        relay_url=table.texts("relay_url"),
         file_server_root=table.text("file_server_root"),
         app=table.text("app"),
         app_host=table.text("app_host", "auto"),
@@ -6920,18 +6947,27 @@ def load_server_config(
         table.problem(f"name = {config.name!r} {NAME_RULE}")
     config.api_key = find_key(table)
     if to_connect:
-        try:
-            config.origin = parse_relay_url(config.relay_url)
-        except ValueError as error:
-            table.problem(f"relay_url {error}")
-        try:
-            config.proxy = find_proxy(config)
-        except UserError as error:
-            problems += error.args
+        read_relays(config, table)
         read_content(config, table)
     if problems:
         raise UserError(*problems)
     return config
+
+
+def read_relays(config: ServerConfig, table: TOMLTable) -> None:
+    """Check the URLs of the relays, and find the proxy on the way to each."""
+    for url in config.relay_url:
+        origin = NO_URL
+        try:
+            origin = parse_relay_url(url)
+            if any(origin == other for other, _ in config.relays):
+                raise ValueError(f"has {origin.url} twice: remove one of them")
+        except ValueError as error:
+            table.problem(f"relay_url {error}")
+        try:
+            config.relays.append((origin, find_proxy(config, origin)))
+        except UserError as error:
+            table.problems += [line for line in error.args if line not in table.problems]
 
 
 def read_content(config: ServerConfig, table: TOMLTable) -> None:
@@ -7012,9 +7048,9 @@ def parse_header_option(line: str) -> tuple[str, str]:
     return name, value
 
 
-def find_proxy(config: ServerConfig) -> ForwardProxy | None:
-    """Return the proxy to the relay: proxy_url's, or else the environment's. UserError."""
-    url = config.proxy_url or proxy_from_environment(config.origin)
+def find_proxy(config: ServerConfig, origin: BaseURL) -> ForwardProxy | None:
+    """Return the proxy to a relay: proxy_url's, or else the environment's. UserError."""
+    url = config.proxy_url or proxy_from_environment(origin)
     try:
         return parse_proxy(url) if url else None
     except ValueError as error:
@@ -7306,7 +7342,7 @@ async def stop_relay(relay: Relay, server: HTTPServer) -> None:
 async def run_server(args: argparse.Namespace) -> None:
     """Serve a directory through a relay until a signal, or print the tripcode."""
     if args.new_key:
-        print_server_config(args.name or "my-server", args.relay_url or "https://relay.example.com")
+        print_server_config(args.name or "my-server", args.relay_url or ["https://relay.example.com"])
         return
     flags = {
         key: value
@@ -7320,8 +7356,8 @@ async def run_server(args: argparse.Namespace) -> None:
         print_output(format_server_block(config.name, config.api_key))
         return
     limiter = RateLimiter(config.throttle_upload) if config.throttle_upload else None
-    client = HTTPClient(config.origin, config.proxy, limiter)
-    server = TunnelServer(client, config.name, config.api_key, make_content(config))
+    client, *others = (HTTPClient(origin, proxy, limiter) for origin, proxy in config.relays)
+    server = TunnelServer(client, config.name, config.api_key, make_content(config), *others)
     stop = stop_event(functools.partial(reload_server, server, config, load))
     print_ready(f"PTTH server {config.name}: serving {describe_content(config)}")
     running = asyncio.create_task(server.run())
@@ -7368,7 +7404,7 @@ def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[],
     log_line(f"ptth server: read {config.path} again: serving {describe_content(fresh)}")
 
 
-def print_server_config(name: str, relay_url: str) -> None:
+def print_server_config(name: str, relay_urls: list[str]) -> None:
     """Print a ready ptth_server.toml with a fresh key on stdout, and the block for the relay on stderr."""
     import json
     import secrets
@@ -7376,13 +7412,15 @@ def print_server_config(name: str, relay_url: str) -> None:
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} {NAME_RULE}", status=2)
     try:
-        parse_relay_url(relay_url)
+        for url in relay_urls:
+            parse_relay_url(url)
     except ValueError as error:
         raise UserError(f"--relay-url {error}", status=2) from None
+    shown = relay_urls if len(relay_urls) > 1 else relay_urls[0]
     key = "REPLACE"
     while key_weakness(key):  # a token may begin like the placeholder
         key = secrets.token_urlsafe(32)
-    print_output(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(relay_url)}')
+    print_output(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(shown)}')
     write_stderr(format_server_block(name, key) + "\n")
 
 
@@ -7478,7 +7516,8 @@ def build_parser() -> argparse.ArgumentParser:
     server = command("server", run_server, "serve a directory through a relay; makes only outgoing connections")
     server.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_server.toml")
     server.add_argument("--name", metavar="N", help="the name at the relay")
-    server.add_argument("--relay-url", metavar="URL", help="for example https://relay.example.com")
+    url_help = "for example https://relay.example.com; may be given again, to be reached through several relays"
+    server.add_argument("--relay-url", action="append", metavar="URL", help=url_help)
     server.add_argument("--file-server-root", metavar="DIR", help="the directory to serve (default: this one)")
     server.add_argument("--app", metavar="TARGET", help=app_help)
     server.add_argument("--print-tripcode", action="store_true", help="print the block for ptth_relay.toml, and exit")

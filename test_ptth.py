@@ -1848,7 +1848,7 @@ class TestConnecting:
     def test_a_proxys_url_that_cannot_be_used_is_refused_without_its_password(self, url: str, word: str) -> None:
         config = ptth.ServerConfig("s.toml", proxy_url=url)
         with pytest.raises(ptth.UserError) as caught:
-            ptth.find_proxy(config)
+            ptth.find_proxy(config, ptth.NO_URL)
         assert word in caught.value.args[0] and "s.toml: proxy_url" in caught.value.args[0]
         assert not re.search(
             "alice|hun|ter2", "".join(traceback.format_exception(caught.value)).split("UserError", 1)[1]
@@ -5189,7 +5189,7 @@ class TestServer:
         async def attend() -> None:
             server = ptth.TunnelServer(client, "n", KEY, echo)
             running = asyncio.create_task(server.run())
-            while not server.link._last_logged:
+            while not server.links[0]._last_logged:
                 await asyncio.sleep(0.001)
             for _ in range(100):
                 await asyncio.sleep(0)
@@ -5400,7 +5400,7 @@ class TestServer:
             server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, handler)
             requests = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % i for i in range(600)]
             async with asyncio.TaskGroup() as server.workers.group:
-                server.link.accept(b"".join(requests))
+                server.links[0].accept(b"".join(requests))
                 for _ in range(1000):
                     await asyncio.sleep(0)
                 before = most
@@ -5501,7 +5501,7 @@ class TestServer:
     def test_small_responses_that_the_relay_does_not_take_stop_the_polling(self) -> None:
         async def fill() -> list[bool]:
             server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, echo)
-            sender, rooms, release = server.link._sender, [], asyncio.Event()
+            sender, rooms, release = server.links[0]._sender, [], asyncio.Event()
 
             async def post(*_: object) -> None:
                 await release.wait()
@@ -5511,7 +5511,7 @@ class TestServer:
                 for start in (0, ptth.MAX_HANDLERS - 1):
                     heads = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % (start + i)
                              for i in range(max(1, ptth.MAX_HANDLERS - 1 - start))]  # fmt: skip
-                    server.link.accept(b"".join(heads))
+                    server.links[0].accept(b"".join(heads))
                     while server.workers._queue or server.workers._count:
                         await asyncio.sleep(0)
                     rooms.append(server.workers.room.is_set())
@@ -5523,10 +5523,10 @@ class TestServer:
     def test_what_is_offered_again_is_not_told_as_lost(self) -> None:
         async def offer() -> list[str]:
             server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, echo)
-            server.link._sender.lost.extend(["aaaaaaaa", "bbbbbbbb"])
+            server.links[0]._sender.lost.extend(["aaaaaaaa", "bbbbbbbb"])
             async with asyncio.TaskGroup() as server.workers.group:
-                server.link.accept(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n")
-                return list(server.link._sender.lost)
+                server.links[0].accept(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n")
+                return list(server.links[0]._sender.lost)
 
         assert asyncio.run(offer()) == ["bbbbbbbb"]
 
@@ -5634,7 +5634,7 @@ class TestServer:
             running = asyncio.create_task(server.run())
             await server.connected.wait()
             if fault:
-                server.link.accept = None
+                server.links[0].accept = None
                 Client(relay.port)
             else:
                 running.cancel()
@@ -5642,7 +5642,7 @@ class TestServer:
             assert running.done()
             if fault:
                 assert running.exception().subgroup(TypeError)
-            assert not server.client.connections
+            assert not server.links[0].client.connections
             await server.stop()
 
         relay = Tunnel(background, None)
@@ -5664,6 +5664,127 @@ class TestServer:
         release.set()
         assert slow.answer()[2] == b"/slow"
         tunnel.close()
+
+
+class TestSeveralRelays:
+    """One server at several relays, which know nothing of each other."""
+
+    @pytest.fixture
+    def relays(self, background: Background) -> object:
+        made = [Tunnel(background, None) for _ in range(3)]
+        yield made
+        for one_ in made:
+            one_.close()
+
+    @staticmethod
+    async def attend(relays: list[Tunnel], *more: ptth.HTTPClient) -> tuple[ptth.TunnelServer, object]:
+        client, *others = [
+            ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", relay.port, "")) for relay in relays if relay
+        ] + list(more)
+        server = ptth.TunnelServer(client, "n", KEY, echo, *others)
+        running = asyncio.create_task(server.run())
+        await asyncio.wait_for(server.connected.wait(), 20)
+        return server, running
+
+    @staticmethod
+    async def end(server: ptth.TunnelServer, running: object) -> None:
+        await server.stop(1)
+        await running
+
+    @staticmethod
+    def get(relay: Tunnel) -> int:
+        return one(fetch(relay.port, get("/frontend/servers/n/")))[0]
+
+    def test_each_relay_reaches_the_server_and_one_handler_answers(
+        self, background: Background, relays: list[Tunnel]
+    ) -> None:
+        server, running = background.run(self.attend(relays))
+        assert [self.get(relay) for relay in relays] == [200, 200, 200]
+        assert all(relay.relay.state.servers["n"].connected for relay in relays)
+        background.run(self.end(server, running))
+        assert not any(relay.relay.state.servers["n"].parked for relay in relays)
+
+    def test_one_that_refuses_and_one_that_is_away_do_not_touch_the_others(
+        self, background: Background, relays: list[Tunnel], monkeypatch: pytest.MonkeyPatch, capfd: object
+    ) -> None:
+        monkeypatch.setattr(ptth, "REFUSED_DELAY", 0.05)
+        good, refusing = relays[:2]
+        entry = ptth.ServerEntry("n", ptth.tripcode(KEY + "x"))
+        background.loop.call_soon_threadsafe(refusing.relay.configure, ptth.RelayConfig(servers=[entry]))
+        away = free_port()
+        client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", away, ""))
+        server, running = background.run(self.attend([refusing, good], client))
+        told = ""
+
+        def has_told() -> bool:
+            nonlocal told
+            told += capfd.readouterr().err
+            return all(f"//127.0.0.1:{port}: " in told for port in (good.port, refusing.port, away))
+
+        eventually(has_told)
+        assert self.get(good) == 200 and server.connected.is_set()
+        states = dict(re.findall("ptth server: http://127.0.0.1:([0-9]+): (.*)", told))
+        assert "connected to the relay" in states[str(good.port)]
+        assert "refuses the name n with this key (401)" in states[str(refusing.port)]
+        assert "no connection to" in states[str(away)]
+        background.loop.call_soon_threadsafe(refusing.relay.configure, good.relay.state.config)
+        eventually(lambda: refusing.relay.state.servers["n"].connected)  # it was let in later, by itself
+        assert self.get(refusing) == 200
+        background.run(self.end(server, running))
+
+    def test_connected_says_whether_any_relay_is(self, background: Background, relays: list[Tunnel]) -> None:
+        server, running = background.run(self.attend(relays[:2]))
+        eventually(lambda: all(link.connected.is_set() for link in server.links))
+
+        async def end(relay: Tunnel) -> None:
+            await relay.relay.stop(0)
+            await relay.http.stop(0)
+
+        background.run(end(relays[0]))
+        eventually(lambda: not server.links[0].connected.is_set())
+        assert server.connected.is_set() and self.get(relays[1]) == 200
+        background.run(end(relays[1]))
+        eventually(lambda: not server.connected.is_set())
+        background.run(self.end(server, running))
+
+    def test_one_that_is_far_is_asked_by_several_polls_and_a_near_one_by_one(
+        self, background: Background, relays: list[Tunnel], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        near, far = relays[:2]
+        links = []
+
+        def distance(link: ptth.Link, took: float, failure: object) -> None:
+            links.append(link)
+            set_distance(link, 1 if link.client.origin.port == far.port else 0, failure)
+
+        set_distance = ptth.Link._set_distance
+        monkeypatch.setattr(ptth.Link, "_set_distance", distance)
+        server, running = background.run(self.attend([near, far]))
+        eventually(lambda: len(far.relay.state.servers["n"].parked) == ptth.FAR_P1)
+        assert len(near.relay.state.servers["n"].parked) <= 1
+        background.run(self.end(server, running))
+
+    def test_sigterm_finishes_what_is_under_way_at_each(self, start: object, tmp_path: object) -> None:
+        size = 1 << 25
+        (tmp_path / "files").mkdir()
+        with open(tmp_path / "files" / "big", "wb") as file:
+            file.truncate(size)
+        write_configs(tmp_path, 0, str(tmp_path / "files"))
+        relays = [start("relay", cwd=tmp_path).listening() for _ in range(3)]
+        urls = [f"--relay-url=http://127.0.0.1:{relay.port}" for relay in relays]
+        server = start("server", *urls, cwd=tmp_path)
+        for _ in relays:
+            server.wait_for("connected to the relay")
+        socks = []
+        for relay in relays:
+            socks.append(socket.create_connection(("127.0.0.1", relay.port), timeout=30))
+            socks[-1].sendall(get("/frontend/servers/n/files/big"))
+            assert socks[-1].recv(15).startswith(b"HTTP/1.1 200 OK")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("again: serving")
+        server.process.send_signal(signal.SIGTERM)
+        assert all(read_to_end(sock) > size for sock in socks)
+        assert server.process.wait(20) == 0 and "restart only" not in "".join(server.told)
 
 
 class TestConfiguration:
@@ -5842,20 +5963,19 @@ class TestConfiguration:
     def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
-        config = ptth.ServerConfig("s.toml", origin=ptth.BaseURL(True, "r.example", 443, ""))
-        assert ptth.find_proxy(config) is None
+        config = ptth.ServerConfig("s.toml")
+        tls, plain = (ptth.BaseURL(secure, "r.example", 443, "") for secure in (True, False))
+        assert ptth.find_proxy(config, tls) is None
         monkeypatch.setenv("HTTPS_PROXY", "http://p:1")
-        assert ptth.find_proxy(config).origin.port == 1
-        config.origin = config.origin._replace(tls=False)
-        assert ptth.find_proxy(config) is None
-        config.origin = config.origin._replace(tls=True)
+        assert ptth.find_proxy(config, tls).origin.port == 1
+        assert ptth.find_proxy(config, plain) is None
         monkeypatch.setenv("NO_PROXY", ".example")
-        assert ptth.find_proxy(config) is None
+        assert ptth.find_proxy(config, tls) is None
         config.proxy_url = "http://q:2"
-        assert ptth.find_proxy(config).origin.port == 2
+        assert ptth.find_proxy(config, tls).origin.port == 2
         config.proxy_url = "socks5://q:2"
         with pytest.raises(ptth.UserError, match="proxy_url"):
-            ptth.find_proxy(config)
+            ptth.find_proxy(config, tls)
 
     def test_the_examples_are_the_defaults(self, tmp_path: object) -> None:
         assert ptth.load_relay_config(os.path.join(HERE, "ptth_relay.toml.example")) == ptth.RelayConfig()
@@ -5872,7 +5992,7 @@ class TestConfiguration:
         path.chmod(0o600)
         config = ptth.load_server_config(str(path), {"name": "b", "relay_url": "https://r.example/7ZSFUKGV/"})
         assert (config.name, config.throttle_upload) == ("b", 0)
-        assert config.origin == ptth.BaseURL(True, "r.example", 443, "")
+        assert config.relays == [(ptth.BaseURL(True, "r.example", 443, ""), None)]
         path.write_text('file_server_root = "/nowhere"\nextra = 1\nproxy_url = "socks5://x"')
         path.chmod(0o644)
         with pytest.raises(ptth.UserError) as caught:
@@ -5903,6 +6023,39 @@ class TestConfiguration:
             ptth.load_server_config(str(path), {})
         assert words in caught.value.args[0] and "relay_url" in caught.value.args[0]
         assert not re.search("alice|hun|ter2", caught.value.args[0])
+
+    RELAY_LISTS = [  # (relay_url as TOML, the URLs that it means or words of the error)
+        ('"https://a"', ["https://a"]), ('["https://a"]', ["https://a"]), ('["https://a", "http://b:1/x/"]', ["https://a", "http://b:1/x"]),
+        ('["http://a", "https://a"]', ["http://a", "https://a"]), ('["https://a", "https://a/x"]', ["https://a", "https://a/x"]),
+        ('["https://a/", "HTTPS://A:443/7ZSFUKGV"]', "relay_url has https://a twice"), ("[]", "relay_url is missing"), ('["https://a", ""]', "relay_url is missing"),
+        ('["https://a", 7]', "relay_url must be a string in quotes, or a list"), ("true", "relay_url must be a string in quotes, or a list"), ('["https://a", "b"]', 'write "https://b"'),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("toml", "expected"), RELAY_LISTS)
+    def test_several_relay_urls(
+        self, toml: str, expected: list[str] | str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NO_PROXY", "*")
+        path = tmp_path / "s.toml"
+        path.write_text(f'name = "a"\napi_key = "{KEY}"\nrelay_url = {toml}\nfile_server_root = "/"\n')
+        path.chmod(0o600)
+        try:
+            found = [origin.url for origin, _ in ptth.load_server_config(str(path), {}).relays]
+        except ptth.UserError as error:
+            found = "; ".join(error.args)
+        assert found == expected or isinstance(found, str) and expected in found and ";" not in found
+
+    def test_each_relay_has_its_own_way_through_proxies(
+        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HTTPS_PROXY", "http://p:1")
+        monkeypatch.setenv("NO_PROXY", "near.example")
+        path = tmp_path / "s.toml"
+        path.write_text(f'name = "a"\napi_key = "{KEY}"\nfile_server_root = "/"\n')
+        path.chmod(0o600)
+        flags = {"relay_url": ["https://near.example", "https://far.example"]}
+        ways = [proxy and proxy.origin.port for _, proxy in ptth.load_server_config(str(path), flags).relays]
+        assert ways == [None, 1]
 
     def test_a_relay_url_with_the_path_of_the_backend(self) -> None:
         for url in ("https://r.example/x/7ZSFUKGV", "https://r.example/x/7ZSFUKGV/", "HTTPS://R.example:443/x//"):
@@ -6083,7 +6236,7 @@ class TestCommandLine:
         path.write_text(out)
         path.chmod(0o600)
         config = ptth.load_server_config(str(path), {})
-        assert (status, config.name, config.relay_url) == (0, "box", "https://r.example")
+        assert (status, config.name, config.relay_url) == (0, "box", ["https://r.example"])
         assert tomllib.loads(err) == {"servers": [{"name": "box", "tripcode": ptth.tripcode(config.api_key)}]}
         assert config.api_key not in err and run("server", "--new-key")[1] != out
 
@@ -6886,7 +7039,7 @@ class TestFaults:
                 )
         assert len(served) - len(set(served)) <= len(served) * 0.2  # a GET may be offered again after a break, once
         eventually(lambda: not tunnel.relay.state.exchanges)
-        kept = tunnel.server.client.connections  # each is a task at the relay's end
+        kept = tunnel.server.links[0].client.connections  # each is a task at the relay's end
         eventually(lambda: len(background.run(self.all_tasks())) <= tasks + len(kept))
         tunnel.close()
 
@@ -6897,8 +7050,8 @@ class TestFaults:
     @staticmethod
     async def break_connections(tunnel: Tunnel, rng: random.Random) -> None:
         """Reset one of the server's connections to its relay."""
-        if tunnel.server.client.connections:
-            rng.choice(sorted(tunnel.server.client.connections, key=id)).transport.abort()
+        if tunnel.server.links[0].client.connections:
+            rng.choice(sorted(tunnel.server.links[0].client.connections, key=id)).transport.abort()
 
 
 @contextlib.contextmanager
