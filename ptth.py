@@ -2162,9 +2162,7 @@ class HTTPClient:
                 if first.unix:
                     reader, writer = await asyncio.open_unix_connection(first.unix, limit=READ_SIZE)
                 else:
-                    reader, writer = await asyncio.open_connection(
-                        *first.address, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
-                    )
+                    reader, writer = await self._open_tcp(*first.address)
         except OSError as error:
             if not proxy:
                 raise
@@ -2187,6 +2185,19 @@ class HTTPClient:
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(self._sweep())
         return connection
+
+    @staticmethod
+    async def _open_tcp(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect to a host. `localhost` is both loopback addresses, also where /etc/hosts has only one of them."""
+        errors: list[OSError] = []
+        for address in (host, "::1", "127.0.0.1") if host == "localhost" else (host,):
+            try:
+                return await asyncio.open_connection(
+                    address, port, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
+                )
+            except OSError as error:
+                errors.append(error)
+        raise errors[0]
 
     async def _sweep(self) -> None:
         """Check the deadlines of all connections while there are any; an idle one that became too old is closed."""

@@ -2013,6 +2013,25 @@ class TestConnecting:
 
             asyncio.run(connect())
 
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+    @pytest.mark.parametrize(("listening", "known"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
+    def test_localhost_is_both_addresses(self, listening: str, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Many systems, containers above all, know only one of them by that name; Node listens on ::1."""
+        real = socket.getaddrinfo
+        table = {"localhost": known}
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: real(table.get(host, host), *more, **how))
+
+        async def connect(port: int) -> None:
+            (await ptth.HTTPClient(ptth.parse_base_url(f"http://localhost:{port}")).connect()).close()
+
+        with socket.create_server(
+            (listening, 0), family=socket.AF_INET6 if ":" in listening else socket.AF_INET
+        ) as sock:
+            port = sock.getsockname()[1]
+            asyncio.run(connect(port))
+        with pytest.raises(ConnectionRefusedError):
+            asyncio.run(connect(port))
+
     def test_what_is_sent_names_the_program(self) -> None:
         for proxy in (None, ptth.parse_proxy("u:p@p:1")):
             client = ptth.HTTPClient(ptth.parse_base_url("http://r.example/x"), proxy)
