@@ -3228,8 +3228,9 @@ def _entry_row(entry: ListingEntry) -> str:
 
 TYPES = {  # where the table of the standard library differs between versions, or lacks what browsers need
     ".7z": "application/x-7z-compressed", ".apk": "application/vnd.android.package-archive", ".apng": "image/apng",
-    ".atom": "application/atom+xml", ".avif": "image/avif", ".bz2": "application/x-bzip2", ".cjs": "text/javascript",
-    ".css": "text/css", ".csv": "text/csv", ".eot": "application/vnd.ms-fontobject", ".epub": "application/epub+zip",
+    ".atom": "application/atom+xml", ".avi": "video/x-msvideo", ".avif": "image/avif", ".bz2": "application/x-bzip2",
+    ".cjs": "text/javascript", ".css": "text/css", ".csv": "text/csv", ".dll": "application/octet-stream",
+    ".eot": "application/vnd.ms-fontobject", ".epub": "application/epub+zip", ".exe": "application/octet-stream",
     ".docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document", ".flac": "audio/flac",
     ".geojson": "application/geo+json", ".glb": "model/gltf-binary", ".gltf": "model/gltf+json",
     ".gz": "application/gzip", ".heic": "image/heic", ".heif": "image/heif", ".htm": "text/html", ".html": "text/html",
@@ -3239,9 +3240,9 @@ TYPES = {  # where the table of the standard library differs between versions, o
     ".md": "text/plain", ".mjs": "text/javascript", ".mkv": "video/x-matroska", ".mpd": "application/dash+xml",
     ".odp": "application/vnd.oasis.opendocument.presentation", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
     ".odt": "application/vnd.oasis.opendocument.text", ".oga": "audio/ogg", ".ogg": "audio/ogg", ".ogv": "video/ogg",
-    ".opus": "audio/ogg", ".otf": "font/otf",
+    ".opus": "audio/ogg", ".otf": "font/otf", ".php": "text/plain",
     ".pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation", ".rss": "application/rss+xml",
-    ".rst": "text/plain", ".rtf": "application/rtf", ".sh": "text/plain", ".tex": "text/plain",
+    ".rst": "text/plain", ".rtf": "application/rtf", ".sh": "text/plain", ".sql": "text/plain", ".tex": "text/plain",
     ".tgz": "application/gzip", ".toml": "text/plain", ".ttc": "font/collection", ".ttf": "font/ttf",
     ".vtt": "text/vtt", ".wasm": "application/wasm", ".wav": "audio/wav", ".weba": "audio/webm", ".webm": "video/webm",
     ".webmanifest": "application/manifest+json", ".webp": "image/webp", ".woff": "font/woff", ".woff2": "font/woff2",

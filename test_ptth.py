@@ -2942,6 +2942,7 @@ class TestFileServer:
 
     TYPES = [
         ("x.wasm", "application/wasm"), ("x.mjs", "text/javascript; charset=utf-8"), ("x.webmanifest", "application/manifest+json"),
+        ("x.exe", "application/octet-stream"), ("x.php", "text/plain; charset=utf-8"), ("x.sql", "text/plain; charset=utf-8"),
         ("x.avif", "image/avif"), ("x.webp", "image/webp"), ("x.woff2", "font/woff2"), ("x.md", "text/plain; charset=utf-8"),
         ("X.HTML", "text/html"), ("x.xml", "text/xml"), ("x.xhtml", "application/xhtml+xml"), ("x.svg", "image/svg+xml"), ("x.csv", "text/csv; charset=utf-8"),
         ("x.css", "text/css; charset=utf-8"), ("x.js", "text/javascript; charset=utf-8"), ("x.m4v", "video/mp4"), ("x.epub", "application/epub+zip"),
