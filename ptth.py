@@ -1819,6 +1819,10 @@ class HTTPServer:
             raise ProtocolError(417, "an unknown expectation", close=True)
         if framing:
             request.body = IncomingBody(connection, framing, expects=bool(expects))
+        elif request.method == "GET" and request.minor and "upgrade" in headers.tokens("connection"):
+            if "websocket" in headers.tokens("upgrade"):
+                request.upgrade = "websocket"
+                request.body = IncomingBody(connection, None)
 
     async def _refuse(self, connection: Connection, data: bytes, error: ProtocolError) -> None:
         """Answer what is not a request, and close; also here an answer to HEAD has no body."""
@@ -1832,6 +1836,8 @@ class HTTPServer:
         """Write the response, then tell those who want to know; raises ConnectionError when it broke off."""
         whole = False
         body = response.body
+        if request.upgrade and response.status != 101:
+            request.body = EMPTY  # what follows is the next request
         begun = connection.written
         unsent = head_size = 0
         try:
@@ -1861,6 +1867,10 @@ class HTTPServer:
         """Format the response's head, and decide whether the connection closes after the response."""
         status, length, minor = response.status, response.body.length, request.minor
         framing = []
+        if status == 101:  # the end of one direction ends the other, and no silence does
+            connection.must_close = True
+            connection.silence_timeout = math.inf
+            return format_response_head(status, [*response.headers, ("Connection", "Upgrade")])
         if status not in (204, 304):
             if length is not None:
                 framing.append(("Content-Length", str(length)))
@@ -1881,6 +1891,8 @@ class HTTPServer:
         fields = [*response.headers, *framing, ("Date", format_date(int(time.time())))]
         if connection.must_close:
             fields.append(("Connection", "close"))
+        elif status == 426:  # its Upgrade field is for this connection only (RFC 9110, 7.8)
+            fields.append(("Connection", "Upgrade"))
         elif minor == 0:
             fields.append(("Connection", "keep-alive"))
         return format_response_head(status, fields)
@@ -1895,7 +1907,7 @@ class HTTPServer:
             await connection.send(head + body.data)
             return
         await connection.send(head)
-        chunked = body.length is None and request.minor == 1
+        chunked = body.length is None and request.minor == 1 and response.status != 101
         try:
             await write_body(connection, body, chunked=chunked)
         except BaseException:
@@ -2317,8 +2329,10 @@ class HTTPClient:
                 elif not request.upgrade:
                     sending = asyncio.create_task(self._send_body(connection, request, timeout))
             status, headers = await connection.read_response_head(math.inf if sending else timeout)
-            if status == 101 and request.upgrade:
-                sending = asyncio.create_task(self._send_body(connection, request, math.inf))
+            if status == 101:
+                if request.upgrade not in headers.tokens("upgrade"):
+                    raise ProtocolError(502, "a change of protocol that nobody asked for", close=True)
+                sending = asyncio.create_task(self._send_body(connection, request, MAX_LINGER_TIMEOUT))
             return await self._make_response(connection, request, status, headers, sending)
         except BaseException:
             await end_task(sending)
@@ -2336,6 +2350,7 @@ class HTTPClient:
                         await go.wait()
             await write_body(connection, body, chunked=body.length is None and not request.upgrade)
             if request.upgrade:
+                connection.silence_timeout = timeout  # that the other side has to end, too
                 await connection.flush()
                 if connection.writer.can_write_eof():
                     connection.writer.write_eof()
@@ -2356,8 +2371,6 @@ class HTTPClient:
         sending: asyncio.Task[None] | None,
     ) -> Response:
         """Make the response of a head that was read; its body keeps or closes the connection in the end."""
-        if status == 101 and not request.upgrade:
-            raise ProtocolError(502, "a change of protocol that nobody asked for", close=True)
         try:
             framing = None if status == 101 else parse_framing(headers)
         except ProtocolError as error:
@@ -2890,9 +2903,9 @@ class App:
     @staticmethod
     def _response_fields(response: Response, public: str, own: str) -> Fields:
         """Return the fields of the app's response; what names its `own` origin, unless "", names the public one."""
-        kept = {"upgrade"} if response.status in (101, 426) else set()
-        fields = []
-        for name, value in forwardable(Headers(response.headers), _HOP_BY_HOP - kept):
+        headers = Headers(response.headers)
+        fields = [("Upgrade", headers["upgrade"])] if response.status in (101, 426) and "upgrade" in headers else []
+        for name, value in forwardable(headers, _HOP_BY_HOP):
             lower = name.lower()
             if lower == "location" or own and lower == "access-control-allow-origin":
                 value = move_origin(value, own, public) if own else value

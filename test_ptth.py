@@ -4805,6 +4805,218 @@ class TestBodies:
         hand.sock.close()
 
 
+class StreamApp:
+    """A web app that speaks by bytes: it follows an Upgrade, and streams what the test puts into `events`."""
+
+    HEAD = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"
+
+    def __init__(self) -> None:
+        self.left = 0  # visitors whose end was noticed
+        self.heads: list[bytes] = []
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def start(self) -> int:
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        return self.server.sockets[0].getsockname()[1]
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.heads.append(head)
+            self.writers.append(writer)
+            await self.answer(head.split()[1].decode(), reader, writer)
+        self.left += 1
+        writer.close()
+
+    async def answer(self, path: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if path.startswith("/echo"):
+            writer.write(self.HEAD)
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        elif path == "/speak":  # all at once, and then the end
+            writer.write(self.HEAD + bytes(range(256)) * 8000)
+            await writer.drain()
+        elif path == "/reset":
+            writer.write(self.HEAD + b"hello")
+            await reader.read(1)
+            writer.transport.abort()
+        elif path == "/last-word":
+            writer.write(self.HEAD)
+            data = await reader.read()
+            writer.write(b"you said %d" % len(data))
+        elif path.startswith("/stream"):
+            writer.write(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n" + path.partition("?")[2].encode() + b"\r\n\r\n"
+            )
+            await reader.read()
+        else:
+            status = path[1:4].encode()
+            writer.write(
+                b"HTTP/1.1 " + status + b" X\r\nUpgrade: h2c\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno"
+            )
+
+
+@pytest.fixture(scope="class")
+def streams(background: Background) -> object:
+    """A StreamApp behind an HTTP server, and behind relay and server: `ports` has both."""
+    app = StreamApp()
+
+    def make() -> ptth.App:
+        return ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{port}")), "public")
+
+    port = background.run(app.start())
+    tunnel = Tunnel(background, make().handle)
+    with serving(background, make().handle) as direct:
+        app.tunnel, app.ports = tunnel, {"direct": direct, "tunnel": tunnel.port}
+        yield app
+    tunnel.close()
+    app.server.close()
+
+
+class Visitor:
+    """A client of a stream, by bytes."""
+
+    ASKS = (
+        "Upgrade: websocket",
+        "Connection: keep-alive, Upgrade",
+        "Sec-WebSocket-Key: k",
+        "Sec-WebSocket-Version: 13",
+    )
+
+    def __init__(self, port: int, path: str, *fields: str, early: bytes = b"", host: str = "n.example.com") -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        lines = [f"GET {path} HTTP/1.1", f"Host: {host}", *(fields or self.ASKS), "", ""]
+        self.sock.sendall("\r\n".join(lines).encode() + early)
+        self.data = b""
+        while b"\r\n\r\n" not in self.data:
+            piece = self.sock.recv(1 << 16)
+            assert piece, self.data
+            self.data += piece
+        head, _, self.data = self.data.partition(b"\r\n\r\n")
+        self.status = int(head.split()[1])
+        self.fields = one(head + b"\r\n\r\n")[1] if self.status == 101 else split(head + b"\r\n\r\n")[0][1]
+
+    def read(self, count: int = 1 << 40) -> bytes:
+        """The next `count` bytes, or all until the end."""
+        while len(self.data) < count and (piece := self.sock.recv(1 << 20)):
+            self.data += piece
+        data, self.data = self.data[:count], self.data[count:]
+        return data
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+WAYS = pytest.mark.parametrize("way", ["direct"])
+
+
+class TestUpgrades:
+    """A WebSocket to an app, by an HTTP server and through the tunnel."""
+
+    @WAYS
+    def test_bytes_pass_in_both_directions(self, way: str, streams: StreamApp) -> None:
+        visitor = Visitor(streams.ports[way], "/echo?a", early=b"first")
+        assert (visitor.status, visitor.fields["upgrade"].lower()) == (101, "websocket")
+        assert (visitor.fields["connection"], visitor.fields["sec-websocket-accept"]) == ("Upgrade", "x")
+        assert not {"content-length", "transfer-encoding"} & set(visitor.fields)
+        assert visitor.read(5) == b"first"
+        data = random.Random(1).randbytes(3_000_000)
+        threading.Thread(target=visitor.sock.sendall, args=(data,), daemon=True).start()
+        assert visitor.read(len(data)) == data
+        for i in range(20):
+            visitor.sock.sendall(b"ping %d" % i)
+            assert visitor.read(6 + (i > 9)) == b"ping %d" % i
+        visitor.sock.shutdown(socket.SHUT_WR)
+        assert visitor.read() == b""
+        head = streams.heads[-1].lower()
+        assert b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n" in head and b"keep-alive" not in head
+        assert b"\r\nsec-websocket-key: k\r\n" in head
+
+    @WAYS
+    @pytest.mark.parametrize(
+        ("path", "ends", "answer"),
+        [
+            ("/speak", False, bytes(range(256)) * 8000),
+            ("/last-word", True, b"you said 100000"),
+            ("/echo", True, b"x" * 100_000),
+        ],
+    )
+    def test_the_end_of_one_side_ends_the_other_when_all_has_passed(
+        self, path: str, ends: bool, answer: bytes, way: str, streams: StreamApp
+    ) -> None:
+        visitor = Visitor(streams.ports[way], path)
+        if ends:
+            visitor.sock.sendall(b"x" * 100_000)
+            visitor.sock.shutdown(socket.SHUT_WR)
+        assert visitor.read() == answer
+        visitor.close()
+
+    @WAYS
+    @pytest.mark.parametrize("reset", [False, True])
+    def test_the_app_notices_that_its_visitor_has_left(self, reset: bool, way: str, streams: StreamApp) -> None:
+        left = streams.left
+        visitor = Visitor(streams.ports[way], "/echo")
+        visitor.sock.sendall(b"hello")
+        assert visitor.read(5) == b"hello"
+        if reset:
+            visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        visitor.close()
+        eventually(lambda: streams.left > left, 5)
+
+    @WAYS
+    def test_a_reset_by_the_app_ends_the_visitor(self, way: str, streams: StreamApp) -> None:
+        visitor = Visitor(streams.ports[way], "/reset")
+        assert visitor.read(5) == b"hello"
+        visitor.sock.sendall(b"x")
+        with contextlib.suppress(ConnectionResetError):
+            assert visitor.read() == b""
+
+    @WAYS
+    @pytest.mark.parametrize("status", [200, 403, 426])
+    def test_a_refused_upgrade_passes_as_it_is_and_the_connection_is_kept(
+        self, status: int, way: str, streams: StreamApp
+    ) -> None:
+        visitor = Visitor(streams.ports[way], f"/{status}")
+        assert (visitor.status, visitor.read(2)) == (status, b"no")
+        assert visitor.fields.get("upgrade") == ("h2c" if status == 426 else None)
+        visitor.sock.sendall(get("/200", host="n.example.com"))
+        assert one(visitor.read())[0] == 200
+
+    @WAYS
+    def test_a_change_to_another_protocol_than_the_one_that_was_asked_for_is_502(
+        self, way: str, streams: StreamApp
+    ) -> None:
+        assert Visitor(streams.ports[way], "/101").status == 502
+
+    NO_UPGRADES = [
+        ("Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: x"), ("Upgrade: websocket",), ("Upgrade: websocket", "Connection: keep-alive"),
+        ("Upgrade: websocket", "Connection: Upgrade", "Content-Length: 1"), ("Upgrade: websocket2, TLS/1.0", "Connection: Upgrade"),
+    ]  # fmt: skip
+
+    @WAYS
+    @pytest.mark.parametrize("fields", NO_UPGRADES)
+    def test_nothing_else_is_an_upgrade(self, fields: tuple[str, ...], way: str, streams: StreamApp) -> None:
+        visitor = Visitor(streams.ports[way], "/200", *fields, early=b"x" * ("Content-Length: 1" in fields))
+        assert (visitor.status, visitor.read(2)) == (200, b"no")
+        assert not re.search(rb"(?i)\r\n(upgrade|http2-settings):", streams.heads[-1])
+
+    def test_a_handler_that_knows_no_upgrade_ignores_it(self) -> None:
+        asks = "\r\n".join(Visitor.ASKS).encode()
+        requests = [b"GET /%d HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % (i, asks) for i in range(3)]
+        assert [body for _, _, body in split(say(echo, *requests))] == [b"GET /%d\n" % i for i in range(3)]
+
+    def test_silence_does_not_end_a_stream(self, streams: StreamApp, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ptth, "STALL_TIMEOUT", 0.1)
+        visitor = Visitor(streams.ports["direct"], "/echo")
+        visitor.sock.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            visitor.sock.recv(1)
+        visitor.sock.sendall(b"still here")
+        assert visitor.read(10) == b"still here"
+        visitor.close()
+
+
 class TestHosts:
     """Servers with hosts of their own."""
 
