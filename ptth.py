@@ -534,6 +534,22 @@ class BytesBody(Body):
             yield self.data[start : start + READ_SIZE]
 
 
+class PrefixedBody(Body):
+    """A body with some bytes in front of it."""
+
+    def __init__(self, prefix: bytes, body: Body) -> None:
+        self._prefix = prefix
+        self._body = body
+        self.length = None if body.length is None else len(prefix) + body.length
+        self.data = None if body.data is None else prefix + body.data
+        self.complete = body.complete
+        self.replayable = body.replayable
+
+    async def write_to(self, sink: Sink) -> None:
+        await sink.send(self._prefix)
+        await self._body.write_to(sink)
+
+
 class AbsentBody(BytesBody):
     """The body of an answer to HEAD: its length is told, its bytes are not sent (RFC 9110, 9.3.2)."""
 
@@ -2149,6 +2165,8 @@ class HTTPClient:
         self.proxy = proxy
         self.limiter = limiter
         self.silence_timeout = STALL_TIMEOUT  # of its connections
+        self.retry_time = 0.0  # seconds in which a connection that cannot be opened is tried again
+        self.is_reachable = True  # the last connection could be opened
         self.connections: set[Connection] = set()
         self._idle: deque[tuple[Connection, float]] = deque()  # the freshest last
         self._sweeper: asyncio.Task[None] | None = None
@@ -2162,6 +2180,21 @@ class HTTPClient:
                 self._tls.verify_mode = ssl.CERT_NONE
 
     async def connect(self) -> Connection:
+        """Open a connection; one that fails is tried again for `retry_time`. OSError, as `_open` has it."""
+        end = asyncio.get_running_loop().time() + self.retry_time
+        while True:
+            try:
+                connection = await self._open()
+            except OSError:
+                if asyncio.get_running_loop().time() >= end:
+                    self.is_reachable = False
+                    raise
+                await asyncio.sleep(0.1)
+            else:
+                self.is_reachable = True
+                return connection
+
+    async def _open(self) -> Connection:
         """Open a connection; every address of the host is tried, each CONNECT_DELAY after the one before (RFC 8305).
 
         CONNECT_TIMEOUT for the connection, and as much for a proxy's answer and for TLS. OSError; Refused for what is
@@ -2278,49 +2311,36 @@ class HTTPClient:
             connection.abort()
         self._idle.clear()
 
-    async def handle(
-        self,
-        request: Request,
-        *,
-        timeout: float = P7_TIMEOUT,
-        repeatable: bool = False,
-        connection: Connection | None = None,
-    ) -> Response:
+    async def handle(self, request: Request, *, timeout: float = P7_TIMEOUT, repeatable: bool = False) -> Response:
         """Send a request; return the response when its head has arrived: a handler, seen from the other side.
 
-        A request that is `repeatable`, as GET and HEAD without a body are, may take an idle connection. On that, or on
-        `connection`, it is sent once more on a new one when the old one turns out to be closed. A response that comes
-        before the request's body was sent is returned at once; both bodies run on, and the response's end ends the
-        other.
-
-        Raises ConnectionError; TimeoutError when no head arrives within `timeout` seconds after the request was sent;
-        ProtocolError 502 for a response that cannot be read; and what the request's body raises.
+        A request that is `repeatable`, as GET and HEAD without a body are, may take an idle connection, and is sent
+        once more on a new one when that turns out to be closed. One that is said to be repeatable, and is in memory, is
+        sent once more in any case.
         """
-        repeatable = repeatable or request.method in ("GET", "HEAD") and request.body is EMPTY
-        if repeatable and connection is None:
-            connection = self.take_idle()
+        idle = repeatable or request.method in ("GET", "HEAD") and request.body is EMPTY
+        connection = self.take_idle() if idle else None
+        again = connection is not None or repeatable and request.body.data is not None
         while True:
-            fresh = connection is None
-            connection = connection or await self.connect()
             try:
-                return await self._exchange(connection, request, timeout)
-            except BaseException as error:
-                connection.abort()
-                if (
-                    fresh
-                    or not repeatable
-                    or not isinstance(error, ConnectionError)
-                    or isinstance(error, IncompleteBody)
-                ):
+                return await self.exchange(connection or await self.connect(), request, timeout)
+            except ConnectionError as error:
+                if not again or isinstance(error, IncompleteBody):
                     raise
-                connection = None
+                connection, again = None, False
 
-    async def _exchange(self, connection: Connection, request: Request, timeout: float) -> Response:
-        """Send a request on a connection, and read the head of the response."""
+    async def exchange(self, connection: Connection, request: Request, timeout: float) -> Response:
+        """Send a request on this connection; return the response when its head has arrived.
+
+        A response that comes before the request's body was sent is returned at once; both bodies run on, and the end of
+        the response's ends the other. Raises ConnectionError; TimeoutError when no head arrives within `timeout`
+        seconds after the request was sent; ProtocolError 502 for a response that cannot be read; and what the request's
+        body raises.
+        """
         body, head = request.body, self._format_request(request)
         sending: asyncio.Task[None] | None = None
         try:
-            if body.data is not None and not (self.limiter or body.expects):
+            if body.data is not None and len(body.data) < READ_SIZE and not (self.limiter or body.expects):
                 await connection.send(head + body.data)
             else:
                 await connection.send(head)
@@ -2335,6 +2355,7 @@ class HTTPClient:
                 sending = asyncio.create_task(self._send_body(connection, request, MAX_LINGER_TIMEOUT))
             return await self._make_response(connection, request, status, headers, sending)
         except BaseException:
+            connection.abort()
             await end_task(sending)
             raise
 
@@ -2358,6 +2379,8 @@ class HTTPClient:
         except IncompleteBody as error:
             connection.fail(error)  # the origin must not take it for a whole body
         except ConnectionError:
+            if connection.stalled:
+                connection.fail(TimeoutError("the peer does not take the request"))
             connection.read_deadline = connection.loop.time() + LINGER_TIMEOUT  # it may have answered before it closed
         except Exception as error:
             connection.fail(error)
@@ -2414,61 +2437,15 @@ class HTTPClient:
             fields = [*fields, ("Content-Length", str(length))]
         return format_request_head(request.method, target, fields)
 
-    def head(self, method: str, path: str, fields: Fields) -> bytes:
-        """Format a request head to this origin; in the absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
-        fields = [("Host", self.origin.authority), USER_AGENT, *fields]
-        if self.proxy and not self.origin.tls:
-            return format_request_head(method, self.origin.url + path, [*fields, *self.proxy.fields])
-        return format_request_head(method, self.origin.path + path, fields)
-
-    async def read_body(self, connection: Connection, headers: Headers, limit: int) -> bytes:
-        """Read a response's body to its end, `limit` bytes at most."""
-        framing = parse_framing(headers)
-        connection.must_close = connection.must_close or framing is None
-        return await IncomingBody(connection, framing).read_all(limit)
-
-    async def _read_status(self, connection: Connection) -> tuple[int, Headers]:
-        """Read a response, and discard its body."""
-        status, headers = await connection.read_response_head(P7_TIMEOUT)
-        if status != 204:
-            await self.read_body(connection, headers, SMALL_BODY)
-        return status, headers
-
-    async def post(
-        self, path: str, fields: Fields, begin: bytes, body: Body, connection: Connection
-    ) -> tuple[int, Headers]:
-        """Send `begin` and `body` as one POST; return status and fields of the response, also of an early one.
-
-        The body is chunked when its length is not known. An early answer means that the rest is not wanted.
-        """
-        chunked = body.length is None
-        size = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(begin) + (body.length or 0)}"
-        name, _, value = size.partition(": ")
-        head = self.head("POST", path, [*fields, (name, value)])
-        if chunked:
-            begin = format_chunk(begin)
-        if body.data is not None and len(body.data) < READ_SIZE and not self.limiter:
-            await connection.send(head + begin + body.data)
-            return await self._read_status(connection)
-        await connection.send(head + begin)
-        if not self.limiter and (body.length or READ_SIZE) < READ_SIZE:  # soon gone: an early answer can wait for that
-            await body.write_to(connection)
-            return await self._read_status(connection)
-        sending = asyncio.create_task(write_body(connection, body, chunked=chunked))
-        reading = asyncio.create_task(self._read_status(connection))
+    async def post(self, path: str, fields: Fields, body: Body) -> tuple[int, Headers]:
+        """Send a POST that may be sent again; return status and fields of the response, also of an early one."""
+        request = Request("POST", path, Headers(fields), body=body)
+        response = await self.handle(request, timeout=P7_TIMEOUT, repeatable=body.replayable)
         try:
-            await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done() and isinstance(sending.exception(), ConnectionResetError | BrokenPipeError):
-                await asyncio.wait({reading}, timeout=LINGER_TIMEOUT)  # who refused it may have said why before
-            if not reading.done():
-                await sending
-            elif not sending.done():
-                connection.must_close = True
-            return await reading
+            await response.body.drain()
         finally:
-            for task in (sending, reading):
-                task.cancel()
-            await asyncio.gather(sending, reading, return_exceptions=True)
+            await response.body.aclose()
+        return response.status, Headers(response.headers)
 
 
 # -- 9. Forwarding --
@@ -2772,6 +2749,7 @@ class App:
     def __init__(self, client: HTTPClient, host_mode: str = "auto") -> None:
         self.client = client
         client.silence_timeout = math.inf  # an event stream may be silent for hours
+        client.retry_time = APP_WAIT
         self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
         self._local = host_mode not in ("auto", "public")
         self._fixed = host_mode != "auto"
@@ -2837,52 +2815,31 @@ class App:
 
     async def _ask(self, request: Request) -> Response:
         """Return the app's response to a request that is ready to be sent."""
-        connection = None
         try:
-            if request.method in ("GET", "HEAD") and request.body is EMPTY:
-                connection = self.client.take_idle()
-            connection = connection or await self._connect()
-            return await self.client.handle(request, timeout=APP_RESPONSE_TIMEOUT, connection=connection)
+            response = await self.client.handle(request, timeout=APP_RESPONSE_TIMEOUT)
         except IncompleteBody:
             raise
         except TimeoutError:
             raise ProtocolError(504, "the app did not answer in time") from None
         except OSError as error:
-            if connection and connection.stalled:
-                raise ProtocolError(504, "the app does not take the request") from None
-            self._log(f"the app closed the connection without a response: {format_error(error)}")
-            raise ProtocolError(502, "the app closed the connection without a response") from None
+            raise self._failure(error) from None
+        if self._logged:
+            self._logged = ""
+            log_line(f"ptth server: the app at {self.client.origin.place} answers again")
+        return response
 
-    async def _connect(self) -> Connection:
-        """Open a connection to the app.
-
-        One that cannot be opened is tried again for APP_WAIT, which is safe for any request, as nothing was sent yet.
-        """
-        loop = asyncio.get_running_loop()
-        end = loop.time() + APP_WAIT
-        while True:
-            try:
-                connection = await self.client.connect()
-            except OSError as error:
-                if loop.time() < end:
-                    await asyncio.sleep(0.1)
-                    continue
-                self._log(
-                    f"the app at {self.client.origin.authority} cannot be reached: {format_error(error)}; "
-                    "visitors get 502"
-                )
-                retry = [("Retry-After", "2")]
-                raise ProtocolError(502, "the app behind this server is not running", headers=retry) from None
-            if self._logged:
-                self._log("")
-                log_line(f"ptth server: the app at {self.client.origin.authority} answers again")
-            return connection
-
-    def _log(self, line: str) -> None:
-        """Log a change of the app's state, once."""
-        if line and line != self._logged:
+    def _failure(self, error: OSError) -> ProtocolError:
+        """Log a change of the app's state, once, and return what the visitor gets: nothing of the app's address."""
+        if not self.client.is_reachable:
+            line = f"the app at {self.client.origin.place} cannot be reached: {format_error(error)}; visitors get 502"
+            reason, retry = "the app behind this server is not running", [("Retry-After", "2")]
+        else:
+            line = f"the app closed the connection without a response: {format_error(error)}"
+            reason, retry = "the app closed the connection without a response", []
+        if line != self._logged:
+            self._logged = line
             log_line(f"ptth server: {line}")
-        self._logged = line
+        return ProtocolError(502, reason, headers=retry)
 
     @staticmethod
     def _request_fields(request: Request, public: str, own: str) -> Fields:
@@ -6059,15 +6016,15 @@ class Workers:
         """Return the ids of the requests that came from the sender's relay and are not answered, MAX_LOST at most."""
         return list(itertools.islice((key for key, value in self.request_ids.items() if value is sender), MAX_LOST))
 
-    def done(self, *request_ids_: str) -> None:
+    def done(self, *request_ids: str) -> None:
         """Note that requests have been answered."""
-        for request_id in request_ids_:
+        for request_id in request_ids:
             self.request_ids.pop(request_id, None)
 
-    def batch_done(self, request_ids_: list[str]) -> None:
+    def batch_done(self, request_ids: list[str]) -> None:
         """Note that a batch of small responses has been sent."""
-        self._batched -= len(request_ids_)
-        self.done(*request_ids_)
+        self._batched -= len(request_ids)
+        self.done(*request_ids)
         self._look_for_room()
 
 
@@ -6091,13 +6048,12 @@ class Sender:
 
     def can_batch(self, response: Response) -> bool:
         """Return whether a response is small enough to leave together with others."""
-        small = isinstance(response.body, BytesBody) and len(response.body.data) <= MAX_BATCHED_BODY
-        return small and not (self.client.limiter or self.rust_relay)
+        data = response.body.data
+        return data is not None and len(data) <= MAX_BATCHED_BODY and not (self.client.limiter or self.rust_relay)
 
     def batch(self, request_id: str, response: Response, method: str) -> None:
         """Let a small response leave with those that have gathered while the last batch was under way."""
-        assert isinstance(response.body, BytesBody)
-        body = response.body.data if has_body(method, response.status) else b""
+        body = response.body.data or b"" if has_body(method, response.status) else b""
         try:
             self._batch.append((request_id, pack_batched(request_id, response, body)))
         except ProtocolError as error:  # a field that cannot be sent
@@ -6110,18 +6066,18 @@ class Sender:
         """Post what has gathered, until nothing has."""
         try:
             while self._batch:
-                request_ids_: list[str] = []
+                request_ids: list[str] = []
                 pieces: list[bytes] = []
                 size = 0
                 while self._batch and (not pieces or size + len(self._batch[0][1]) <= MAX_BATCH_BYTES):
                     request_id, piece = self._batch.popleft()
-                    request_ids_.append(request_id)
+                    request_ids.append(request_id)
                     pieces.append(piece)
                     size += len(piece)
                 try:
-                    await self._post(request_ids_, f"http_responses/{self.name}", b"", BytesBody(b"".join(pieces)))
+                    await self._post(request_ids, f"http_responses/{self.name}", BytesBody(b"".join(pieces)))
                 finally:
-                    self._workers.batch_done(request_ids_)
+                    self._workers.batch_done(request_ids)
         finally:
             self._sending -= 1
 
@@ -6139,55 +6095,30 @@ class Sender:
             return
         try:
             sent = body if has_body(method, response.status) else EMPTY
-            await self._post([request_id], f"http_response/{request_id}", head, sent, kind)
+            await self._post([request_id], f"http_response/{request_id}", PrefixedBody(head, sent), kind)
         finally:
             await body.aclose()
 
     async def _post(
-        self,
-        request_ids_: list[str],
-        path: str,
-        head: bytes,
-        body: Body,
-        kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE),
+        self, request_ids: list[str], path: str, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
     ) -> None:
-        """Post the responses to `request_ids_`. When they do not get through, the relay is told by the next P1.
+        """Post the responses to `request_ids`. When they do not get through, the relay is told by the next P1.
 
-        Posts once more on a fresh connection when a kept one turns out to be closed. What is whole in memory is
-        repeated in any case: a relay that had it passes it over.
+        What is in memory is repeated in any case: a relay that had it passes it over.
         """
-        repeatable = isinstance(body, BytesBody | FileBody | MultipartBody)
         delivered = False
         try:
-            connection = self.client.take_idle() if repeatable else None
-            again = connection is not None or isinstance(body, BytesBody)
-            while True:
-                connection = connection or await self.client.connect()
-                try:
-                    delivered = await self._post_once(connection, path, head, body, kind)
-                    return
-                except ConnectionError as error:
-                    if not again or isinstance(error, IncompleteBody):
-                        raise
-                    connection, again = None, False
+            delivered = await self._post_once(path, body, kind)
         except (OSError, ProtocolError) as error:
-            self._log_change(f"P5 broke off: {format_error(error)}")
+            self._log_change(f"sending a response to the relay failed: {format_error(error)}")
         finally:
             if not (delivered or self.rust_relay):
-                self.lost.extend(request_ids_)
+                self.lost.extend(request_ids)
                 self.on_loss()
 
-    async def _post_once(
-        self, connection: Connection, path: str, head: bytes, body: Body, kind: tuple[str, str]
-    ) -> bool:
-        """Post on this connection; return whether it got through, and say who refused it if not."""
-        try:
-            fields = [("X-ApiKey", self._key), kind]
-            status, headers = await self.client.post(BACKEND + path, fields, head, body, connection)
-        except BaseException:
-            self.client.discard(connection)
-            raise
-        self.client.release(connection)
+    async def _post_once(self, path: str, body: Body, kind: tuple[str, str]) -> bool:
+        """Post a body; return whether it got through, and log who refused it if not."""
+        status, headers = await self.client.post(BACKEND + path, [("X-ApiKey", self._key), kind], body)
         if status in (200, 410) or self.rust_relay and status == 400:  # 400 there: nobody waits for it
             return True
         who = headers.get("server", "the relay, or a proxy in front of it")[:60]
@@ -6196,13 +6127,11 @@ class Sender:
 
     async def probe(self) -> float:
         """Post an empty batch, which shows whether POST gets through; return the seconds that it took."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         async with asyncio.timeout(P1_TIMEOUT):
-            connection = self.client.take_idle() or await self.client.connect()
-            loop = asyncio.get_running_loop()
-            began = loop.time()
-            kind = ("Content-Type", RESPONSE_TYPE)
-            await self._post_once(connection, f"http_responses/{self.name}", b"", EMPTY, kind)
-            return loop.time() - began
+            await self._post_once(f"http_responses/{self.name}", EMPTY, ("Content-Type", RESPONSE_TYPE))
+        return loop.time() - began
 
 
 _POST = f": responses are sent by POST, so that must be allowed below {BACKEND}"
@@ -6320,6 +6249,7 @@ class Link:
     def leave(self) -> None:
         """Ask for nothing more: the relay takes the half-close for that, and a P3 that is on its way still arrives."""
         for connection in list(self._parked):
+            connection.must_close = True
             if connection.writer.can_write_eof():
                 connection.writer.write_eof()
             else:
@@ -6461,22 +6391,22 @@ class Link:
             fields.append(("PTTH-At-Work", ", ".join(at_work)))
         self._parked.add(connection)
         try:
-            await connection.send(self.client.head("GET", f"{BACKEND}http_listen/{self.name}", fields))
-            status, headers = await connection.read_response_head(P1_TIMEOUT)
-            self._sender.rust_relay = check_p3(status, headers, self.client)
+            request = Request("GET", f"{BACKEND}http_listen/{self.name}", Headers(fields))
+            response = await self.client.exchange(connection, request, P1_TIMEOUT)
+            headers = Headers(response.headers)
+            try:
+                self._sender.rust_relay = check_p3(response.status, headers, self.client)
+                limit = MAX_RUST if self._sender.rust_relay else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
+                body = await response.body.read_all(limit)
+            finally:
+                await response.body.aclose()
             self._host = headers.get("ptth-host", "")
-            limit = MAX_RUST if self._sender.rust_relay else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
-            body = b"" if status == 204 else await self.client.read_body(connection, headers, limit)
             self.accept(body)
         except BaseException:
             self._sender.lost.extend(lost)
-            self.client.discard(connection)
             raise
         finally:
             self._parked.discard(connection)
-        if self._stopping.is_set():
-            connection.must_close = True  # our side of it is closed
-        self.client.release(connection)
         return bool(body)
 
     def accept(self, data: bytes) -> None:

@@ -2036,11 +2036,10 @@ class TestConnecting:
         for proxy in (None, ptth.parse_proxy("u:p@p:1")):
             client = ptth.HTTPClient(ptth.parse_base_url("http://r.example/x"), proxy)
             request = ptth.Request("GET", "/y", ptth.Headers([("A", "b")]))
-            for head in (client.head("GET", "/y", [("A", "b")]), client._format_request(request)):
-                target, *lines = head.decode().splitlines()
-                assert target == f"GET {'http://r.example' if proxy else ''}/x/y HTTP/1.1"
-                assert lines[:2] == ["Host: r.example", f"User-Agent: ptth/{ptth.__version__}"]
-                assert ("Proxy-Authorization: Basic dTpw" in lines) is (proxy is not None)
+            target, *lines = client._format_request(request).decode().splitlines()
+            assert target == f"GET {'http://r.example' if proxy else ''}/x/y HTTP/1.1"
+            assert lines[:2] == ["Host: r.example", f"User-Agent: ptth/{ptth.__version__}"]
+            assert ("Proxy-Authorization: Basic dTpw" in lines) is (proxy is not None)
 
     def test_what_is_forwarded_keeps_its_fields(self) -> None:
         fields = [("Host", "visitor.example"), ("Accept", "*/*")]
@@ -5478,7 +5477,7 @@ class TestServer:
             async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
                 origin = ptth.BaseURL(False, *relay.sockets[0].getsockname(), "")
                 sender = ptth.Sender(ptth.HTTPClient(origin), "n", KEY, ptth.Workers(echo), print)
-                await sender._post(["x"], "x", b"", ptth.BytesBody(b"the end"))
+                await sender._post(["x"], "x", ptth.BytesBody(b"the end"))
 
         asyncio.run(post())
         assert len(posts) == 2 and posts[0] == posts[1]
@@ -5495,7 +5494,7 @@ class TestServer:
             server, sock = ptth.HTTPServer(keep), ptth.open_socket("127.0.0.1", 0)
             await server.listen(sock)
             client = ptth.HTTPClient(ptth.BaseURL(False, *sock.getsockname(), ""))
-            status, _ = await client.post("/", [], begin, Pieces(), await client.connect())
+            status, _ = await client.post("/", [], ptth.PrefixedBody(begin, Pieces()))
             await server.stop(0.1)
             return b"%d %b" % (status, bodies.pop())
 
@@ -5521,9 +5520,7 @@ class TestServer:
         async def post(port: int) -> None:
             client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(
-                    client.post("/", [], b"", ptth.BytesBody(bytes(size)), await client.connect()), 20
-                )
+                await asyncio.wait_for(client.post("/", [], ptth.BytesBody(bytes(size))), 20)
             client.close()
             release.set()
 
@@ -5544,9 +5541,8 @@ class TestServer:
 
         async def post(port: int) -> int:
             client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
-            stream = await client.connect()
-            status, _ = await client.post("/", [], b"", Endless(), stream)
-            assert stream.must_close  # what was sent of the body would be read as a request
+            status, _ = await client.post("/", [], Endless())
+            assert not client.idle_count  # what was sent of the body would be read as a request
             client.close()
             return status
 
