@@ -742,14 +742,15 @@ def format_response_head(status: int, fields: Fields) -> bytes:
     return format_head(f"HTTP/1.1 {status} {PHRASES.get(status, '')}", fields)
 
 
-def format_head(start: str, fields: Fields) -> bytes:
+def format_head(start: str, fields: Fields, *, parsed: bool = False) -> bytes:
     """Format a head from its start line and fields.
 
-    Checked as a whole, by one pattern and one count, since a CR LF in any part would add a field or end the head.
+    Checked as a whole, by one pattern and one count, since a CR LF in any part would add a field or end the head. If
+    all parts come from a head that was `parsed`, the count is enough.
     """
     lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
     text = f"{start}\r\n{lines}\r\n"
-    if not _FORMATTED.fullmatch(text) or text.count("\n") != len(fields) + 2:
+    if text.count("\n") != len(fields) + 2 or not (parsed or _FORMATTED.fullmatch(text)):
         raise ProtocolError(500, "a header field that cannot be sent")
     return text.encode("latin-1")
 
@@ -2450,10 +2451,10 @@ class HTTPClient:
 # What a proxy does to a message on its way, and a local web app as a handler. Does not use the tunnel.
 
 # Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
-_HOP_BY_HOP = {
+_HOP_BY_HOP = frozenset({
     "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
     "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
-}  # fmt: skip
+})  # fmt: skip
 _NOT_TO_HOST = _HOP_BY_HOP - {"x-apikey"} | {
     "via", "max-forwards", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix",
@@ -2518,7 +2519,14 @@ def _runs_nothing(kind: str) -> bool:
 SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 
 
-def forwardable(headers: Headers, dropped: set[str]) -> Fields:
+@functools.lru_cache(256)  # of names only: a field's value may be a secret
+def _passing_name(name: str, dropped: frozenset[str]) -> str:
+    """Return a field's name in its one spelling, or "" if it does not pass: one of `dropped`, PTTH-* or X-Accel-*."""
+    name = name.lower().replace("_", "-")
+    return "" if name in dropped or name.startswith(("ptth-", "x-accel-")) else name
+
+
+def forwardable(headers: Headers, dropped: frozenset[str]) -> Fields:
     """Return the fields of a request that may pass: none of `dropped`, PTTH-*, X-Accel-*, or named by Connection.
 
     To an app that gets them in the manner of CGI, X_Forwarded_For is X-Forwarded-For: so both are dropped.
@@ -2527,17 +2535,17 @@ def forwardable(headers: Headers, dropped: set[str]) -> Fields:
     return [
         pair
         for pair in headers.pairs
-        if (name := pair[0].lower().replace("_", "-")) not in dropped
-        and not name.startswith(("ptth-", "x-accel-"))
-        and (name not in named or name == "host")
+        if (name := _passing_name(pair[0], dropped)) and (name not in named or name == "host")
     ]
 
 
-def _may_reach_client(name: str) -> bool:
-    """Return whether a field of that name, in lower case, may go from a server to a client."""
+@functools.lru_cache(256)
+def _name_to_client(name: str) -> str:
+    """Return a field's name in lower case, or "" if it may not go from a server to a client."""
+    name = name.lower()
     if name in _HOP_BY_HOP or name.startswith(_NOT_TO_CLIENT):
-        return False
-    return name in _TO_CLIENT or name.startswith(_TO_CLIENT_PREFIXES)
+        return ""
+    return name if name in _TO_CLIENT or name.startswith(_TO_CLIENT_PREFIXES) else ""
 
 
 # The members of a list, in which a quoted text or a <URL> may hold commas. Possessive: hostile ones cost no more.
@@ -2613,9 +2621,9 @@ def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True,
     named = set(headers.tokens("connection")) if "connection" in headers else ()
     fields: Fields = []
     for name, value in headers.pairs:
-        lower = name.lower()
+        lower = _name_to_client(name)
         # What 304 says becomes true of what the browser has stored: it must not take that out of the sandbox.
-        if not _may_reach_client(lower) or lower in named or status == 304 and lower in _NOT_IN_304:
+        if not lower or lower in named or status == 304 and lower in _NOT_IN_304:
             continue
         if lower == "link":
             value = _safe_links(value) if len(headers[lower]) <= MAX_LINK else ""
@@ -4247,7 +4255,7 @@ def pack_request(
         fields.append(("X-Forwarded-Prefix", prefix))
     if request.upgrade:
         fields += [("Connection", "Upgrade"), ("Upgrade", request.upgrade)]
-    return format_request_head(request.method, target, fields)
+    return format_head(f"{request.method} {target} HTTP/1.1", fields, parsed=True)
 
 
 _REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IGNORECASE)
