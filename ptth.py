@@ -871,7 +871,8 @@ class Connection:
         self.written = 0  # bytes that were sent on it
         self.on_close: list[Callable[[], None]] = []
         self.on_continue: Callable[[], None] | None = None  # called when a response 100 Continue has come
-        self.waiting: asyncio.Task[object] | None = None  # answers a request; ended when the peer resets
+        self.task: asyncio.Task[object] | None = None  # serves its requests
+        self.waiting = False  # the peer waits for the response; the task is ended when the peer resets
 
     def at_eof(self) -> bool:
         """Return whether the peer has ended its side or reset the connection; a half-close looks the same."""
@@ -901,8 +902,8 @@ class Connection:
             else:
                 self.stalled = True
                 self.abort()
-        if self.waiting and (self.transport.is_closing() or self.is_reset()):
-            self.waiting.cancel()
+        if self.waiting and self.task and (self.transport.is_closing() or self.is_reset()):
+            self.task.cancel()
             self.abort()
         elif self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self._end()
@@ -989,7 +990,7 @@ class Connection:
             return
         if self.limiter:
             await self.limiter.wait(len(data))
-        self.writer.write(data)
+        self.transport.write(data)
         self.written += len(data)
         if self.transport.is_closing():
             raise ConnectionResetError("the connection was reset")
@@ -1760,6 +1761,7 @@ class HTTPServer:
     async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection from its beginning to its end."""
         connection = Connection(reader, writer)
+        connection.task = asyncio.current_task()
         self.connections.add(connection)
         connection.on_close.append(lambda: self.connections.discard(connection))
         try:
@@ -1794,7 +1796,8 @@ class HTTPServer:
             request.connection = connection
             request.secure = self.tls is not None
             self._find_body(connection, request)
-            await request.body.check(discard=not self.takes_bodies and request.method in ("GET", "HEAD"))
+            if not request.body.complete:
+                await request.body.check(discard=not self.takes_bodies and request.method in ("GET", "HEAD"))
         except TimeoutError:
             if data or connection.buffer:
                 await self._refuse(connection, data, ProtocolError(408, "the request came too slowly", close=True))
@@ -1818,12 +1821,12 @@ class HTTPServer:
 
     async def _answer(self, connection: Connection, request: Request) -> None:
         """Have a request answered and write its response, unless the client resets the connection meanwhile."""
-        connection.waiting = asyncio.current_task()
+        connection.waiting = True
         try:
             response = await call_handler(self.handler, request)
             await self._write_response(connection, request, response)
         finally:
-            connection.waiting = None
+            connection.waiting = False
 
     def _find_body(self, connection: Connection, request: Request) -> None:
         """Attach the request's body, if it has one, and look at Expect (RFC 9110, 10.1.1)."""
@@ -1872,7 +1875,7 @@ class HTTPServer:
                 response.on_sent = None  # it knows the response: a circle that only the garbage collector would break
             if self.log:
                 self.log.add(request, response.status, size)
-        if not connection.must_close:
+        if not (connection.must_close or request.body.complete):
             try:
                 connection.must_close = not await request.body.drain()
             except ProtocolError:
@@ -5075,10 +5078,12 @@ class RelayState:
 
     def trusts(self, address: str) -> bool:
         """Return whether an address is that of a proxy which is believed what it says of its clients."""
-        import ipaddress
-
         if is_loopback(address):
             return True
+        if not self._trusted:
+            return False
+        import ipaddress
+
         try:
             return any(ipaddress.ip_address(address) in network for network in self._trusted)
         except ValueError:
@@ -5710,11 +5715,12 @@ class Relay:
         The prefixes and the name are matched on the raw target, not decoded, not normalised: what a proxy in front of
         us allows by its prefix must not become something else here.
         """
-        host = request_host(request.headers.get("host", ""))
-        if server := self.state.hosts.get(host):
-            return await self._forward(request, Route(server, request.target))
-        if self.state.config.domain and host.endswith(f".{self.state.config.domain}"):
-            raise ProtocolError(404, "there is no server with this host here")
+        if self.state.hosts or self.state.config.domain:
+            host = request_host(request.headers.get("host", ""))
+            if server := self.state.hosts.get(host):
+                return await self._forward(request, Route(server, request.target))
+            if self.state.config.domain and host.endswith(f".{self.state.config.domain}"):
+                raise ProtocolError(404, "there is no server with this host here")
         target = request.target
         path = target.partition("?")[0]
         if target == "*":
@@ -5747,9 +5753,10 @@ class Relay:
             raise ProtocolError(405, "TRACE is not possible here", headers=[("Allow", "GET, HEAD, OPTIONS")])
         if max_forwards(request) == 0:  # the relay answers as the last recipient
             return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
+        client = self.state.client_address(request)
         server.in_flight += 1
         try:
-            response = await self._ask(request, route)
+            response = await self._ask(request, route, client)
         except ProtocolError as error:
             response = error_response(request, error)
         except BaseException:
@@ -5765,7 +5772,6 @@ class Relay:
             status = response.status
             server.statuses[status] = server.statuses.get(status, 0) + 1
             method, path = request.method[:MAX_AUDIT_TEXT], target.partition("?")[0][:MAX_AUDIT_TEXT]
-            client = self.state.client_address(request)
             self.state.events.append(
                 AuditEvent(time.time(), "request", server.name, client, method, path, status, size)
             )
@@ -5773,7 +5779,7 @@ class Relay:
         response.on_sent = sent
         return response
 
-    async def _ask(self, request: Request, route: Route) -> Response:
+    async def _ask(self, request: Request, route: Route, client: str) -> Response:
         """Let a request wait for a P1, and for the P5 that answers it."""
         server, now = route.server, self.state.loop.time()
         if self.state.stopping:
@@ -5783,7 +5789,7 @@ class Relay:
         inline = await self._read_inline(request, server)
         trusted = self.state.trusts(request.peer)
         exchange = Exchange(route, request, self.state.loop.time(), inline, trusted)
-        exchange.address = outer_address(self.state.client_address(request))
+        exchange.address = outer_address(client)
         server.admit(exchange)
         self.state.exchanges[exchange.request_id] = exchange
         self._inline += exchange.inline_size
