@@ -79,7 +79,7 @@ if TYPE_CHECKING:  # slow to import, and each needed by one subcommand or one ki
     import argparse
     import ssl
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 # -- 1. Constants and errors --
 # Limits with their units and reasons. Knows nothing of the rest.
@@ -5720,7 +5720,8 @@ class Relay:
             if server := self.state.hosts.get(host):
                 return await self._forward(request, Route(server, request.target))
             if self.state.config.domain and host.endswith(f".{self.state.config.domain}"):
-                raise ProtocolError(404, "there is no server with this host here")
+                hint = f"a server is reached at its name followed by .{self.state.config.domain}"
+                raise ProtocolError(404, f"no server here has the host {host[:MAX_AUDIT_TEXT]}; {hint}")
         target = request.target
         path = target.partition("?")[0]
         if target == "*":
@@ -5785,7 +5786,9 @@ class Relay:
         if self.state.stopping:
             raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
         if not server.has_connection and now - (server.last_seen or self.state.started) >= UNAVAILABLE_AFTER:
-            raise ProtocolError(503, f"the server {server.name} is not connected", headers=[("Retry-After", "30")])
+            hint = "if it is yours, start it with: python3 ptth.py server; otherwise try again later"
+            retry = [("Retry-After", "30")]
+            raise ProtocolError(503, f"the server {server.name} is not connected to this relay; {hint}", headers=retry)
         inline = await self._read_inline(request, server)
         trusted = self.state.trusts(request.peer)
         exchange = Exchange(route, request, self.state.loop.time(), inline, trusted)

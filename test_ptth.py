@@ -51,6 +51,7 @@ import gzip
 import hashlib
 import http.client
 import inspect
+import itertools
 import json
 import math
 import queue
@@ -5086,6 +5087,89 @@ class TestHosts:
         below = one(tunnel.fetch(get("/frontend/servers/n/", "Cookie: a=b")))[1]
         assert "set-cookie" not in below and "sandbox" in below["content-security-policy"]
         tunnel.close()
+
+
+class TestLastRelease:
+    """Release 1.0.0 at the other end, as the bytes that it sent: files are served as before, bodies get 501."""
+
+    P1 = (
+        b"GET /7ZSFUKGV/http_listen/n HTTP/1.1\r\nHost: 127.0.0.1:4000\r\nX-ApiKey: correct-horse-battery-staple\r\n"
+        b"Accept: application/http\r\nPrefer: wait=25\r\nPTTH-Instance: 0123456789abcdef\r\n\r\n"
+    )
+    P3_BODY = (
+        b"GET /files/a HTTP/1.1\r\nPTTH-Request-Id: 0123456789abcdef0123456789abcdef\r\nHost: h\r\nAccept: */*\r\n"
+        b"X-Forwarded-For: 127.0.0.1\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: h\r\nVia: 1.1 ptth\r\n"
+    )
+    P5 = (
+        b"POST /7ZSFUKGV/http_response/%b HTTP/1.1\r\nHost: 127.0.0.1:4000\r\nX-ApiKey: correct-horse-battery-staple\r\n"
+        b"Content-Type: application/http; msgtype=response\r\nContent-Length: 69\r\n\r\n"
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"
+    )
+
+    def test_its_server_is_served_by_the_relay(self, bare_relay: Tunnel) -> None:
+        with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as server:
+            server.sendall(self.P1)
+            client = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
+            client.sendall(b"GET /frontend/servers/n/files/a HTTP/1.1\r\nHost: h\r\nAccept: */*\r\n\r\n")
+            data = b""
+            while data.count(b"\r\n\r\n") < 2:
+                data += server.recv(1 << 16)
+            head, _, body = data.partition(b"\r\n\r\n")
+            assert b"\r\nContent-Type: application/http; msgtype=request\r\n" in head
+            request_id = re.search(rb"PTTH-Request-Id: (\w+)", body)[1]
+            expected = self.P3_BODY.replace(b"0123456789abcdef0123456789abcdef", request_id)
+            assert body == expected + b"X-Forwarded-Prefix: /frontend/servers/n\r\n\r\n"
+            server.sendall(self.P5 % request_id)
+            answer = b""
+            while not answer.endswith(b"\r\n\r\nhello"):
+                answer += client.recv(1 << 16)
+            client.close()
+            server.sendall(self.P1)
+            eventually(lambda: bare_relay.relay.state.servers["n"].parked)
+            put = b"PUT /frontend/servers/n/files/a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
+            assert one(bare_relay.fetch(put))[0] == 501
+
+    def test_its_relay_is_served_by_the_server(self) -> None:
+        async def talk() -> bytes:
+            posts: asyncio.Queue[bytes] = asyncio.Queue()
+            polls = itertools.count()
+
+            async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                    while head := await reader.readuntil(b"\r\n\r\n"):
+                        body = self.P3_BODY + b"\r\n"
+                        if head.startswith(b"GET "):
+                            number = next(polls)
+                            if number > 1:
+                                await asyncio.sleep(60)
+                            body = body if number else b""  # the first P1 is the hello
+                            fields = b"Content-Type: application/http; msgtype=request\r\nCache-Control: no-store\r\n"
+                            writer.write(
+                                b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (fields, len(body), body)
+                            )
+                            continue
+                        size = int(re.search(rb"Content-Length: (\d+)", head)[1])
+                        if content := await reader.readexactly(size):  # not the empty batch behind the hello
+                            posts.put_nowait(head + content)
+                        writer.write(b"HTTP/1.1 200 OK\r\nCache-Control: no-store\r\nContent-Length: 0\r\n\r\n")
+
+            listening = await asyncio.start_server(relay, "127.0.0.1", 0)
+            client = ptth.HTTPClient(ptth.BaseURL(False, *listening.sockets[0].getsockname(), ""))
+            server = ptth.TunnelServer(client, "n", KEY, echo)
+            running = asyncio.create_task(server.run())
+            async with asyncio.timeout(20):
+                post = await posts.get()
+            await server.stop(0.1)
+            await running
+            listening.close()
+            return post
+
+        post = asyncio.run(talk())
+        assert post.startswith(b"POST /7ZSFUKGV/http_responses/n HTTP/1.1\r\n")
+        (batched,) = ptth.unpack_responses(post.partition(b"\r\n\r\n")[2])
+        assert (batched.request_id, batched.status, batched.body) == (
+            "0123456789abcdef0123456789abcdef", 200, b"GET /files/a\n",
+        )  # fmt: skip
 
 
 class TestOperator:
