@@ -8,8 +8,8 @@
 
     Client -> Firewall -> Relay <- Firewall <- Server
 
-The server behind the firewall asks a relay on a public host for work by a long poll.  The relay hands it each
-client's request in the answer to that poll, and takes the response in the body of a POST:
+The server behind the firewall sends a long poll to a relay on a public host.  The relay answers that poll with the
+clients' requests, and the server sends each response to the relay in the body of a POST:
 
     P1  server -> relay    GET /7ZSFUKGV/http_listen/NAME: "is there a request for me?"
     P2  client -> relay    any request below /frontend/servers/NAME/
@@ -23,17 +23,17 @@ This file is the whole program.  It reads from top to bottom; each section uses 
 
     1  Constants and errors    limits with units and reasons, the error that carries a status
     2  Tripcodes               BLAKE3, and what makes a key too weak
-    3  Messages                headers, request, response, body, and the one seam: a handler
+    3  Messages                headers, request, response, body, and the type of a handler
     4  Syntax                  heads and framing: bytes to values and back; pure
     5  Connections and bodies  heads and bodies over sockets
     6  Pages                   the HTML that people see; pure
-    7  HTTP server             many connections, many requests: time-outs, access log, graceful stop
+    7  HTTP server             connections and their requests: time-outs, access log, graceful stop
     8  HTTP client             kept-alive connections to one server
     9  Forwarding              fields that a proxy drops, adds and changes; a web app as a handler
     10 File server             a path to a file, a listing or a zip; dates, ranges, tags
-    11 Tunnel messages         requests and responses as they cross the tunnel; pure
-    12 Rust form               the same for the peers in Rust; pure
-    13 Relay state             a relay's configuration, its servers, and requests on their way
+    11 Tunnel messages         the format of requests and responses inside P3 and P5; pure
+    12 Rust form               the same for ptth_relay and ptth_server in Rust (MessagePack); pure
+    13 Relay state             a relay's configuration, its servers, and requests in flight
     14 Relay desk              what a relay shows: pages, scraper API, metrics, audit log
     15 Relay                   P2 to P1, P5 to P6
     16 Server                  P1, P4, P5
@@ -82,96 +82,93 @@ if TYPE_CHECKING:  # slow to import, and each needed by one subcommand or one ki
 __version__ = "2.0.0"
 
 # -- 1. Constants and errors --
-# Limits with their units and reasons. Knows nothing of the rest.
+# Limits with their units and reasons. Does not use the other sections.
 
-MAX_HEAD = 32 * 1024  # bytes; Apache takes 8 K a line, h11 16 K in all, nginx 32 K
-MAX_FIELDS = 100  # as Apache and http.client
-MAX_MEMBERS = 100  # of a list in a field; browsers and caches send twenty
+MAX_HEAD = 32 * 1024  # bytes, as nginx; a larger head gets 431
+MAX_FIELDS = 100  # header fields, as Apache and http.client; more get 431
+MAX_MEMBERS = 100  # members of a list in a field; browsers and caches send about twenty
 MAX_LINK = 8 * 1024  # bytes of all Link fields of a response; longer ones do not reach the client
-MAX_CHALLENGES = 2 * 1024  # the same for WWW-Authenticate, of which each member is taken apart
-MAX_REQUEST_LINE = 8 * 1024  # bytes; RFC 9112, 3 recommends to take 8000 at least
-MAX_BLANK_LINES = 4  # before a request line (RFC 9112, 2.2); more is somebody playing
-MAX_INNER_HEAD = 48 * 1024  # bytes; a head grows on its way: the relay adds Via and X-Forwarded-*
-MAX_INNER_FIELDS = 128
-MAX_CHUNK_LINE = 4 * 1024  # bytes; a size and its extensions
-MAX_CHUNK_WASTE = 64 * 1024  # bytes of extensions and trailers in one body that nobody will read
-MAX_INTERIM = 64  # interim responses before one response; more is an error of the peer
-MAX_DRAIN = 64 * 1024  # bytes of an unwanted body that are read to keep the connection
-IDLE_TIMEOUT = 75.0  # seconds a kept connection may be silent; as nginx
+MAX_CHALLENGES = 2 * 1024  # bytes of WWW-Authenticate; a longer one does not reach the client
+MAX_REQUEST_LINE = 8 * 1024  # bytes; RFC 9112, 3 recommends at least 8000; a longer one gets 414
+MAX_BLANK_LINES = 4  # empty lines accepted before a request line (RFC 9112, 2.2); more get 400
+MAX_INNER_HEAD = 48 * 1024  # bytes of a head inside the tunnel: the relay has added Via and X-Forwarded-*
+MAX_INNER_FIELDS = 128  # header fields inside the tunnel, for the same reason
+MAX_CHUNK_LINE = 4 * 1024  # bytes of a chunk's size and extensions; more get 400
+MAX_CHUNK_WASTE = 64 * 1024  # bytes of chunk extensions and trailers in one body, which are discarded; more get 400
+MAX_INTERIM = 64  # interim responses before one response; more are an error (502)
+MAX_DRAIN = 64 * 1024  # bytes of an unwanted body that are read to keep the connection; more close it
+IDLE_TIMEOUT = 75.0  # seconds that a connection stays open without a request; as nginx
 HEAD_TIMEOUT = 10.0  # seconds from a head's first byte to its last
-STALL_TIMEOUT = 60.0  # seconds without a byte moving before a peer is dropped; as nginx
-RELAY_STALL_TIMEOUT = 240.0  # the same for a server that sends to its relay, which knows better how its clients do
-P7_TIMEOUT = 3600.0  # seconds; P7 comes when the client has read what lies in the kernels' buffers, slowly perhaps
-LINGER_TIMEOUT = 2.0  # seconds without a byte after which a connection that is to be closed is closed (RFC 9112, 9.6)
-MAX_LINGER_TIMEOUT = 30.0  # seconds, and
-MAX_LINGER = 64 * 1024 * 1024  # bytes that are discarded at most meanwhile
-MAX_SCRAPER_DAYS = 30  # that a scraper's key may be valid
+STALL_TIMEOUT = 60.0  # seconds without a byte moving after which a connection is aborted; as nginx
+RELAY_STALL_TIMEOUT = 240.0  # the same for a server that sends P5: the relay aborts a stalled client itself, earlier
+P7_TIMEOUT = 3600.0  # seconds to wait for P7: it comes after the client has read also what kernels had buffered
+LINGER_TIMEOUT = 2.0  # seconds without a byte after which a half-closed connection is closed (RFC 9112, 9.6)
+MAX_LINGER_TIMEOUT = 30.0  # seconds after which it is closed in any case
+MAX_LINGER = 64 * 1024 * 1024  # bytes discarded from it after which it is closed in any case
+MAX_SCRAPER_DAYS = 30  # days that a scraper's key may be valid
 EXPECT_TIMEOUT = 1.0  # seconds that a client waits for 100 Continue before it sends a body (RFC 9110, 10.1.1)
-GRACE_PERIOD = 30.0  # seconds that work in flight has to finish at a stop
-SWEEP_INTERVAL = 0.25  # seconds between two looks at what has run out of time
-SMALL_BODY = 128 * 1024  # bytes; a body up to here is read at once and leaves in one write with its head
-WRITE_HIGH_WATER = 64 * 1024  # bytes; more than that in a connection's buffer waits for the peer to take some
+GRACE_PERIOD = 30.0  # seconds that requests in flight have to finish at a stop
+SWEEP_INTERVAL = 0.25  # seconds between two checks of all deadlines
+SMALL_BODY = 128 * 1024  # bytes; a body up to this size is read at once and sent in one write with its head
+WRITE_HIGH_WATER = 64 * 1024  # bytes; with more in a connection's buffer, `send` waits for the peer
 READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
-SPLICE_MIN = 256 * 1024  # bytes still to come from which on a pipe and four descriptors are worth while
-SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile; the loop is held for about half a millisecond
-MAX_RANGES = 64  # of one request; more gets the whole file, which is cheaper for both (RFC 9110, 14.2)
-MAX_KEY = 128  # bytes of an API key; longer ones are refused before they are hashed
+SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
+SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile, which blocks the loop for about half a millisecond
+MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.2)
+MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashed
 MAX_P3_REQUESTS = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
-MAX_BATCHES_BYTES = (
-    8 * 1024 * 1024
-)  # bytes of one server's batches that the relay reads at once: eight servers' of a name
-MAX_INLINE = 64 * 1024  # bytes of a request's body that travels in P3; longer ones are fetched
+MAX_BATCHES_BYTES = 8 * 1024 * 1024  # bytes of one name's batches that the relay reads at the same time
+MAX_INLINE = 64 * 1024  # bytes of a request's body that is sent inside P3; the server fetches a longer one
 MAX_INLINE_TOTAL = 16 * 1024 * 1024  # bytes of all such bodies that wait at the relay
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
-MAX_FROM_ADDRESS = 500  # requests of one client's address that one server may have waiting or being answered
-MAX_LOST = 200  # ids in one PTTH-Lost: 6.6 KiB, and nginx takes 8 KiB for one field
+MAX_FROM_ADDRESS = 500  # requests from one client address waiting or in flight at one server; the next gets 503
+MAX_LOST = 200  # ids in one PTTH-Lost: 6.6 KiB, and nginx accepts 8 KiB for one field
 MAX_INSTANCES = 64  # servers of one name that are counted
-SPARE_DESCRIPTORS = 64  # kept for files and for who is connected: new connections get 503 before the last are taken
-MAX_ACCEPTS = 32  # connections accepted in one turn; fewer than are spare
-HASH_SHARE = 0.2  # of the relay's time for hashing keys that are not verified yet, with names that are registered
-STRANGER_SHARE = (
-    0.05  # the same with names that are not; without the blake3 package a hash takes a tenth of a millisecond
-)
+SPARE_DESCRIPTORS = 64  # reserved for files and open connections; with only these left, a new connection gets 503
+MAX_ACCEPTS = 32  # connections accepted in one turn of the loop; fewer than SPARE_DESCRIPTORS
+HASH_SHARE = 0.2  # share of the relay's time for hashing unverified keys of registered names
+STRANGER_SHARE = 0.05  # the same for names that are not registered; a hash without the blake3 package takes 0.1 ms
 HASH_WAIT = 10.0  # seconds that a request waits for its key's hash, then 503
-MAX_PARKED = 64  # open P1 for one name
-MAX_HANDLERS = 256  # handlers at work at once on a server; other requests wait at the relay
-MAX_RUST_FIELD = 3 * 1024  # bytes of the original's field of P5; a status and a few fields take 300
-MAX_RUST = 4 * 1024 * 1024  # bytes of a P3 in the original's form, which says each byte of a field by itself
-MAX_AUDIT_EVENTS = 1000  # lines of the audit log
-MAX_AUDIT_ROWS = 200  # of them on its page
-MAX_QUERY = 1000  # characters in which a directory's options are looked for
+MAX_PARKED = 64  # P1 waiting for one name; one more ends the oldest
+MAX_HANDLERS = 256  # requests that a server handles at the same time; others wait at the relay
+MAX_RUST_FIELD = 3 * 1024  # bytes of the field with the response's head in a P5 of the Rust form; usual are 300
+MAX_RUST = 4 * 1024 * 1024  # bytes of a P3 in the Rust form: each byte of a field's value is one or two bytes of it
+MAX_AUDIT_EVENTS = 1000  # lines of the audit log; older ones are forgotten
+MAX_AUDIT_ROWS = 200  # lines of it shown on its page
+MAX_AUDIT_TEXT = 200  # characters of a path or an address in it
+MAX_QUERY = 1000  # characters of a query in which a directory's options are looked for
 MAX_LOGGED = 1000  # characters of a request line, of Referer and of User-Agent in the access log
-MAX_AUDIT_TEXT = 200  # characters of a path or of an address in it
-MAX_UNREGISTERED = 100  # names remembered for /frontend/unregistered_servers
-POLL_WAIT = 25.0  # seconds a P1 waits; common proxies give up at 60, the original's server at 30
-P1_TIMEOUT = 35.0  # seconds after which the server takes an unanswered P1 for lost
-RESPONSE_TIMEOUT = 50.0  # seconds for a response's head; nginx itself gives up at 60
-FETCH_GRACE = 5.0  # seconds that a response may still come in after the server stopped reading the request's body
-RECONNECT_WAIT = 10.0  # seconds that a request waits for a server that may be reconnecting
-RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server takes a quicker empty answer for a failure
-DISCONNECTED_AFTER = 2.0  # seconds without any of its connections after which a server is shown as away
-UNAVAILABLE_AFTER = 60.0  # seconds after which a silent server counts as away
-MAX_IDLE_AGE = 20.0  # seconds; an idle connection older than this may be dead behind a NAT
-APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response
-APP_WAIT = 2.0  # seconds in which a connection to an app is tried again: it may be restarting
+MAX_UNREGISTERED = 100  # names shown at /frontend/unregistered_servers
+POLL_WAIT = 25.0  # seconds that a P1 waits; common proxies give up after 60, the server in Rust after 30
+P1_TIMEOUT = 35.0  # seconds after which the server closes an unanswered P1 and polls again
+RESPONSE_TIMEOUT = 50.0  # seconds for a response's head, then 504; nginx itself gives up after 60
+FETCH_GRACE = 5.0  # seconds for a response after the server has stopped reading the request's body
+RECONNECT_WAIT = 10.0  # seconds that a request waits for a server without a connection, then 503
+RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server treats a quicker empty P3 as an error
+DISCONNECTED_AFTER = 2.0  # seconds without a connection before a server is shown as disconnected
+UNAVAILABLE_AFTER = 60.0  # seconds without a connection after which new requests get 503 at once
+MAX_IDLE_AGE = 20.0  # seconds; an idle connection older than this is not reused: a NAT may have dropped it
+APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response, then 504
+APP_WAIT = 2.0  # seconds in which a connection to an app is tried again, because it may be restarting
 CONNECT_TIMEOUT = 10.0  # seconds to open a connection
 CONNECT_DELAY = 0.25  # seconds before the next address of a name is tried, too (RFC 8305, 5)
 BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0  # seconds between two attempts to reach the relay
-REFUSED_DELAY = 5.0  # seconds before the next attempt when somebody must change something first: a key, a proxy
-NEAR_ROUND_TRIP = 0.005  # seconds to the relay; nearer than this one P1 is best, further away eight
-SAMPLES = 3  # round trips of which the shortest tells how far away the relay is
-MEASURE_INTERVAL = 300.0  # seconds after which the server measures that again
-FAR_P1 = 8
-FAR_BATCHES = 4  # of responses under way at once, over a distance
-BACKEND = "/7ZSFUKGV/"
+REFUSED_DELAY = 5.0  # seconds before the next attempt when a key or a proxy's settings must be changed first
+NEAR_ROUND_TRIP = 0.005  # seconds to the relay; if it is nearer, one P1 is best, otherwise FAR_P1
+SAMPLES = 3  # round trips measured; the shortest counts
+MEASURE_INTERVAL = 300.0  # seconds after which the server measures again
+FAR_P1 = 8  # P1 open at the same time
+FAR_BATCHES = 4  # batches of responses in flight at the same time, if the relay is not near
+BACKEND = "/7ZSFUKGV/"  # the path of P1 and P5 at the relay
 
 
 class ProtocolError(Exception):
-    """Something that is answered with `status`: a parser raises it, and never answers anybody itself.
+    """An error that becomes a response with `status`, and with `reason` as its text.
 
-    `close` says that the connection cannot be used further, since nobody knows where the next message begins.
+    A parser only raises it; its caller sends the response. `close`: close the connection after it, because the start
+    of the next message is unknown. `headers`: further fields of the response.
     """
 
     def __init__(self, status: int, reason: str, *, close: bool = False, headers: Iterable[tuple[str, str]] = ()):
@@ -183,11 +180,11 @@ class ProtocolError(Exception):
 
 
 class IncompleteBody(ConnectionError):
-    """A body that ended before its length: what has been sent of it must not look complete."""
+    """A body that ended before its length. A message with that body must not look complete to its receiver."""
 
 
 class UserError(Exception):
-    """A user's mistake, in words for that user; ends the program with one line for each of them."""
+    """A mistake in flags, files or the environment. `main` prints each of `lines` on stderr and exits with `status`."""
 
     def __init__(self, *lines: str, status: int = 1) -> None:
         super().__init__(*lines)
@@ -195,12 +192,12 @@ class UserError(Exception):
 
 
 def format_error(error: BaseException) -> str:
-    """Say in one line what went wrong."""
+    """Format an error as text of one line."""
     if isinstance(error, ProtocolError):
         return error.reason
     if isinstance(error, OSError) and error.errno and type(error).__module__ == "builtins":
-        return os.strerror(error.errno).lower()  # what asyncio and socket add repeats the address
-    if numbers := re.findall(r"\[Errno ([0-9]+)\]", str(error)):  # asyncio's, of several addresses
+        return os.strerror(error.errno).lower()  # asyncio and socket add the address, which the caller prints
+    if numbers := re.findall(r"\[Errno ([0-9]+)\]", str(error)):  # from asyncio, for several addresses
         return ", ".join(dict.fromkeys(os.strerror(int(number)).lower() for number in numbers))
     if isinstance(error, TimeoutError) and not str(error):
         return "no answer in time"
@@ -213,9 +210,9 @@ def log_line(line: str) -> None:
 
 
 def write_stderr(text: str) -> None:
-    """Write to stderr; a full disk or a closed stderr stops nobody's work.
+    """Write to descriptor 2. A full disk or a closed stderr is ignored.
 
-    Past sys.stderr, which keeps what it could not write and fails again when the program ends.
+    Not through sys.stderr, which keeps unwritten text and raises again at exit.
     """
     try:
         os.write(2, text.encode("utf-8", "backslashreplace"))
@@ -223,12 +220,12 @@ def write_stderr(text: str) -> None:
         pass
 
 
-# Control characters would let a stranger write to the operator's terminal, or forge a line of the log.
+# Control characters in a client's text could control the operator's terminal, or forge a line of the log.
 CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 # -- 2. Tripcodes --
-# An API key's public half. Knows nothing of HTTP.
+# The tripcode of an API key: the relay knows only that. Does not use HTTP.
 
 _IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
 _PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)
@@ -283,7 +280,7 @@ def builtin_blake3(data: bytes) -> bytes:
 
 @functools.cache
 def _fastest_blake3() -> Callable[[bytes], bytes]:
-    """Return the blake3 package's hash when it is installed; to look for it each time costs half as much as a hash."""
+    """Return the blake3 package's hash function if it is installed, else the built-in one. Cached: imports are slow."""
     try:
         from blake3 import blake3  # type: ignore[import-not-found, unused-ignore]  # it may be missing
     except ImportError:
@@ -308,7 +305,7 @@ def is_same_secret(one: bytes, other: bytes) -> bool:
     return hmac.compare_digest(one, other)
 
 
-# What people type instead of choosing: the alphabet, and the rows and columns of a keyboard.
+# Sequences that people type instead of random characters: the alphabet, and the rows and columns of a keyboard.
 _LINES = (
     "abcdefghijklmnopqrstuvwxyz", "0123456789", "1234567890-=", "qwertyuiop[]", "asdfghjkl;'", "zxcvbnm,./",
     "1qaz", "2wsx", "3edc", "4rfv", "5tgb", "6yhn", "7ujm", "8ik,", "9ol.", "0p;/",
@@ -316,12 +313,12 @@ _LINES = (
 _PLACES = {character: [line for line in _LINES if character in line] for character in set("".join(_LINES))}
 _WORDS = ("password", "passwort", "secret", "admin", "letmein", "welcome", "iloveyou", "changeme", "default", "server")
 _UNSHIFTED = str.maketrans('!@#$%^&*()_+{}:"<>?', "1234567890-=[];',./")
-_PATTERN_BITS = 8  # to say which pattern comes next, and how long it is
+_PATTERN_BITS = 8  # bits of chance in which pattern comes next, and in its length
 MIN_KEY_BITS = 56  # a tripcode may become public, and a graphics card tries 2**33 keys a second
 
 
 def _line_length(text: str, at: int) -> int:
-    """Return for how many characters `text` goes along one of _LINES with an even step, forth or back."""
+    """Return how many characters of `text` from `at` follow one of _LINES, in equal steps forward or backward."""
     longest = 1
     for line in _PLACES.get(text[at], ()):
         place, length = line.index(text[at]), 1
@@ -331,13 +328,13 @@ def _line_length(text: str, at: int) -> int:
         while at + length < len(text) and line[(place + step) % len(line)] == text[at + length]:
             place += step
             length += 1
-        if abs(step) <= 2 or length > 3:  # three characters with another step are chance
+        if abs(step) <= 2 or length > 3:  # three characters with a larger step are chance
             longest = max(longest, length)
     return longest
 
 
 def _pattern_length(text: str, at: int) -> int:
-    """Return for how many characters the rest of `text` repeats what was before, forth or back, or follows a line."""
+    """Return how many characters of `text` from `at` repeat earlier ones, forward or backward, or follow a line."""
     length = 0
     while at + length < len(text):
         next_one = text[at : at + length + 1]
@@ -348,7 +345,7 @@ def _pattern_length(text: str, at: int) -> int:
 
 
 def _pattern_bits(text: str) -> float:
-    """Estimate the bits of chance in a text: patterns have few, single characters all. Ends at MIN_KEY_BITS."""
+    """Estimate the bits of chance in a text, up to MIN_KEY_BITS: a pattern has few, every other character all."""
     kinds = ((26, str.isalpha), (10, str.isdigit), (33, lambda c: not c.isalnum()))
     single = math.log2(sum(size for size, is_kind in kinds if any(map(is_kind, text))))
     bits, at = 0.0, 0
@@ -363,8 +360,8 @@ def _pattern_bits(text: str) -> float:
 def is_guessable(key: str) -> bool:
     """Estimate whether a key has less than MIN_KEY_BITS of chance.
 
-    Each of up to four columns is looked at by itself, too, as in a1b2c3d4 or 1qaz2wsx. Capitals and shifted
-    characters are what they are without the shift key, and each change between the two counts for two bits.
+    The key is also read by columns, 2 to 4 of them, to find patterns as in a1b2c3d4 or 1qaz2wsx. A shifted character
+    counts as the same key without shift; each change between shifted and not adds two bits.
     """
     plain = key.translate(_UNSHIFTED).lower()
     shifts = "".join("^" if one != other else "." for one, other in zip(key, plain, strict=True))
@@ -392,7 +389,7 @@ def key_weakness(key: str) -> str | None:
 
 
 # -- 3. Messages --
-# Requests and responses as values, and the seam between who reads them and who answers. Knows no syntax.
+# Request and Response as values, and the type of a handler. No parsing, no sockets.
 
 Fields = list[tuple[str, str]]
 
@@ -400,14 +397,15 @@ Fields = list[tuple[str, str]]
 class Headers(dict[str, str]):
     """Header fields by lower-case name; the values of several fields of one name joined by commas (RFC 9110, 5.3).
 
-    A dict, since a request is looked at twenty times; `pairs` has the fields in their order, as they came.
+    A dict, because the fields of one request are looked up about twenty times. `pairs` has every field as
+    (name, value), as it was sent and in the order of arrival.
     """
 
     __slots__ = ("pairs",)
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
         self.pairs: Fields = pairs if isinstance(pairs, list) else list(pairs)
-        for name, value in self.pairs:  # twice as fast as handing them to dict()
+        for name, value in self.pairs:  # twice as fast as dict()
             self[name.lower()] = value
         if len(self) < len(self.pairs):
             values: dict[str, list[str]] = {}
@@ -417,63 +415,63 @@ class Headers(dict[str, str]):
                 self[name] = ", ".join(several)
 
     def all(self, name: str) -> list[str]:
-        """Return the value of each field of that name."""
+        """Return the value of each field called `name` (in lower case)."""
         return [value for key, value in self.pairs if key.lower() == name]
 
     def tokens(self, name: str) -> list[str]:
-        """Return the members of a comma-separated list, in lower case (RFC 9110, 5.6.1); from MAX_MEMBERS on as one."""
+        """Return the members of a comma-separated list in lower case (RFC 9110, 5.6.1); after MAX_MEMBERS the rest."""
         parts = self.get(name, "").split(",", MAX_MEMBERS)
         return [member for part in parts if (member := part.strip(" \t").lower())]
 
 
 class Peer(Protocol):
-    """What a handler may know of the other end of a request's connection."""
+    """The connection of a request, as far as a handler may use it."""
 
-    peer: str  # its address, for logs and X-Forwarded-For
-    must_close: bool  # one of the two sides has said "Connection: close"
+    peer: str  # the peer's address, for logs and X-Forwarded-For
+    must_close: bool  # the connection will be closed after this response
     on_close: list[Callable[[], None]]  # called once when the connection ends
 
     def at_eof(self) -> bool:
-        """Return whether the peer has ended its side or reset the connection."""
+        """Return whether the peer will send no more: the connection is half-closed or closed."""
 
     def is_closed(self) -> bool:
-        """Return whether the connection was reset: a client that only ended its side still waits for the answer."""
+        """Return whether the connection is closed in both directions. A half-closed client waits for its response."""
 
     def abort(self) -> None:
-        """Close at once; what was not sent yet is lost."""
+        """Close at once; unsent bytes are dropped."""
 
 
 class Sink(Protocol):
-    """Where a body puts its bytes."""
+    """What a body is written to: a connection, or a wrapper around one."""
 
-    can_send_file: bool  # otherwise a file's bytes go by `send`
-    can_splice: bool  # otherwise what another connection receives goes by `send`
+    can_send_file: bool  # if not, a file's bytes are sent by `send`
+    can_splice: bool  # if not, bytes that another connection receives are sent by `send`
 
     @property
     def written(self) -> int:
-        """The bytes that were put there until now."""
+        """The number of bytes written so far."""
 
     async def send(self, data: bytes) -> None:
-        """Send `data`; returns when more can be taken. ConnectionError when the peer is gone or stalls."""
+        """Send `data`; returns when the sink can take more. ConnectionError when the connection is closed or stalls."""
 
     async def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Send `count` bytes of an open file; raises IncompleteBody when the file is shorter."""
+        """Send `count` bytes of an open file from `offset`; raises IncompleteBody when the file is shorter."""
 
     async def splice(self, source: Any, count: int) -> bool:
-        """Send the next `count` bytes that the connection `source` receives; False if that was not possible."""
+        """Send the next `count` bytes that the connection `source` receives; False, and nothing sent, if impossible."""
 
 
 class Body:
     """The content of a message (RFC 9110, 6.4): read at most once, by `read`, by iteration or by `write_to`.
 
-    Who receives a Response owns its body and calls `aclose` once, sent or not.
+    The receiver of a Response owns its body and calls `aclose` once, whether the body was sent or not.
     """
 
-    length: int | None = None  # bytes; None when only the end of the body tells
-    data: bytes | None = None  # all of it, if it is in memory
-    complete = True  # False while bytes of it are still to come from a peer
+    length: int | None = None  # bytes; None if it is not known before the end
+    data: bytes | None = None  # the whole body, if it is in memory
+    complete = True  # False while the peer has not sent all of it
     expects = False  # the peer waits for 100 Continue before it sends the body
-    replayable = False  # `write_to` may be called again, and begins anew
+    replayable = False  # `write_to` may be called again, and starts from the beginning
     _pieces: AsyncIterator[bytes] | None = None
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -481,7 +479,7 @@ class Body:
 
     @property
     def known_length(self) -> int | None:
-        """The bytes still to come, also of a body that has arrived without a length; None when that is not known."""
+        """The bytes still to be read; None if unknown. Known also for a chunked body that has arrived completely."""
         return self.length
 
     async def read(self) -> bytes:
@@ -503,17 +501,17 @@ class Body:
     async def write_to(self, sink: Sink) -> None:
         """Send the whole body.
 
-        Raises IncompleteBody when the body has fewer bytes than `length`, ConnectionError when the peer is gone or
-        stalls. The caller must then close the connection so that the peer sees an incomplete message.
+        Raises IncompleteBody when the body has fewer bytes than `length`, ConnectionError when the connection is closed
+        or stalls. The caller must then close the connection so that the peer sees an incomplete message.
         """
         async for piece in self:
             await sink.send(piece)
 
     async def check(self, *, discard: bool) -> None:
-        """Look at the framing of a body before it is answered; with `discard` read the body, too, as nobody will."""
+        """Check the framing before the handler runs; `discard`: the handler does not read this body."""
 
     async def drain(self) -> bool:
-        """Discard the rest, MAX_DRAIN bytes at most; return whether the body has ended: the next message can follow."""
+        """Discard the rest, MAX_DRAIN bytes at most. Return True at the end: then the connection can be reused."""
         return True
 
     async def aclose(self) -> None:
@@ -551,7 +549,7 @@ class PrefixedBody(Body):
 
 
 class AbsentBody(BytesBody):
-    """The body of an answer to HEAD: its length is told, its bytes are not sent (RFC 9110, 9.3.2)."""
+    """The body of a response to HEAD: Content-Length is sent, the bytes are not (RFC 9110, 9.3.2)."""
 
     def __init__(self, length: int | None) -> None:
         super().__init__()
@@ -563,29 +561,29 @@ EMPTY = BytesBody()
 
 @dataclass(slots=True)
 class Request:
-    """A request as a handler sees it: `target` begins with a slash (or is "*"), raw as it was sent."""
+    """A request as a handler gets it: `target` begins with a slash (or is "*"), not decoded."""
 
     method: str
     target: str
     headers: Headers
-    minor: int = 1  # of HTTP/1.x
+    minor: int = 1  # x of HTTP/1.x
     body: Body = EMPTY
-    connection: Peer | None = None  # None where there is none of its own: behind a tunnel
-    secure: bool = False
-    upgrade: str = ""  # the protocol of an Upgrade field that may be followed; after a 101, `body` has no framing
+    connection: Peer | None = None  # None behind the tunnel: the client's connection ends at the relay
+    secure: bool = False  # it came by TLS
+    upgrade: str = ""  # the protocol that Upgrade asks for, if supported; after a 101, `body` has no framing
 
     @property
     def peer(self) -> str:
-        """The address that the request came from, or "-"."""
+        """The address of the client, or "-"."""
         return self.connection.peer if self.connection else "-"
 
 
 @dataclass(slots=True)
 class Response:
-    """A response as a handler makes it: without the fields of framing and connection, which are the HTTP server's.
+    """A response as a handler makes it; the HTTP server adds the fields for framing and connection.
 
-    `sent(complete, size)` is called once, when writing has ended: whether all was written, and the bytes of the body
-    that were. `close` asks to close the connection after this response.
+    `on_sent(complete, size)` is called once, when writing has ended: whether all was written, and how many bytes of the
+    body. `close`: close the connection after this response.
     """
 
     status: int
@@ -595,13 +593,13 @@ class Response:
     close: bool = False
 
 
-# What answers requests: the files, a web app, or a server behind the tunnel.
+# A handler answers requests: from files, by a web app, or by a server behind the tunnel.
 #
-# A handler may raise ProtocolError, which becomes that response, and IncompleteBody of the request's
-# own body, when there is nobody left to answer. A TimeoutError becomes 504, another IncompleteBody 502, all else 500
-# and a traceback in the log. It does not change the request; its caller does not change the response's list of fields.
-# Who receives the response closes its body, exactly once, whether it was sent or not. The HTTP server cancels a
-# handler whose client has reset the connection.
+# It may raise ProtocolError, which becomes a response with that status, and IncompleteBody when the client has ended
+# the request's body early: then no response is sent. TimeoutError becomes 504, every other IncompleteBody 502, any
+# other exception 500 and a traceback in the log. A handler does not change the request; its caller does not change
+# the list of the response's fields. The receiver of the response closes its body, exactly once, whether it was sent
+# or not. The HTTP server cancels a handler when its client resets the connection.
 Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 
