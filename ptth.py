@@ -1571,12 +1571,15 @@ def json_response(value: object) -> Response:
     return Response(200, fields, BytesBody(json.dumps(value).encode()))
 
 
+_WEIGHT = re.compile(r"(?:\A|;)\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*(?:;|\Z)")
+
+
 def parse_weights(headers: Headers, name: str) -> dict[str, float]:
     """Return the members of an Accept field with their weights, 0 for what is not wanted (RFC 9110, 12.4.2)."""
     found = {}
     for token in headers.tokens(name):
         what, _, parameters = token.partition(";")
-        weight = re.search(r"(?:\A|;)\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*(?:;|\Z)", parameters)
+        weight = _WEIGHT.search(parameters) if parameters else None
         found[what.strip()] = float(weight[1]) if weight else 1.0
     return found
 
@@ -3252,12 +3255,12 @@ def media_type(name: bytes, beginning: bytes | None = None) -> str:
 
 
 SNIFFED = 4096  # bytes of a file that are looked at; also the size that /sys gives to what it makes up
-_BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # as browsers decide (MIME Sniffing, 3)
+_BINARY = bytes((*range(9), 11, *range(14, 27), *range(28, 32)))  # as browsers decide (MIME Sniffing, 3)
 
 
 def is_text(beginning: bytes) -> bool:
     """Return whether a file that begins so is text in UTF-8."""
-    if _BINARY.search(beginning):
+    if len(beginning.translate(None, _BINARY)) < len(beginning):  # six times as fast as a search by a pattern
         return False
     try:
         beginning.decode()
@@ -3553,6 +3556,8 @@ class Site:
 
     def _open_if_there(self, segments: tuple[bytes, ...], *fatal: int) -> Found | None:
         """Open a regular file that need not be there; ProtocolError for the statuses that are `fatal`."""
+        if not (fatal or os.access(self._inside + b"/".join(segments), os.F_OK)):
+            return None  # as nearly always: so it costs no exceptions
         try:
             found = self.open(segments)
         except ProtocolError as error:
@@ -5933,11 +5938,14 @@ class Workers:
             work.close()
 
     def add(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
-        """Let a request be handled, and its response be sent; one that is worked on already is ignored."""
+        """Let `start` handle a request, and its response be sent; one that is worked on already is ignored."""
         if request_id in self.request_ids:
             return
         self.request_ids[request_id] = sender
         self._queue.append((request_id, request, sender))
+
+    def start(self) -> None:
+        """Begin to work on the requests that were added."""
         self._look_for_room()
         self._start_worker()
 
@@ -6426,10 +6434,13 @@ class Link:
         """P3: let its requests be handled."""
         original = self._sender.rust_relay and data
         fetch = functools.partial(FetchedBody, self.client, self._key)
-        for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, fetch):
-            if request_id in self._sender.lost:  # offered again before the relay was told: this time it may get through
-                self._sender.lost.remove(request_id)
-            self._workers.add(request_id, request, self._sender)
+        try:
+            for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, fetch):
+                if request_id in self._sender.lost:  # offered again before the relay was told: this time it may arrive
+                    self._sender.lost.remove(request_id)
+                self._workers.add(request_id, request, self._sender)
+        finally:
+            self._workers.start()
 
 
 class TunnelServer:
