@@ -148,6 +148,8 @@ FETCH_GRACE = 5.0  # seconds for a response after the server has stopped reading
 RECONNECT_WAIT = 10.0  # seconds that a request waits for a server without a connection, then 503
 RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server treats a quicker empty P3 as an error
 DISCONNECTED_AFTER = 2.0  # seconds without a connection before a server is shown as disconnected
+MAX_CHECK_AGE = 10.0  # seconds; three health checks within them mean that a balancer checks this relay
+DRAIN_TIME = 6.0  # seconds for which such a relay works on at a stop; HAProxy needs 3 failed checks, one every 2 s
 UNAVAILABLE_AFTER = 60.0  # seconds without a connection after which new requests get 503 at once
 MAX_IDLE_AGE = 20.0  # seconds; an idle connection older than this is not reused: a NAT may have dropped it
 APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response, then 504
@@ -5050,6 +5052,8 @@ class RelayState:
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
         self.connection_count: Callable[[], int] = int  # how many are open: the HTTP server knows
         self.stopping = False
+        self.draining = False  # it works, but balancers are told to send nothing more
+        self.checks: deque[float] = deque(maxlen=3)  # when balancers asked for its health
         self.configure(config)
 
     def configure(self, config: RelayConfig) -> None:
@@ -5214,7 +5218,7 @@ class Desk:
             "/frontend/audit_log": self._audit_counts,
             "/frontend/debug/": self._debug,
             "/frontend/tls_check": self._tls_check,
-            "/frontend/relay_up_check": lambda request: text_response(200, "Relay is up\n", [NO_STORE]),
+            "/frontend/relay_up_check": self._up_check,
             "/ptth.py": lambda request: Response(
                 200,
                 [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff")],
@@ -5312,6 +5316,13 @@ class Desk:
         return "\n".join(lines) + "\n"
 
     # pages
+
+    def _up_check(self, request: Request) -> Response:
+        """Tell monitors and balancers whether to send requests here."""
+        self.state.checks.append(self.state.loop.time())
+        if self.state.draining:
+            raise ProtocolError(503, "the relay is stopping", headers=[NO_STORE])
+        return text_response(200, "Relay is up\n", [NO_STORE])
 
     def _tls_check(self, request: Request) -> Response:
         """Tell a proxy whether `?domain=HOST` is a server's host, for which it should get a certificate."""
@@ -5881,6 +5892,13 @@ class Relay:
         for exchange in list(server.waiting.values()):
             if now - max(exchange.moved, absent_since) >= RECONNECT_WAIT:
                 exchange.fail(503, f"the server {server.name} is not connected")
+
+    async def drain(self) -> None:
+        """Fail the health check, and work on for DRAIN_TIME if a balancer makes it: no client will meet the stop."""
+        state = self.state
+        state.draining = True
+        if len(state.checks) == 3 and state.loop.time() - state.checks[0] < MAX_CHECK_AGE:
+            await asyncio.sleep(DRAIN_TIME)
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Take no new work; what was accepted is finished, since the servers' P5 are still taken."""
@@ -7312,10 +7330,12 @@ def print_scraper_key(name: str) -> None:
 
 
 async def stop_relay(relay: Relay, server: HTTPServer) -> None:
-    """Stop taking work, then the rest: GRACE_PERIOD for both together."""
-    end = asyncio.get_running_loop().time() + GRACE_PERIOD
-    await relay.stop()
-    await server.stop(end - asyncio.get_running_loop().time())
+    """Let balancers know, stop taking work, then the rest: GRACE_PERIOD for all together."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + GRACE_PERIOD
+    await relay.drain()
+    await relay.stop(end - loop.time())
+    await server.stop(end - loop.time())
 
 
 async def run_server(args: argparse.Namespace) -> None:

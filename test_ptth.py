@@ -6004,14 +6004,14 @@ class TestSeveralRelays:
         await running
 
     @staticmethod
-    def get(relay: Tunnel) -> int:
+    def reach(relay: Tunnel) -> int:
         return one(fetch(relay.port, get("/frontend/servers/n/")))[0]
 
     def test_each_relay_reaches_the_server_and_one_handler_answers(
         self, background: Background, relays: list[Tunnel]
     ) -> None:
         server, running = background.run(self.attend(relays))
-        assert [self.get(relay) for relay in relays] == [200, 200, 200]
+        assert [self.reach(relay) for relay in relays] == [200, 200, 200]
         assert all(relay.relay.state.servers["n"].connected for relay in relays)
         background.run(self.end(server, running))
         assert not any(relay.relay.state.servers["n"].parked for relay in relays)
@@ -6034,14 +6034,14 @@ class TestSeveralRelays:
             return all(f"//127.0.0.1:{port}: " in told for port in (good.port, refusing.port, away))
 
         eventually(has_told)
-        assert self.get(good) == 200 and server.connected.is_set()
+        assert self.reach(good) == 200 and server.connected.is_set()
         states = dict(re.findall("ptth server: http://127.0.0.1:([0-9]+): (.*)", told))
         assert "connected to the relay" in states[str(good.port)]
         assert "refuses the name n with this key (401)" in states[str(refusing.port)]
         assert "no connection to" in states[str(away)]
         background.loop.call_soon_threadsafe(refusing.relay.configure, good.relay.state.config)
         eventually(lambda: refusing.relay.state.servers["n"].connected)  # it was let in later, by itself
-        assert self.get(refusing) == 200
+        assert self.reach(refusing) == 200
         background.run(self.end(server, running))
 
     def test_connected_says_whether_any_relay_is(self, background: Background, relays: list[Tunnel]) -> None:
@@ -6054,7 +6054,7 @@ class TestSeveralRelays:
 
         background.run(end(relays[0]))
         eventually(lambda: not server.links[0].connected.is_set())
-        assert server.connected.is_set() and self.get(relays[1]) == 200
+        assert server.connected.is_set() and self.reach(relays[1]) == 200
         background.run(end(relays[1]))
         eventually(lambda: not server.connected.is_set())
         background.run(self.end(server, running))
@@ -6075,6 +6075,38 @@ class TestSeveralRelays:
         eventually(lambda: len(far.relay.state.servers["n"].parked) == ptth.FAR_P1)
         assert len(near.relay.state.servers["n"].parked) <= 1
         background.run(self.end(server, running))
+
+    CHECK = get("/frontend/relay_up_check")
+
+    @pytest.mark.parametrize(("checks", "drains"), [(3, True), (9, True), (2, False), (0, False)])
+    def test_a_relay_that_a_balancer_checks_works_on_until_that_knows_of_the_stop(
+        self, checks: int, drains: bool, background: Background, bare_relay: Tunnel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "DRAIN_TIME", 3600)
+        assert all(one(bare_relay.fetch(self.CHECK))[0] == 200 for _ in range(checks))
+
+        async def drain() -> object:
+            task = asyncio.create_task(bare_relay.relay.drain())
+            await asyncio.wait({task}, timeout=0 if drains else 20)
+            return task
+
+        task = background.run(drain())
+        assert one(bare_relay.fetch(self.CHECK))[0] == 503
+        assert one(bare_relay.fetch(get("/frontend/servers/")))[0] == 200
+        assert task.done() != drains
+        background.loop.call_soon_threadsafe(task.cancel)
+
+    def test_checks_that_are_long_past_delay_no_stop(self, bare_relay: Tunnel, background: Background) -> None:
+        bare_relay.relay.state.checks.extend([background.loop.time() - ptth.MAX_CHECK_AGE - 1] * 3)
+        background.run(bare_relay.relay.drain(), 5)
+
+    def test_sigterm_drains_then_stops(self, start: object, tmp_path: object) -> None:
+        write_configs(tmp_path, 0)
+        relay = start("relay", cwd=tmp_path, DRAIN_TIME=0.4).listening()
+        for _ in range(3):
+            fetch(relay.port, self.CHECK)
+        began = time.monotonic()
+        assert relay.end() == 0 and time.monotonic() - began >= 0.4
 
     def test_sigterm_finishes_what_is_under_way_at_each(self, start: object, tmp_path: object) -> None:
         size = 1 << 25
