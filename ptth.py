@@ -66,6 +66,7 @@ import signal
 import socket
 import stat
 import struct
+import threading
 import time
 import urllib.parse
 import zlib
@@ -112,6 +113,7 @@ SWEEP_INTERVAL = 0.25  # seconds between two checks of all deadlines
 SMALL_BODY = 128 * 1024  # bytes; a body up to this size is read at once and sent in one write with its head
 WRITE_HIGH_WATER = 64 * 1024  # bytes; with more in a connection's buffer, `send` waits for the peer
 READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
+SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload after which they are written to the disk
 SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
 SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile, which blocks the loop for about half a millisecond
 MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.2)
@@ -3316,7 +3318,13 @@ def evaluate_preconditions(method: str, headers: Headers, tag: str, modified: in
     return Outcome(206, ranges) if ranges else Outcome(416)
 
 
+def entity_tag(facts: os.stat_result, encoding: str = "") -> str:
+    """Return a file's ETag. It has the inode and its change time: another file may have the same size and time."""
+    return f'"{facts.st_mtime_ns:x}-{facts.st_size:x}-{facts.st_ino:x}-{facts.st_ctime_ns:x}{encoding}"'
+
+
 METHODS = ("GET", "HEAD", "OPTIONS")
+UPLOAD_METHODS = ("PUT", "POST")
 _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
 ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
@@ -3365,6 +3373,7 @@ def is_refused(segments: tuple[bytes, ...], hidden: bool) -> bool:
 
 _is_short_path_refused = functools.lru_cache(256)(is_refused)
 _CONFIGURATIONS = (b"ptth_server.toml", b"ptth_relay.toml")
+PARTIAL = b".ptth-upload-"  # begins the name of a file that is not yet whole
 # What editors, installers and people add to the name of a copy.
 _COPY_MARK = (
     rb"(?:[~#0-9]+|[ ._~#(-]+"
@@ -3373,8 +3382,8 @@ _COPY_MARK = (
 
 
 def secret_names(names: Iterable[bytes]) -> re.Pattern[bytes]:
-    """Return a pattern that finds the names of secret files, of this program's configurations, and of their copies."""
-    patterns = [rb"ptth_(?:server|relay).*\.toml"]
+    """Return a pattern that finds the names of secret files, configurations, copies of both, and unfinished uploads."""
+    patterns = [rb"ptth_(?:server|relay).*\.toml", rb"\A" + re.escape(PARTIAL)]
     for name in {*_CONFIGURATIONS, *names}:
         stem, extension = map(re.escape, os.path.splitext(name))
         copy = _COPY_MARK + rb"?"
@@ -3433,6 +3442,8 @@ class SiteOptions:
     cors: bool = False
     headers: tuple[tuple[str, str], ...] = ()
     auth: str = ""  # "USER:PASSWORD"
+    upload: bool = False
+    max_upload: int = 0  # bytes of one file; 0 is no limit
 
 
 # Names that cannot be one, links in a circle, sockets, devices that are not there.
@@ -3501,6 +3512,8 @@ class Site:
             return bool(pattern.match(compared_name(os.path.basename(place))))
 
         self._is_secret = is_secret
+        self.uploads = Uploads(self) if self.options.upload else None
+        self._allow = ("Allow", ", ".join((*METHODS, *UPLOAD_METHODS) if self.uploads else METHODS))
 
     def tell_secrets(self, command: str) -> None:
         """Tell the operator in one line which secrets lie below the root; only usual places are looked at."""
@@ -3515,11 +3528,13 @@ class Site:
         self, request: Request, segments: tuple[bytes, ...], directory: bool, *, as_json: bool = False
     ) -> Response:
         """Answer a request for what `segments` name below the root; `directory` says that the path names one."""
+        if self.uploads and request.method in UPLOAD_METHODS:
+            return await self.uploads.respond(request, segments, directory)
         if request.method not in METHODS:
             status = 405 if request.method in _KNOWN_METHODS else 501
-            raise ProtocolError(status, f"{request.method} is not possible here", headers=[_ALLOW])
+            raise ProtocolError(status, f"{request.method} is not possible here", headers=[self._allow])
         if request.method == "OPTIONS":
-            return Response(204, [_ALLOW, NOSNIFF])
+            return Response(204, [self._allow, NOSNIFF])
         check = _is_short_path_refused if len(segments) < 32 else is_refused
         if check(segments, self.options.hidden):
             raise ProtocolError(404, "there is nothing here")
@@ -3631,8 +3646,7 @@ class Site:
             found, encoding, vary = self._precompressed(request, found, segments)
             beginning = beginning if found is plain else b""
         facts = found.facts
-        # The inode and when it changed, since a file of the same size and time may be another one.
-        tag = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}-{facts.st_ino:x}-{facts.st_ctime_ns:x}{encoding}"'
+        tag = entity_tag(facts, encoding)
         modified = facts.st_mtime_ns // 1_000_000_000
         now = time.time()
         # RFC 9110, 8.8.2.1: never in the future. Some file systems hold times before the first, too.
@@ -4135,6 +4149,293 @@ def _multipart(
     return MultipartBody(fd, facts, parts, f"\r\n--{boundary}--\r\n".encode("latin-1"))
 
 
+_COMMIT = threading.Lock()  # held from the look whether a name is taken until an upload has it
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+def lock_file(fd: int) -> bool:
+    """Lock an open file; return whether no other process has done so. Windows keeps an open file by itself."""
+    try:
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        return False
+    return True
+
+
+def give_name(partial: bytes, place: bytes) -> None:
+    """Rename a file to a name that must be free. FileExistsError.
+
+    Only a hard link is sure not to replace a file that another program makes meanwhile; not every file system has them.
+    """
+    try:
+        os.link(partial, place)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(place):
+            raise FileExistsError(errno.EEXIST, "the name is taken") from None
+        os.rename(partial, place)
+    else:
+        os.unlink(partial)
+
+
+class PartialFile:
+    """A file that arrives: it is hidden and locked until it is whole. The methods block, so they run in threads.
+
+    A cancelled upload may leave one of them at work in its thread. So they wait for each other.
+    """
+
+    def __init__(self, folder: bytes) -> None:
+        self._folder = folder
+        self._place = os.path.join(folder, PARTIAL + os.urandom(16).hex().encode())
+        self._fd = -1
+        self._busy = threading.Lock()
+        self._unsynced = 0
+        self.ended = False
+
+    def open(self, length: int) -> None:
+        """Make the file. OSError, ENOSPC also when the disk has less than `length` bytes."""
+        import shutil
+
+        if length and shutil.disk_usage(self._folder).free < length:
+            raise OSError(errno.ENOSPC, "no space")
+        with self._busy:
+            if not self.ended:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+                self._fd = os.open(self._place, flags, 0o666)
+                lock_file(self._fd)
+
+    def write(self, data: bytes) -> None:
+        """Append. Each SYNC_SIZE bytes go to the disk at once, as the last sync would take too long otherwise."""
+        with self._busy:
+            view = memoryview(data)
+            while view and not self.ended:
+                view = view[os.write(self._fd, view) :]
+            self._unsynced += len(data)
+            if self._unsynced >= SYNC_SIZE and not self.ended:
+                os.fsync(self._fd)
+                self._unsynced = 0
+
+    def finish(self, place: bytes, mtime: int | None, check: Callable[[], os.stat_result | None]) -> os.stat_result:
+        """Give the file its name, and return what is there then. `check` returns the file to replace, or raises."""
+        with self._busy:
+            os.fsync(self._fd)
+            self._close()
+            if mtime is not None:
+                os.utime(self._place, (mtime, mtime))
+            with _COMMIT:
+                old = check()
+                if old:
+                    os.chmod(self._place, stat.S_IMODE(old.st_mode))
+                    os.replace(self._place, place)
+                else:
+                    give_name(self._place, place)
+                self.ended = True
+                return os.stat(place)
+
+    def discard(self) -> None:
+        """Remove the file, unless it has got its name."""
+        with self._busy, contextlib.suppress(OSError):
+            if not self.ended:
+                self.ended = True
+                self._close()
+                os.unlink(self._place)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def remove_partial_files(root: str) -> None:
+    """Remove what uploads have left that were killed. Files of running ones are locked."""
+    for folder, _, names in os.walk(_absolute(root)):
+        for name in names:
+            if re.fullmatch(re.escape(PARTIAL) + rb"[0-9a-f]{32}", name):
+                with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb+") as file:
+                    if lock_file(file.fileno()):
+                        file.close() if os.name == "nt" else None
+                        os.unlink(file.name)
+
+
+def write_error(error: OSError) -> ProtocolError:
+    """Return what a client is told when its file cannot be written."""
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return ProtocolError(507, "the disk has no space for this")
+    if isinstance(error, FileExistsError):
+        return ProtocolError(412, "the name is taken")
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return ProtocolError(403, "this folder cannot be written to")
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ProtocolError(409, "there is no such folder")
+    if error.errno == errno.EFBIG:
+        return ProtocolError(413, "the file system takes no file of this size")
+    if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL):
+        return ProtocolError(400, "the file system takes no such name")
+    return file_error(error)
+
+
+async def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Run what blocks in a thread; OSError becomes the ProtocolError of `write_error`."""
+    try:
+        return await asyncio.to_thread(work, *args)
+    except OSError as error:
+        raise write_error(error) from None
+
+
+def is_cross_site(headers: Headers) -> bool:
+    """Return whether a browser sends a request for a page of another site, which must not upload.
+
+    Browsers say so in Sec-Fetch-Site, but not over plain http. There, Origin must be the host that is asked. Programs
+    send neither of them, and Host must not be taken from other fields: with CORS, a page may set those.
+    """
+    if "sec-fetch-site" in headers:
+        return headers["sec-fetch-site"] not in ("same-origin", "none")
+    origin = normal_origin(headers.get("origin", ""))
+    own = normal_origin(f"{origin.partition('://')[0]}://{headers.get('host', '')}")
+    return "origin" in headers and origin != own
+
+
+class Uploads:
+    """Puts files into the folders of a site. A file gets its name when it is whole, and none is replaced unasked."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._limit = site.options.max_upload
+
+    async def respond(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
+        """Answer PUT: of a file, or of a folder, whose path ends in a slash."""
+        headers = request.headers
+        if is_cross_site(headers):
+            raise ProtocolError(403, "a page of another site cannot upload")
+        if "content-range" in headers:
+            raise ProtocolError(400, "a part of a file cannot be uploaded: Content-Range (RFC 9110, 14.5)")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ProtocolError(415, "files are stored as they come, so they cannot have a Content-Encoding")
+        if not segments:
+            raise ProtocolError(409, "this is a folder")
+        folder = self._open_folder(segments[:-1])
+        name = self._check_name(segments[-1])
+        if directory:
+            return await self._put_folder(request, os.path.join(folder, name))
+        facts, created = await self._store(folder, name, request.body.read, headers, request.body.known_length or 0)
+        fields = [("ETag", entity_tag(facts)), NOSNIFF]
+        if _mtime(headers) is not None:
+            fields.append(("X-OC-Mtime", "accepted"))
+        return Response(201 if created else 204, fields)
+
+    def _open_folder(self, segments: tuple[bytes, ...]) -> bytes:
+        """Return a folder's place. ProtocolError 409 when there is none that is served."""
+        if not is_refused(segments, self._site.options.hidden):
+            with contextlib.suppress(ProtocolError):
+                found = self._site.open(segments)
+                if found.fd is None:
+                    return found.place
+                os.close(found.fd)
+        raise ProtocolError(409, "there is no such folder")
+
+    def _check_name(self, name: bytes) -> bytes:
+        """Return the name of a new file. ProtocolError when there can be none, or none that is served."""
+        if not 0 < len(name) < 256 or name in (b".", b"..") or _CONTROLS.search(name_text(name)):
+            raise ProtocolError(400, "a name has 1 to 255 bytes, and no control characters")
+        if is_refused((name,), self._site.options.hidden) or self._site._is_secret(name):
+            raise ProtocolError(403, "a file of this name is not served here")
+        return name
+
+    def _check(self, place: bytes, headers: Headers) -> os.stat_result | None:
+        """Return the file to replace, or None for a new one. ProtocolError, with 412 as RFC 9110, 13.2 has it."""
+        try:
+            facts = os.lstat(place)
+        except FileNotFoundError:
+            if "if-match" in headers:
+                raise ProtocolError(412, "there is no such file") from None
+            return None
+        if stat.S_ISDIR(facts.st_mode):
+            raise ProtocolError(409, "a folder has this name")
+        if not stat.S_ISREG(facts.st_mode) or self._site._is_private(place, facts, place):
+            raise ProtocolError(403, "what has this name cannot be replaced")
+        tag = entity_tag(facts)
+        known = tag_matches(headers.get("if-match", ""), tag, weak=False)
+        if not known or tag_matches(headers.get("if-none-match", ""), tag, weak=True):
+            hint = "a file of this name exists: to replace it, send If-Match with its ETag"
+            raise ProtocolError(412, hint, headers=[("ETag", tag)])
+        if not os.access(place, os.W_OK):
+            raise ProtocolError(403, "what has this name cannot be replaced")
+        return facts
+
+    async def _put_folder(self, request: Request, place: bytes) -> Response:
+        """Make a folder, which may be there already."""
+        if await request.body.read():
+            raise ProtocolError(415, "a folder has no content")
+        try:
+            await in_thread(os.mkdir, place)
+        except ProtocolError as error:
+            if error.status != 412 or "if-none-match" in request.headers:
+                raise
+            if os.path.islink(place) or not os.path.isdir(place):
+                raise ProtocolError(409, "a file has this name") from None
+            return Response(204, [NOSNIFF])
+        return Response(201, [NOSNIFF])
+
+    async def _store(
+        self, folder: bytes, name: bytes, read: Callable[[], Awaitable[bytes]], headers: Headers, length: int
+    ) -> tuple[os.stat_result, bool]:
+        """Store what `read` returns until b"". Return what is there then, and whether it is new."""
+        place = os.path.join(folder, name)
+        try:
+            created = self._check(place, headers) is None
+        except OSError as error:
+            raise write_error(error) from None
+        if self._limit and length > self._limit:
+            raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
+        partial = PartialFile(folder)
+        try:
+            await in_thread(partial.open, length)
+            await self._receive(partial, read)
+            check = functools.partial(self._check, place, headers)
+            return await in_thread(partial.finish, place, _mtime(headers), check), created
+        finally:
+            if not partial.ended:
+                await asyncio.shield(asyncio.to_thread(partial.discard))
+
+    async def _receive(self, partial: PartialFile, read: Callable[[], Awaitable[bytes]]) -> None:
+        """Write what `read` returns, in pieces of about READ_SIZE."""
+        size = waiting = 0
+        pieces: list[bytes] = []
+        while data := await read():
+            size += len(data)
+            if self._limit and size > self._limit:
+                raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
+            pieces.append(data)
+            waiting += len(data)
+            if waiting >= READ_SIZE:
+                await in_thread(partial.write, b"".join(pieces))
+                pieces, waiting = [], 0
+        await in_thread(partial.write, b"".join(pieces))
+
+
+def _mtime(headers: Headers) -> int | None:
+    """Return the file's time, in POSIX seconds, as rclone and clients of Nextcloud send it."""
+    text = headers.get("x-oc-mtime", "")
+    return int(text.partition(".")[0]) if re.fullmatch(r"[0-9]{1,11}(?:\.[0-9]*)?", text) else None
+
+
+def begin_uploads(site: Site, command: str, root: str) -> None:
+    """Remove what earlier uploads have left, and tell the operator who can write."""
+    if not site.uploads:
+        return
+    removal = threading.Thread(target=remove_partial_files, args=(root,), daemon=True)
+    removal.start()
+    removal.join(1)  # seconds; what takes longer, in a large tree, goes on beside the work
+    if not site.options.auth:
+        who = "uploads are on and there is no password, so everybody who reaches this server can add files to"
+        log_line(f"ptth {command}: {who} {os.path.realpath(root)}")
+
+
 def with_site_options(handler: Handler, options: SiteOptions, realm: str, *, app: bool = False) -> Handler:
     """Put a password, fields of the operator's, and permission for other origins' scripts in front of a handler.
 
@@ -4202,6 +4503,10 @@ def server_handler(site: Site, name: str) -> Handler:
     async def handle(request: Request) -> Response:
         path = request.target.partition("?")[0]
         segments, directory = ((), True) if path == "*" else parse_path(path)
+        if site.uploads and request.method in UPLOAD_METHODS:
+            if segments[:1] != (b"files",):
+                raise ProtocolError(405, "files are uploaded below files/", headers=[_ALLOW])
+            return await site.uploads.respond(request, segments[1:], directory)
         if request.method not in METHODS or request.method == "OPTIONS":
             return await site.respond(request, segments, directory)
         if not segments:
@@ -6921,7 +7226,7 @@ def load_server_config(
         table = TOMLTable(read_toml(path, how), path, problems)
         check_secrecy(path, table)
     values = table.values
-    site_keys = ("auth", "hidden", "follow_symlinks", "listing", "cors", "headers")
+    site_keys = ("auth", "hidden", "follow_symlinks", "listing", "cors", "headers", "upload", "max_upload")
     own_keys = ("name", "api_key", "relay_url", "file_server_root", "app", "app_host", "throttle_upload", "proxy_url")
     table.allow_only([*own_keys, *site_keys])
     if isinstance(values.get("throttle_upload"), bool) and values.pop("throttle_upload"):
@@ -7005,7 +7310,7 @@ def parse_relay_url(url: str) -> BaseURL:
 
 def read_site(table: TOMLTable) -> SiteOptions:
     """Read the keys that say how the directory is served."""
-    flags = {key: table.flag(key, default) for key, default in (("hidden", False), ("listing", True), ("cors", False))}
+    flags: dict[str, Any] = {key: table.flag(key, key == "listing") for key in ("hidden", "listing", "cors")}
     lines = table.values.get("headers", [])
     headers = []
     for line in lines if isinstance(lines, list) else [lines]:
@@ -7016,7 +7321,22 @@ def read_site(table: TOMLTable) -> SiteOptions:
     auth = table.text("auth") or os.environ.get("PTTH_AUTH", "")
     if auth and not is_auth(auth):
         table.problem('auth, or PTTH_AUTH in the environment, must be "USER:PASSWORD"')
-    return SiteOptions(**flags, follow_symlinks=table.flag("follow_symlinks", False), headers=tuple(headers), auth=auth)
+    limit = table.values.get("max_upload", 0)
+    try:
+        max_upload = parse_size(str(limit))
+    except ValueError as error:
+        max_upload = 0
+        table.problem(f"max_upload {error}")
+    flags |= {key: table.flag(key, False) for key in ("follow_symlinks", "upload")}
+    return SiteOptions(**flags, headers=tuple(headers), auth=auth, max_upload=max_upload)
+
+
+def parse_size(text: str) -> int:
+    """Parse a number of bytes, such as 4096, 500M or 2GiB; units are powers of 1024. ValueError."""
+    match = re.fullmatch(r"([0-9]{1,15}) ?(?:([KMGT])(?:I?B)?|B)?", text.upper(), re.ASCII)
+    if not match:
+        raise ValueError(f"must be a number of bytes, such as 500M or 2G, and not {text!r}")
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
 def is_auth(text: str) -> bool:
@@ -7196,10 +7516,12 @@ async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until a signal; SIGHUP loads the certificate again."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
     auth, headers = find_auth(args.auth), tuple(args.header)
-    options = SiteOptions(args.hidden, args.follow_symlinks, not args.no_listing, args.cors, headers, auth)
+    shown = (args.hidden, args.follow_symlinks, not args.no_listing, args.cors)
+    options = SiteOptions(*shown, headers, auth, args.upload, args.max_upload)
     tls = load_certificate(args.tls_cert, args.tls_key)
     site = Site(root, options, private=filter(None, (args.tls_cert, args.tls_key)))
     site.tell_secrets(args.command)
+    begin_uploads(site, args.command, root)
     server = HTTPServer(site_handler(site), log=None if args.quiet else AccessLog(), tls=tls)
     sock = open_socket(args.bind, args.port)
     stop = stop_event(functools.partial(reload_certificate, tls, args.tls_cert, args.tls_key))
@@ -7374,6 +7696,7 @@ def make_content(config: ServerConfig, command: str = "server") -> Handler:
     private = [config.path] if os.path.exists(config.path) else []
     site = Site(config.file_server_root, config.site, private=private)
     site.tell_secrets(command)
+    begin_uploads(site, command, config.file_server_root)
     return server_handler(site, config.name)
 
 
@@ -7447,6 +7770,7 @@ async def run_demo(args: argparse.Namespace) -> None:
 
     path = "/frontend/servers/demo/files/"
     config = ServerConfig("", name="demo", app=args.app, site=SiteOptions(auth=find_auth()))
+    config.site = replace(config.site, upload=args.upload, max_upload=args.max_upload)
     if args.app:
         if args.dir:
             raise UserError("a directory and --app exclude each other", status=2)
@@ -7503,6 +7827,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("dir", nargs="?", default="", metavar="DIR", help="the directory to serve (default: this one)")
     demo.add_argument("--port", type=port_number, default=4000, metavar="N", help="default: 4000")
     app_help = "a web app to serve instead: its port here, HOST:PORT, a URL, or unix:PATH"
+    add_upload_options(demo)
     demo.add_argument("--app", default="", metavar="TARGET", help=app_help)
 
     relay = command("relay", run_relay, "relay requests to servers behind firewalls; runs on a public host")
@@ -7530,12 +7855,30 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--follow-symlinks", action="store_true", help="follow links that leave the directory, too")
     files.add_argument("--no-listing", action="store_true", help="no listings, no zip, no JSON: only files")
     files.add_argument("--cors", action="store_true", help="let scripts of other origins read everything")
+    add_upload_options(files)
     files.add_argument("--header", action="append", default=[], type=header_option, metavar="'NAME: VALUE'",
                        help="add a field to every response; may be given again")  # fmt: skip
     files.add_argument("--auth", default="", metavar="USER:PASSWORD", help="ask for a password; or set PTTH_AUTH")
     files.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
     files.add_argument("--tls-key", metavar="FILE", help="its private key, when that is in a file of its own")
     return parser
+
+
+def add_upload_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of uploads to a command's parser."""
+    parser.add_argument("--upload", action="store_true", help="take new files, by PUT and by a form in the listing")
+    size_help = "most bytes of one uploaded file, for example 500M or 2G (default: no limit)"
+    parser.add_argument("--max-upload", type=size_option, default=0, metavar="SIZE", help=size_help)
+
+
+def size_option(text: str) -> int:
+    """Parse the value of --max-upload."""
+    import argparse
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def port_number(text: str) -> int:

@@ -3232,6 +3232,331 @@ def fetch_direct(root: str, request: bytes) -> bytes:
     return asyncio.run(talk())
 
 
+class Inbox:
+    """A folder that takes uploads, directly or through a tunnel."""
+
+    def __init__(self, background: Background, where: object, through: str, **options: object) -> None:
+        self.root = where / "inbox"
+        self.root.mkdir()
+        self.site = ptth.Site(str(self.root), ptth.SiteOptions(upload=True, **options))
+        self.background, self.prefix, self.tunnel = background, "", None
+        if through == "tunnel":
+            self.prefix = "/frontend/servers/n/files"
+            self.tunnel = Tunnel(background, ptth.server_handler(self.site, "n"))
+            self.port = self.tunnel.port
+        else:
+            self._stack = contextlib.ExitStack()
+            self.port = self._stack.enter_context(serving(background, ptth.site_handler(self.site)))
+
+    def close(self) -> None:
+        self.tunnel.close() if self.tunnel else self._stack.close()
+
+    def send(self, path: str, *pieces: bytes, method: str = "PUT", fields: object = ()) -> tuple[int, dict, bytes]:
+        """Send a request with a body; in chunks, if there are several pieces."""
+        length = [f"Content-Length: {len(pieces[0])}"] if len(pieces) == 1 else ["Transfer-Encoding: chunked"]
+        body = pieces[0] if len(pieces) == 1 else b"".join([*map(ptth.format_chunk, pieces), b"0\r\n\r\n"])
+        head = get(self.prefix + path, *length, *fields, method=method)
+        return one(fetch(self.port, head + body, half_close=False))
+
+    def put(self, path: str, *pieces: bytes, fields: object = ()) -> int:
+        return self.send(path, *pieces, fields=fields)[0]
+
+    def tag(self, path: str) -> str:
+        return one(fetch(self.port, get(self.prefix + path)))[1]["etag"]
+
+    def files(self) -> dict[str, bytes]:
+        """Everything below the folder: names with a slash for folders, and what is in the files."""
+        paths = sorted(self.root.rglob("*"))
+        named = {str(path.relative_to(self.root)): path for path in paths}
+        return {name + "/" * path.is_dir(): b"" if path.is_dir() else path.read_bytes() for name, path in named.items()}
+
+
+@pytest.fixture(params=["direct", "tunnel"])
+def inbox(request: pytest.FixtureRequest, background: Background, tmp_path: object) -> object:
+    made = Inbox(background, tmp_path, request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def open_inbox(background: Background, tmp_path: object) -> object:
+    """Make an inbox with options, directly."""
+    made = []
+
+    def make(**options: object) -> Inbox:
+        made.append(Inbox(background, tmp_path, "direct", **options))
+        return made[-1]
+
+    yield make
+    for one_ in made:
+        one_.close()
+
+
+class TestUploads:
+    @pytest.mark.parametrize("size", [0, 5, ptth.MAX_INLINE + 1, 3_000_000])
+    def test_a_file_arrives_whole_and_is_replaced_when_its_version_is_named(self, size: int, inbox: Inbox) -> None:
+        old, new = random.Random(size).randbytes(size), b"new"
+        status, fields, _ = inbox.send("/x", old)
+        assert (status, inbox.files(), fields["etag"]) == (201, {"x": old}, inbox.tag("/x"))
+        for wrong in ([], ['If-Match: "x"'], ["If-None-Match: *"], [f"If-Match: W/{fields['etag']}"]):
+            status, told, _ = inbox.send("/x", new, fields=wrong)
+            assert (status, told["etag"], inbox.files()) == (412, fields["etag"], {"x": old})
+        status, told, _ = inbox.send("/x", b"n", b"ew", fields=[f'If-Match: "y", {fields["etag"]}'])
+        assert (status, told["etag"], inbox.files()) == (204, inbox.tag("/x"), {"x": new})
+        assert inbox.put("/x", old, fields=[f"If-Match: {fields['etag']}"]) == 412
+        assert inbox.put("/x", old, fields=["If-Match: *", f"If-None-Match: {told['etag']}"]) == 412
+        assert inbox.put("/x", old, fields=["If-Match: *"]) == 204
+        assert inbox.put("/y", old, fields=["If-Match: *"]) == 412
+        assert inbox.put("/y", old, fields=["If-None-Match: *"]) == 201
+        assert inbox.files() == {"x": old, "y": old}
+
+    def test_folders(self, inbox: Inbox) -> None:
+        assert inbox.put("/a/x", b"x") == 409
+        assert [inbox.put("/a/", b"") for _ in range(2)] == [201, 204]
+        assert inbox.put("/a/", b"", fields=["If-None-Match: *"]) == 412
+        assert inbox.put("/a/x", b"x") == 201
+        for path, status in (
+            ("/a", 409), ("/a/x/", 409), ("/a/x/y", 409), ("/", 409), ("/b/c/", 409), ("/c/..", 409),
+        ):  # fmt: skip
+            assert inbox.put(path, b"") == status, path
+        assert inbox.put("/d/", b"x") == 415
+        assert inbox.files() == {"a/": b"", "a/x": b"x"}
+
+    NAMES = [  # (path, status)
+        ("/.x", 403), ("/.git/x", 409), ("/%2ex", 403), ("/a%2Fb", 403), ("/..%2Fx", 403), ("/a%0Ab", 400), ("/a%7F", 400), ("/a%C2%85", 400),
+        ("/" + "x" * 256, 400), ("/" + "%C3%BC" * 128, 400), ("/ptth_server.toml", 403), ("/ptth_relay.toml.bak", 403), ("/a%00", 400), ("/%zz", 400),
+        ("/.ptth-upload-1", 403), ("/link", 403), ("/dangling", 403), ("/out/x", 409), ("/dead/x", 409), ("/fifo", 403),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("path", "status"), NAMES)
+    def test_the_walls_are_those_of_reading(self, path: str, status: int, open_inbox: object, tmp_path: object) -> None:
+        inbox = open_inbox()
+        (tmp_path / "secret").mkdir()
+        (tmp_path / "secret" / "x").write_text("secret")
+        (inbox.root / "hello").write_text("hello")
+        (inbox.root / ".git").mkdir()
+        os.mkfifo(inbox.root / "fifo")
+        for link, aim in (
+            ("link", "hello"),
+            ("dangling", tmp_path / "new"),
+            ("out", tmp_path / "secret"),
+            ("dead", "/no"),
+        ):
+            (inbox.root / link).symlink_to(aim)
+        before = sorted(os.walk(tmp_path))
+        for fields in ([], ["If-Match: *"]):
+            assert inbox.put(path, b"evil", fields=fields) in (status, 412 if status == 403 else 0)
+        assert sorted(os.walk(tmp_path)) == before
+        assert (inbox.root / "hello").read_text() == "hello" and (tmp_path / "secret" / "x").read_text() == "secret"
+
+    def test_every_name_that_a_listing_shows_can_be_uploaded(self, inbox: Inbox) -> None:
+        names = [
+            b"a b&c<d>\"e'#%?.txt",
+            "\u00fcml\u00e4ut".encode(),
+            b"bytes\xff\xfe",
+            b"back\\slash",
+            b"a:b",
+            b"~",
+            b"x" * 255,
+        ]
+        for name in names:
+            assert inbox.put("/" + ptth.quote(name), name) == 201
+        assert {path: open(os.path.join(os.fsencode(inbox.root), path), "rb").read() for path in names} == {
+            name: name for name in names
+        }
+
+    def test_a_key_is_not_replaced_and_a_file_keeps_its_mode(self, open_inbox: object) -> None:
+        inbox = open_inbox()
+        for name in ("key", "run"):
+            (inbox.root / name).write_text("old")
+            (inbox.root / name).chmod(0o755)
+        inbox.site._private.append(os.fsencode(inbox.root / "key"))
+        assert [inbox.put("/" + name, b"new", fields=["If-Match: *"]) for name in ("key", "run")] == [403, 204]
+        assert inbox.files() == {"key": b"old", "run": b"new"}
+        assert (inbox.root / "run").stat().st_mode & 0o777 == 0o755
+
+    def test_without_upload_nothing_is_taken(self, root: str, files_tunnel: Tunnel) -> None:
+        for method in ("PUT", "POST"):
+            data = get("/frontend/servers/n/files/new", "Content-Length: 1", method=method) + b"x"
+            status, fields, _ = one(files_tunnel.fetch(data))
+            assert (status, fields["allow"]) == (405, "GET, HEAD, OPTIONS")
+        assert not os.path.exists(os.path.join(root, "new"))
+
+    def test_only_the_place_of_the_files_takes_any(self, inbox: Inbox) -> None:
+        assert one(fetch(inbox.port, get(inbox.prefix + "/", method="OPTIONS")))[1]["allow"].endswith("PUT, POST")
+        if inbox.tunnel:
+            for path in ("/x", "/api/v1/dir/x", "/", "/files"):
+                data = get("/frontend/servers/n" + path, "Content-Length: 1", method="PUT") + b"x"
+                assert one(inbox.tunnel.fetch(data))[0] in (405, 409), path
+        assert inbox.files() == {}
+
+    def test_what_is_no_whole_file_is_refused(self, inbox: Inbox) -> None:
+        assert inbox.put("/x", b"x", fields=["Content-Range: bytes 0-0/2"]) == 400
+        assert inbox.put("/x", b"x", fields=["Content-Encoding: gzip"]) == 415
+        assert inbox.files() == {}
+
+    @pytest.mark.parametrize(
+        ("fields", "status"),
+        [
+            (["Origin: http://example.com"], 201), (["Origin: http://example.com:80"], 201), (["Sec-Fetch-Site: same-origin"], 201),
+            (["Sec-Fetch-Site: none"], 201), (["Origin: http://evil.test"], 403), (["Origin: null"], 403), (["Origin: http://example.com:81"], 403),
+            (["Origin: http://example.com.evil.test"], 403), (["Sec-Fetch-Site: cross-site"], 403), (["Sec-Fetch-Site: same-site"], 403),
+            (["Origin: http://evil.test", "X-Forwarded-Host: evil.test"], 403), (["Origin: "], 403), (["Origin: null", "Sec-Fetch-Site: cross-site"], 403),
+            (["Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: cross-site"], 403),
+        ],
+    )  # fmt: skip
+    def test_a_page_of_another_site_cannot_upload(self, fields: list[str], status: int, open_inbox: object) -> None:
+        inbox = open_inbox(cors=True)
+        assert inbox.put("/x", b"x", fields=fields) == status
+        asked = get("/x", "Origin: http://evil.test", "Access-Control-Request-Method: PUT", method="OPTIONS")
+        assert one(fetch(inbox.port, asked))[1]["access-control-allow-methods"] == "GET, HEAD"
+
+    def test_a_limit_holds_with_and_without_a_length(self, background: Background, tmp_path: object) -> None:
+        for through in ("direct", "tunnel"):
+            (tmp_path / through).mkdir()
+            inbox = Inbox(background, tmp_path / through, through, max_upload=100_000)
+            assert inbox.put("/a", bytes(100_000)) == inbox.put("/b", bytes(50_000), bytes(50_000)) == 201
+            assert inbox.put("/c", bytes(50_000), bytes(50_001)) == 413
+            head = get(inbox.prefix + "/d", "Content-Length: 100001", "Expect: 100-continue", method="PUT")
+            assert one(fetch(inbox.port, head, half_close=False))[0] == 413
+            assert set(inbox.files()) == {"a", "b"}
+            inbox.close()
+
+    def test_a_file_for_which_there_is_no_space_is_refused_before_it_comes(self, inbox: Inbox) -> None:
+        head = get(inbox.prefix + "/x", f"Content-Length: {10**16}", "Expect: 100-continue", method="PUT")
+        assert one(fetch(inbox.port, head, half_close=False))[0] == 507
+        assert inbox.files() == {}
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount")
+    def test_a_full_disk_is_507_and_leaves_nothing(self, inbox: Inbox) -> None:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", inbox.root], check=False).returncode:
+            pytest.skip("mount is not allowed")
+        try:
+            assert inbox.put("/x", *[bytes(100_000)] * 30) == 507
+            assert inbox.put("/y", bytes(2_000_000)) == 507
+            assert inbox.files() == {}
+            assert inbox.put("/z", bytes(100_000)) == 201
+        finally:
+            subprocess.run(["umount", "-l", inbox.root], check=True)
+
+    @pytest.mark.parametrize("framing", ["Content-Length: 1000000", "Transfer-Encoding: chunked"])
+    def test_an_upload_that_breaks_off_leaves_nothing(self, framing: str, inbox: Inbox) -> None:
+        (inbox.root / "old").write_bytes(b"old")
+        body = bytes(300_000) if "Length" in framing else ptth.format_chunk(bytes(300_000))
+        for path, fields in (("/x", []), ("/old", ["If-Match: *"])):
+            with socket.create_connection(("127.0.0.1", inbox.port), timeout=20) as sock:
+                sock.sendall(get(inbox.prefix + path, framing, *fields, method="PUT") + body)
+                eventually(lambda: len(os.listdir(inbox.root)) > 1)  # it is there, hidden, and never listed
+                assert b"upload-" not in fetch(inbox.port, get(inbox.prefix + "/"))
+            eventually(lambda: inbox.files() == {"old": b"old"})
+
+    def test_half_a_file_is_never_served(self, open_inbox: object) -> None:
+        inbox = open_inbox(hidden=True)
+        (inbox.root / (ptth.PARTIAL.decode() + "0" * 32)).write_text("half")
+        (inbox.root / ".whole").write_text("whole")
+        body = one(fetch(inbox.port, get("/", "Accept: application/json")))[2]
+        assert [entry["name"] for entry in json.loads(body)["entries"]] == [".whole"]
+        path = "/" + ptth.PARTIAL.decode() + "0" * 32
+        assert one(fetch(inbox.port, get(path)))[0] == 404
+        assert inbox.put(path, b"x", fields=["If-Match: *"]) == 403
+
+    @pytest.mark.parametrize("replaced", [False, True])
+    def test_of_many_uploads_of_one_name_one_wins(self, replaced: bool, inbox: Inbox) -> None:
+        condition = []
+        if replaced:
+            (inbox.root / "x").write_bytes(b"old")
+            condition = [f"If-Match: {inbox.tag('/x')}"]
+        with concurrent.futures.ThreadPoolExecutor(50) as pool:
+            datas = [bytes([i]) * 100_000 for i in range(50)]
+            statuses = list(pool.map(lambda data: inbox.put("/x", data, fields=condition), datas))
+        assert sorted(statuses) == sorted([204 if replaced else 201, *[412] * 49])
+        assert inbox.files() == {"x": datas[[status < 300 for status in statuses].index(True)]}
+
+    def test_where_there_are_no_hard_links(self, open_inbox: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "no links")
+
+        monkeypatch.setattr(os, "link", refuse)
+        inbox = open_inbox()
+        assert [inbox.put("/x", b"x"), inbox.put("/x", b"y"), inbox.put("/x", b"z", fields=["If-Match: *"])] == [
+            201,
+            412,
+            204,
+        ]
+        assert inbox.files() == {"x": b"z"}
+        with pytest.raises(FileExistsError):
+            ptth.give_name(b"/nowhere", os.fsencode(inbox.root / "x"))
+
+    @pytest.mark.parametrize(
+        ("text", "seconds"),
+        [("1000000000", 10**9), ("1000000000.5", 10**9), ("-1", None), ("9" * 99, None), ("x", None)],
+    )
+    def test_a_file_keeps_the_time_that_its_client_sends(
+        self, text: str, seconds: int | None, open_inbox: object
+    ) -> None:
+        inbox = open_inbox()
+        status, fields, _ = inbox.send("/x", b"x", fields=[f"X-OC-Mtime: {text}"])
+        assert (status, fields.get("x-oc-mtime")) == (201, "accepted" if seconds else None)
+        assert fields["etag"] == inbox.tag("/x")
+        assert ((inbox.root / "x").stat().st_mtime == 10**9) == (seconds is not None)
+
+    def test_a_killed_upload_leaves_the_old_file_and_the_next_start_removes_the_rest(
+        self, start: object, tmp_path: object
+    ) -> None:
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "x").write_bytes(b"old")
+        options = ("file-server", str(tmp_path), "--port", "0", "--upload")
+        server = start(*options).listening()
+        eventually(lambda: "everybody" in "".join(server.told))
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+            sock.sendall(get("/sub/x", "Content-Length: 9000000", "If-Match: *", method="PUT") + bytes(1_000_000))
+            eventually(lambda: len(os.listdir(tmp_path / "sub")) == 2)
+            other = start(*options).listening()  # the file is locked: a second server leaves it
+            assert len(os.listdir(tmp_path / "sub")) == 2
+            server.end(signal.SIGKILL)
+        assert (tmp_path / "sub" / "x").read_bytes() == b"old"
+        other.end()
+        start(*options).listening()
+        assert os.listdir(tmp_path / "sub") == ["x"]
+
+    @pytest.mark.parametrize(
+        ("text", "size"),
+        [("0", 0), ("4096", 4096), ("1k", 1024), ("500M", 500 << 20), ("2 GiB", 2 << 30), ("1tb", 1 << 40), ("7B", 7), *((text, None) for text in ("", "-1", "1.5G", "x", "1P", "True", "1KK"))],
+    )  # fmt: skip
+    def test_sizes(self, text: str, size: int | None, tmp_path: object) -> None:
+        if size is None:
+            with pytest.raises(ValueError, match="500M"):
+                ptth.parse_size(text)
+        else:
+            assert ptth.parse_size(text) == size
+        write_configs(tmp_path, 1, str(tmp_path), upload=True, max_upload=text)
+        if size is None:
+            with pytest.raises(ptth.UserError, match="max_upload must be"):
+                ptth.load_server_config(str(tmp_path / "ptth_server.toml"), {})
+        else:
+            site = ptth.load_server_config(str(tmp_path / "ptth_server.toml"), {}).site
+            assert (site.upload, site.max_upload) == (True, size)
+
+    @needs("curl")
+    def test_curl_uploads(self, inbox: Inbox, tmp_path: object) -> None:
+        (tmp_path / "data").write_bytes(bytes(range(256)) * 4096)
+        url = f"http://127.0.0.1:{inbox.port}{inbox.prefix}/"
+        subprocess.run(["curl", "-sSf", "-T", tmp_path / "data", url], check=True, timeout=60)
+        subprocess.run(["curl", "-sSf", "-T", "-", url + "two"], input=b"two", check=True, timeout=60)
+        assert inbox.files() == {"data": bytes(range(256)) * 4096, "two": b"two"}
+
+    @pytest.mark.skipif(not LONG, reason="takes long")
+    def test_4_gib_take_no_memory(self, start: object, tmp_path: object) -> None:
+        (tmp_path / "inbox").mkdir()
+        pair = Pair(start, tmp_path, str(tmp_path / "inbox"), upload=True)
+        with open(tmp_path / "large", "wb") as file:
+            file.truncate(4 << 30)
+        url = f"http://127.0.0.1:{pair.port}/frontend/servers/n/files/"
+        subprocess.run(["curl", "-sSf", "-T", tmp_path / "large", url], check=True, timeout=900)
+        assert (tmp_path / "inbox" / "large").stat().st_size == 4 << 30
+        assert max(pair.relay.peak_mib(), pair.server.peak_mib()) < 80
+
+
 class TestTunnelMessages:
     def pack(self, head: bytes, **more: object) -> bytes:
         request = ptth.parse_request_head(head)
