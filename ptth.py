@@ -865,6 +865,7 @@ class Connection:
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
         self.buffer = b""
         self.read_deadline = self.write_deadline = math.inf
+        self.head_deadline: float | None = None  # for the response head that is being read
         self.stall_timeout = STALL_TIMEOUT
         self.silence_timeout = STALL_TIMEOUT  # seconds without a byte after which reading a body ends
         self.stalled = False  # the peer has taken or sent nothing for `stall_timeout`
@@ -923,67 +924,6 @@ class Connection:
         self.buffer += data
         return bool(data)
 
-    async def read_request_head(self, idle_timeout: float, head_timeout: float) -> bytes:
-        """Return the next request head with its empty line; b"" when the peer ended before it began.
-
-        TimeoutError with `held` empty means an idle connection, with bytes in it a head that came too slowly.
-        """
-        self.read_deadline = self.loop.time() + idle_timeout
-        blank_lines = checked = 0
-        while True:
-            data = self.buffer
-            while data.startswith(b"\r\n") and blank_lines <= MAX_BLANK_LINES:
-                blank_lines += 1
-                data = data[2:]
-                checked = 0
-            if blank_lines > MAX_BLANK_LINES:
-                raise ProtocolError(400, "empty lines instead of a request", close=True)
-            end = data.find(b"\r\n\r\n", max(checked - 3, 0)) + 4
-            if end > 3:
-                break
-            if data:
-                check_partial_head(data, checked)
-                if not checked:
-                    self.read_deadline = self.loop.time() + head_timeout
-                checked = len(data)
-            self.buffer = data
-            piece = await self.reader.read(MAX_HEAD)  # of what is pipelined, no more than that is kept
-            if not piece:
-                if data:
-                    raise ConnectionError("the connection ended inside a head")
-                return b""
-            self.buffer = data + piece
-        self.read_deadline = math.inf
-        if end > MAX_HEAD:
-            check_partial_head(data[:end])
-        self.buffer = data[end:]
-        return data[:end]
-
-    async def read_response_head(self, timeout: float) -> tuple[int, Headers]:
-        """Return status and fields of the next response that is not an interim one (RFC 9110, 15.2); 101 is returned.
-
-        TimeoutError when it has not arrived after `timeout` seconds, interim responses included. ConnectionError when
-        the connection ends before. ProtocolError 502 for what is not a response, and after MAX_INTERIM interim ones.
-        """
-        end_time = self.loop.time() + timeout
-        for _ in range(MAX_INTERIM + 1):
-            while (end := self.buffer.find(b"\r\n\r\n") + 4) < 4 and len(self.buffer) <= MAX_HEAD:
-                left = end_time - self.loop.time()
-                if left <= 0:  # a peer that sends a byte now and then wakes the reader before its deadline
-                    raise TimeoutError("the peer sends the response head too slowly")
-                if not await self.fill(left):
-                    raise ConnectionError("the connection was closed instead of an answer")
-            if not 4 <= end <= MAX_HEAD:
-                raise ProtocolError(502, "the response head is too large", close=True)
-            status, headers = parse_response_head(self.buffer[:end])
-            self.buffer = self.buffer[end:]
-            if status == 100 and self.on_continue:
-                self.on_continue()
-            if status >= 200 or status == 101:
-                self.must_close = self.must_close or "close" in headers.tokens("connection")
-                return status, headers
-        raise ProtocolError(502, f"more than {MAX_INTERIM} interim responses", close=True)
-
     async def send(self, data: bytes) -> None:
         """Send `data`; returns when the connection can take more. ConnectionError when the peer is gone or stalls."""
         if self.limiter and len(data) > self.limiter.slice:
@@ -1013,6 +953,12 @@ class Connection:
         """Give the peer `stall_timeout` to take some of what is to be sent."""
         self._unsent = self.transport.get_write_buffer_size()
         self.write_deadline = self.loop.time() + self.stall_timeout
+
+    def limit_head(self, timeout: float) -> None:
+        """Give the response head that is being read, if one is, `timeout` seconds from now."""
+        if self.head_deadline is not None:
+            self.head_deadline = self.loop.time() + timeout
+            self.read_deadline = min(self.read_deadline, self.head_deadline)
 
     def fail(self, error: Exception) -> None:
         """Abort, and raise `error` in who reads, who would take the end of the connection for that of a body."""
@@ -1136,26 +1082,6 @@ class Connection:
             pass
         self.abort()
 
-    async def linger(self) -> None:
-        """Half-close, and discard what the peer still sends: closing with unread bytes would destroy the response.
-
-        Ends when the peer ends or is silent for LINGER_TIMEOUT, after MAX_LINGER bytes or MAX_LINGER_TIMEOUT
-        (RFC 9112, 9.6).
-        """
-        if self.at_eof():
-            return
-        if self.writer.can_write_eof():  # not under TLS, where it must be reading on alone
-            self.writer.write_eof()
-        self.buffer = b""
-        discarded = 0
-        try:
-            async with asyncio.timeout(MAX_LINGER_TIMEOUT):
-                while discarded < MAX_LINGER and await self.fill(LINGER_TIMEOUT):
-                    discarded += len(self.buffer)
-                    self.buffer = b""
-        except (TimeoutError, OSError):
-            pass
-
     def close(self) -> None:
         """Close. What was sent may still leave, as long as the peer takes some of it within each `stall_timeout`."""
         if not self.transport.is_closing():  # a TLS transport that is closed twice raises
@@ -1176,6 +1102,91 @@ class Connection:
         callbacks, self.on_close = self.on_close, []
         for callback in callbacks:
             callback()
+
+
+async def read_request_head(connection: Connection, idle_timeout: float, head_timeout: float) -> bytes:
+    """Return the next request head with its empty line; b"" when the peer ended before it began.
+
+    TimeoutError with `held` empty means an idle connection, with bytes in it a head that came too slowly.
+    """
+    connection.read_deadline = connection.loop.time() + idle_timeout
+    blank_lines = checked = 0
+    while True:
+        data = connection.buffer
+        while data.startswith(b"\r\n") and blank_lines <= MAX_BLANK_LINES:
+            blank_lines += 1
+            data = data[2:]
+            checked = 0
+        if blank_lines > MAX_BLANK_LINES:
+            raise ProtocolError(400, "empty lines instead of a request", close=True)
+        end = data.find(b"\r\n\r\n", max(checked - 3, 0)) + 4
+        if end > 3:
+            break
+        if data:
+            check_partial_head(data, checked)
+            if not checked:
+                connection.read_deadline = connection.loop.time() + head_timeout
+            checked = len(data)
+        connection.buffer = data
+        piece = await connection.reader.read(MAX_HEAD)  # of what is pipelined, no more than that is kept
+        if not piece:
+            if data:
+                raise ConnectionError("the connection ended inside a head")
+            return b""
+        connection.buffer = data + piece
+    connection.read_deadline = math.inf
+    if end > MAX_HEAD:
+        check_partial_head(data[:end])
+    connection.buffer = data[end:]
+    return data[:end]
+
+
+async def read_response_head(connection: Connection, timeout: float) -> tuple[int, Headers]:
+    """Return status and fields of the next response that is not an interim one (RFC 9110, 15.2); 101 is returned.
+
+    TimeoutError when it has not arrived after `timeout` seconds, interim responses included. ConnectionError when
+    the connection ends before. ProtocolError 502 for what is not a response, and after MAX_INTERIM interim ones.
+    """
+    connection.head_deadline = connection.loop.time() + timeout
+    for _ in range(MAX_INTERIM + 1):
+        while (end := connection.buffer.find(b"\r\n\r\n") + 4) < 4 and len(connection.buffer) <= MAX_HEAD:
+            left = (connection.head_deadline or 0) - connection.loop.time()
+            if left <= 0:  # a peer that sends a byte now and then wakes the reader before its deadline
+                raise TimeoutError("the peer sends the response head too slowly")
+            if not await connection.fill(left):
+                raise ConnectionError("the connection was closed instead of an answer")
+        if not 4 <= end <= MAX_HEAD:
+            raise ProtocolError(502, "the response head is too large", close=True)
+        status, headers = parse_response_head(connection.buffer[:end])
+        connection.buffer = connection.buffer[end:]
+        if status == 100 and connection.on_continue:
+            connection.on_continue()
+        if status >= 200 or status == 101:
+            connection.must_close = connection.must_close or "close" in headers.tokens("connection")
+            connection.head_deadline = None
+            return status, headers
+    raise ProtocolError(502, f"more than {MAX_INTERIM} interim responses", close=True)
+
+
+async def linger(connection: Connection) -> None:
+    """Half-close, and discard what the peer still sends: closing with unread bytes would destroy the response.
+
+    Ends when the peer ends or is silent for LINGER_TIMEOUT, after MAX_LINGER bytes or MAX_LINGER_TIMEOUT
+    (RFC 9112, 9.6).
+    """
+    if connection.at_eof():
+        return
+    if connection.writer.can_write_eof():  # not under TLS, where it must be reading on alone
+        connection.writer.write_eof()
+    connection.buffer = b""
+    discarded = 0
+    try:
+        async with asyncio.timeout(MAX_LINGER_TIMEOUT):
+            while discarded < MAX_LINGER and await connection.fill(LINGER_TIMEOUT):
+                discarded += len(connection.buffer)
+                connection.buffer = b""
+    except (TimeoutError, OSError):
+        pass
 
 
 async def sweep(connections: set[Connection]) -> NoReturn:
@@ -1793,7 +1804,7 @@ class HTTPServer:
             return False
         data = b""
         try:
-            data = await connection.read_request_head(self.idle_timeout, self.head_timeout)
+            data = await read_request_head(connection, self.idle_timeout, self.head_timeout)
             if not data:
                 return False
             self.busy.add(connection)
@@ -1821,7 +1832,7 @@ class HTTPServer:
         # Under TLS, which has no half-close, only while a request's body may still arrive: a client that reads to the
         # end of the connection would wait LINGER_TIMEOUT for nothing.
         if not request.body.complete or request.body is EMPTY and not self.tls:
-            await connection.linger()
+            await linger(connection)
         return False
 
     async def _answer(self, connection: Connection, request: Request) -> None:
@@ -1853,7 +1864,7 @@ class HTTPServer:
         is_head = (data or connection.buffer.lstrip(b"\r\n")).startswith(b"HEAD ")
         unread = Request("HEAD" if is_head else "-", "-", Headers(), connection=connection)
         await self._write_response(connection, unread, error_response(unread, error))
-        await connection.linger()
+        await linger(connection)
 
     async def _write_response(self, connection: Connection, request: Request, response: Response) -> None:
         """Write the response, then tell those who want to know; raises ConnectionError when it broke off."""
@@ -2269,7 +2280,7 @@ class HTTPClient:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 fields = [("Host", target), USER_AGENT, *proxy.fields]
                 await connection.send(format_request_head("CONNECT", target, fields))
-                status, headers = await connection.read_response_head(CONNECT_TIMEOUT)
+                status, headers = await read_response_head(connection, CONNECT_TIMEOUT)
         except (OSError, ProtocolError) as error:
             why = format_error(error)
             raise Refused(f"the proxy at {proxy.origin.place} does not answer CONNECT {target}: {why}") from None
@@ -2355,7 +2366,7 @@ class HTTPClient:
                     await body.write_to(connection)  # soon sent: an early response can wait for that
                 elif not request.upgrade:
                     sending = asyncio.create_task(self._send_body(connection, request, timeout))
-            status, headers = await connection.read_response_head(math.inf if sending else timeout)
+            status, headers = await read_response_head(connection, math.inf if sending else timeout)
             if status == 101:
                 if request.upgrade not in headers.tokens("upgrade"):
                     raise ProtocolError(502, "a change of protocol that nobody asked for", close=True)
@@ -2382,13 +2393,13 @@ class HTTPClient:
                 await connection.flush()
                 if connection.writer.can_write_eof():
                     connection.writer.write_eof()
-            connection.read_deadline = min(connection.read_deadline, connection.loop.time() + timeout)
+            connection.limit_head(timeout)
         except IncompleteBody as error:
             connection.fail(error)  # the origin must not take it for a whole body
         except ConnectionError:
             if connection.stalled:
                 connection.fail(TimeoutError("the peer does not take the request"))
-            connection.read_deadline = connection.loop.time() + LINGER_TIMEOUT  # it may have answered before it closed
+            connection.limit_head(LINGER_TIMEOUT)  # it may have answered before it closed
         except Exception as error:
             connection.fail(error)
 

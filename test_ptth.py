@@ -1223,7 +1223,7 @@ class TestConnections:
                 other.shutdown(socket.SHUT_WR)
 
             sending = asyncio.ensure_future(send())
-            assert await self.outcome(self.swept(stream, stream.linger())) is None
+            assert await self.outcome(self.swept(stream, ptth.linger(stream))) is None
             assert await stream.loop.sock_recv(other, 1) == b""  # an end, and no reset
             sending.cancel()
             stream.abort(), other.close()
@@ -2088,7 +2088,7 @@ class TestConnecting:
 
             feeding = asyncio.create_task(feed())
             try:
-                return await ptth.Connection(reader, FakeWriter()).read_response_head(patience)
+                return await ptth.read_response_head(ptth.Connection(reader, FakeWriter()), patience)
             finally:
                 feeding.cancel()
 
