@@ -618,7 +618,7 @@ _REQUEST_HEAD = re.compile(rf"({TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\
 _RESPONSE_HEAD = re.compile(rf"HTTP/1\.[0-9] ([0-9]{{3}})(?: [\t\x20-\x7e\x80-\xff]*)?\r\n({_FIELD_LINES})\r\n")
 _FORMATTED = re.compile(rf"[!-~\x80-\xff][\x20-\x7e\x80-\xff]*\r\n{_FIELD_LINES}\r\n")
 _FIELD = re.compile(r"([^:]+):[ \t]*+(.*[^ \t\r\n]|)[ \t]*+\r\n")  # of lines that _FIELD_LINES has matched
-# What no complete head holds, so that it is refused at once and not when the head is complete, which it may never be.
+# Bytes that no head may contain. They are searched in partial heads, too: a bad head is refused as soon as it arrives.
 _NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 _REG_NAME = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*"  # RFC 3986, 3.2.2
 _HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|{_REG_NAME})(?::[0-9]*)?")
@@ -642,7 +642,10 @@ def is_host(text: str) -> bool:
 
 
 def check_partial_head(data: bytes, start: int = 0) -> None:
-    """Refuse what can no longer become a request head; bytes before `start` have been looked at before."""
+    """Raise ProtocolError 400, 414 or 431 if `data` cannot be the beginning of a request head.
+
+    An earlier call has checked the bytes before `start`.
+    """
     if _NEVER.search(data, max(start - 1, 0)):
         raise ProtocolError(400, "a bare CR or LF, or a control character, in the head", close=True)
     if data.find(b"\r\n", 0, MAX_REQUEST_LINE + 2) < 0 and len(data) > MAX_REQUEST_LINE + 1:
@@ -660,7 +663,7 @@ def parse_fields(lines: str, limit: int = MAX_FIELDS) -> Headers:
 
 
 def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
-    """Parse a whole head, with its empty line, into a request without body (RFC 9112, 3); refuses by ProtocolError."""
+    """Parse a complete head into a request without body (RFC 9112, 3). ProtocolError 400, 405, 414, 431 or 505."""
     text = data.decode("latin-1")
     match = _REQUEST_HEAD.fullmatch(text)
     if match is None:
@@ -677,8 +680,8 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
     if host is None:
         if minor != "0":  # RFC 9112, 3.2
             raise ProtocolError(400, "the Host field is missing", close=True)
-    elif not is_host(host):  # two of them are joined by ", ", which is no host either
-        raise ProtocolError(400, "two Host fields, or one that is no host", close=True)
+    elif not is_host(host):  # two fields are joined by ", ", which is not a host either
+        raise ProtocolError(400, "two Host fields, or one that is not a host", close=True)
     if target[0] != "/":
         _parse_odd_target(request)
     elif "#" in target:
@@ -687,7 +690,7 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
 
 
 def _why_no_request(data: bytes, text: str) -> ProtocolError:
-    """Say what is wrong with a head that the pattern did not match: slow, since it is for the rare case."""
+    """Return the error for a head that the pattern did not match. Slow, but rarely called."""
     if _NEVER.search(data):
         return ProtocolError(400, "a bare CR or LF, or a control character, in the head", close=True)
     line, _, rest = text.partition("\r\n")
@@ -701,13 +704,16 @@ def _why_no_request(data: bytes, text: str) -> ProtocolError:
 
 
 def _parse_odd_target(request: Request) -> None:
-    """Turn the absolute form into the origin form; refuse what is neither, nor `OPTIONS *` (RFC 9112, 3.2)."""
+    """Change a target from absolute form to origin form. ProtocolError for other forms, except `OPTIONS *`.
+
+    See RFC 9112, 3.2.
+    """
     target = request.target
     if target == "*" and request.method == "OPTIONS":
         return
     absolute = _ABSOLUTE.fullmatch(target)
     if request.method == "CONNECT":
-        raise ProtocolError(405, "this is no forward proxy", close=True, headers=[("Allow", "GET, HEAD, OPTIONS")])
+        raise ProtocolError(405, "this is not a forward proxy", close=True, headers=[("Allow", "GET, HEAD, OPTIONS")])
     if not absolute or absolute[1][:1] in ("", ":") or not is_host(absolute[1]) or "#" in target:
         raise ProtocolError(400, "the request target is neither a path nor a URL", close=True)
     path = absolute[2]
@@ -727,7 +733,7 @@ def parse_response_head(data: bytes, limit: int = MAX_FIELDS) -> tuple[int, Head
         raise ProtocolError(502, "the response head cannot be read", close=True)
     status = int(match[1])
     if not 100 <= status <= 599:
-        raise ProtocolError(502, f"{status} is no status", close=True)
+        raise ProtocolError(502, f"{status} is not a status", close=True)
     return status, parse_fields(match[2], limit)
 
 
@@ -735,20 +741,20 @@ PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def format_request_head(method: str, target: str, fields: Fields) -> bytes:
-    """Format a request head; raises ProtocolError 500 for what would not parse back."""
+    """Format a request head; raises ProtocolError 500 if it would not be a valid head."""
     return format_head(f"{method} {target} HTTP/1.1", fields)
 
 
 def format_response_head(status: int, fields: Fields) -> bytes:
-    """Format a response head; raises ProtocolError 500 for what would not parse back."""
+    """Format a response head; raises ProtocolError 500 if it would not be a valid head."""
     return format_head(f"HTTP/1.1 {status} {PHRASES.get(status, '')}", fields)
 
 
 def format_head(start: str, fields: Fields, *, parsed: bool = False) -> bytes:
     """Format a head from its start line and fields.
 
-    Checked as a whole, by one pattern and one count, since a CR LF in any part would add a field or end the head. If
-    all parts come from a head that was `parsed`, the count is enough.
+    A CR LF in any part would add a field or end the head. So the whole is checked, by one pattern and by counting the
+    lines. If all parts come from a head that was `parsed`, the count is enough.
     """
     lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
     text = f"{start}\r\n{lines}\r\n"
@@ -761,17 +767,20 @@ CHUNKED = -1
 
 
 def format_chunk(data: bytes) -> bytes:
-    """Format a chunk (RFC 9112, 7.1); nothing for no data, since an empty one would be the last."""
+    """Format one chunk (RFC 9112, 7.1); b"" for empty data, because a chunk of size 0 would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 def parse_framing(headers: Headers, minor: int = 1) -> int | None:
-    """Return the body's length as the fields tell it: a number, CHUNKED, or None when they do not (RFC 9112, 6.3)."""
+    """Return the body's length by its fields: bytes, CHUNKED, or None without such a field (RFC 9112, 6.3).
+
+    Raises ProtocolError 400, 413 or 501 for fields that are invalid, contradict each other or are not supported.
+    """
     length = headers.get("content-length")
     if "transfer-encoding" in headers:
-        if minor == 0:  # RFC 9112, 6.1: an HTTP/1.0 peer on the way would not have understood it
+        if minor == 0:  # RFC 9112, 6.1: an HTTP/1.0 proxy would have ignored it
             raise ProtocolError(400, "Transfer-Encoding in HTTP/1.0", close=True)
-        if length is not None:  # RFC 9112, 6.3(3): both lengths. Refuse: it is how requests are smuggled.
+        if length is not None:  # RFC 9112, 6.3(3): used to smuggle a request past a proxy
             raise ProtocolError(400, "both Transfer-Encoding and Content-Length", close=True)
         codings = headers.tokens("transfer-encoding")
         if codings == ["chunked"]:
@@ -797,7 +806,7 @@ def has_body(method: str, status: int) -> bool:
 
 
 def parse_chunk_line(line: bytes) -> int:
-    """Return the size that a chunk's first line tells (RFC 9112, 7.1); its extensions are ignored."""
+    """Return the size in a chunk's first line (RFC 9112, 7.1); ProtocolError 400. Extensions are ignored."""
     match = _CHUNK_LINE.fullmatch(line)
     if match is None:
         raise ProtocolError(400, "a chunk without a valid size", close=True)
@@ -805,7 +814,7 @@ def parse_chunk_line(line: bytes) -> int:
 
 
 def parse_trailers(data: bytes) -> None:
-    """Check the lines after the last chunk; what they say is not used (RFC 9112, 7.1.2)."""
+    """Check the trailer fields, which are then discarded (RFC 9112, 7.1.2); ProtocolError 400."""
     if not _TRAILERS.fullmatch(data):
         raise ProtocolError(400, "an invalid trailer field", close=True)
 
@@ -818,7 +827,7 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 def format_date(seconds: int) -> str:
     """Format a POSIX time as an HTTP date (RFC 9110, 5.6.7), whatever the locale.
 
-    Cached: it costs as much as opening a file, and few times are asked for often.
+    Cached: formatting costs as much as opening a file, and most responses have one of a few times.
     """
     t = time.gmtime(seconds)
     return (
@@ -833,20 +842,23 @@ def quote(name: bytes) -> str:
 
 
 def redirect_below(segment: bytes, target: str) -> str:
-    """Return the relative Location that adds the missing slash: right below any prefix, and never another host."""
+    """Return a Location that adds a slash to the path.
+
+    It is relative, so it is right under any URL prefix and cannot name another host.
+    """
     _, mark, query = target.partition("?")
     return f"./{quote(segment)}/{mark}{query}"
 
 
 # -- 5. Connections and bodies --
-# Heads and bodies over asyncio's streams. Knows framing and time-outs, not what a message means.
+# Heads and bodies over asyncio's streams: framing and time-outs. Does not use the meaning of fields.
 
 
 class Connection:
-    """A TCP or TLS connection, with the bytes that were read but not used yet (`held`).
+    """A TCP or TLS connection, with the bytes that were read but not used yet (`buffer`).
 
-    `read_deadline` and `write_deadline` are plain numbers in the loop's time (inf: none) that `sweep` compares every
-    SWEEP_INTERVAL: a timer for each wait would cost a tenth of a small request.
+    `read_deadline` and `write_deadline` are in the loop's time (inf: none). `sweep` compares them every SWEEP_INTERVAL,
+    because a timer for each wait would cost a tenth of a small request.
     """
 
     def __init__(
@@ -860,25 +872,25 @@ class Connection:
         self.sock: socket.socket = writer.get_extra_info("socket")
         tls = writer.get_extra_info("sslcontext") is not None
         self.can_send_file = hasattr(os, "sendfile") and not tls and not limiter
-        self.can_splice = hasattr(os, "splice") and not tls  # bytes may go from socket to socket
+        self.can_splice = hasattr(os, "splice") and not tls  # by os.splice, from socket to socket
         name = writer.get_extra_info("peername")
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
         self.buffer = b""
         self.read_deadline = self.write_deadline = math.inf
         self.head_deadline: float | None = None  # for the response head that is being read
         self.stall_timeout = STALL_TIMEOUT
-        self.silence_timeout = STALL_TIMEOUT  # seconds without a byte after which reading a body ends
-        self.stalled = False  # the peer has taken or sent nothing for `stall_timeout`
+        self.silence_timeout = STALL_TIMEOUT  # seconds without a byte after which reading a body raises TimeoutError
+        self.stalled = False  # no byte was sent for `stall_timeout` seconds, though some were waiting
         self._unsent = 0  # bytes in the transport's buffer when the write deadline was set
         self.must_close = False
-        self.written = 0  # bytes that were sent on it
+        self.written = 0  # bytes given to the connection
         self.on_close: list[Callable[[], None]] = []
-        self.on_continue: Callable[[], None] | None = None  # called when a response 100 Continue has come
+        self.on_continue: Callable[[], None] | None = None  # called when 100 Continue has arrived
         self.task: asyncio.Task[object] | None = None  # serves its requests
-        self.waiting = False  # the peer waits for the response; the task is ended when the peer resets
+        self.waiting = False  # the peer waits for its response; `task` is cancelled when it resets
 
     def at_eof(self) -> bool:
-        """Return whether the peer has ended its side or reset the connection; a half-close looks the same."""
+        """Return whether the peer will send no more: the connection is half-closed or closed."""
         return self.reader.at_eof() or self.is_closed()
 
     def is_closed(self) -> bool:
@@ -886,18 +898,22 @@ class Connection:
         return self.reader.exception() is not None or self.transport.is_closing()
 
     def is_reset(self) -> bool:
-        """Return whether the peer has reset the connection while nothing is read from it: the loop would not notice."""
+        """Return whether the peer has reset the connection. The loop notices that itself only while it reads."""
         if self.transport.is_reading() and not self.reader.at_eof() or not hasattr(select, "poll"):
-            return False  # on Windows it is noticed when the next byte is sent
+            return False  # Windows notices when the next byte is sent
         poll = select.poll()
         poll.register(self.sock.fileno(), 0)
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
     def sweep(self, now: float) -> None:
-        """Act on deadlines that have passed, and on a reset that nobody would notice before the next byte."""
+        """Handle deadlines that have passed, and a reset.
+
+        A read raises TimeoutError. A write gets more time if the peer has taken some bytes; else the connection is
+        aborted. A reset cancels the task that handles a request.
+        """
         if self.read_deadline < now:
             self.read_deadline = math.inf
-            self.reader.set_exception(TimeoutError("the peer is silent"))
+            self.reader.set_exception(TimeoutError("the peer sends nothing"))
         if self.write_deadline < now:
             unsent = self.transport.get_write_buffer_size()
             if unsent < self._unsent:
@@ -912,9 +928,9 @@ class Connection:
             self._end()
 
     async def fill(self, timeout: float | None = None) -> bool:
-        """Append at least one received byte to `held`; return False at the end of the stream.
+        """Append at least one received byte to `buffer`; return False at the end of the stream.
 
-        TimeoutError after `timeout` seconds, or `silence_timeout`.
+        TimeoutError after `timeout` seconds (default: `silence_timeout`).
         """
         self.read_deadline = self.loop.time() + (self.silence_timeout if timeout is None else timeout)
         try:
@@ -925,7 +941,7 @@ class Connection:
         return bool(data)
 
     async def send(self, data: bytes) -> None:
-        """Send `data`; returns when the connection can take more. ConnectionError when the peer is gone or stalls."""
+        """Send `data`; returns when the connection can take more. ConnectionError when it is closed or stalls."""
         if self.limiter and len(data) > self.limiter.slice:
             for start in range(0, len(data), self.limiter.slice):
                 await self.send(data[start : start + self.limiter.slice])
@@ -940,17 +956,17 @@ class Connection:
             await self._drain()
 
     async def _drain(self) -> None:
-        """Wait until the peer has taken enough of what was sent; ConnectionError when it stalls or resets."""
+        """Wait until the transport's buffer is small enough; ConnectionError when the peer stalls or resets."""
         self._wait_for_writing()
         try:
             await self.writer.drain()
         finally:
             self.write_deadline = math.inf
-        if self.transport.is_closing():  # an abort wakes who waits as if all had been sent
+        if self.transport.is_closing():  # after an abort, `drain` returns as if all had been sent
             raise ConnectionResetError("the connection was reset")
 
     def _wait_for_writing(self) -> None:
-        """Give the peer `stall_timeout` to take some of what is to be sent."""
+        """Set the write deadline: within `stall_timeout` seconds the peer must take some of the unsent bytes."""
         self._unsent = self.transport.get_write_buffer_size()
         self.write_deadline = self.loop.time() + self.stall_timeout
 
@@ -961,7 +977,7 @@ class Connection:
             self.read_deadline = min(self.read_deadline, self.head_deadline)
 
     def fail(self, error: Exception) -> None:
-        """Abort, and raise `error` in who reads, who would take the end of the connection for that of a body."""
+        """Abort, and raise `error` in the pending read, which could take a plain end for the end of the body."""
         self.reader.set_exception(error)
         self.abort()
 
@@ -978,13 +994,13 @@ class Connection:
     async def send_file(self, fd: int, offset: int, count: int) -> None:
         """Send `count` bytes of the file from `offset`; raises IncompleteBody when the file has fewer.
 
-        By os.sendfile and not loop.sendfile, because there a slow peer and a stalled one look the same, and because
-        the connection must be read meanwhile: a relay may say that the client is gone.
+        Uses os.sendfile, because loop.sendfile cannot tell a slow peer from a stalled one, and stops reading the
+        connection, on which a relay may answer early that the client is gone.
         """
         await self.flush()
         try:
-            twin = os.dup(self.sock.fileno())  # the loop does not let anyone wait for a descriptor of its transports
-        except OSError:  # none left: what is under way goes on without
+            twin = os.dup(self.sock.fileno())  # add_writer refuses the descriptor of a transport, so use a duplicate
+        except OSError:  # no descriptor left: send without os.sendfile
             for start in range(offset, offset + count, WRITE_HIGH_WATER):
                 size = min(WRITE_HIGH_WATER, offset + count - start)
                 data = read_at(fd, start, size)
@@ -1004,15 +1020,15 @@ class Connection:
                 offset += sent
                 count -= sent
                 self.written += sent
-                await asyncio.sleep(0)  # a fast reader must not keep the loop from the others
+                await asyncio.sleep(0)  # let other connections run, however fast this peer reads
         finally:
-            os.close(twin)  # at once: an open twin would keep an aborted connection alive
+            os.close(twin)  # at once: while a duplicate is open, an aborted connection stays open
 
     async def splice(self, source: Connection, count: int) -> bool:
-        """Send the next `count` bytes that `source` receives, from socket to socket without a copy of ours (Linux).
+        """Send the next `count` bytes that `source` receives by os.splice, without copying them (Linux).
 
-        Nothing may be held of `source`. False when there are no descriptors left for it, and nothing was sent;
-        IncompleteBody when `source` ends before; ConnectionError when either peer stalls.
+        The buffer of `source` must be empty. Returns False, with nothing sent, when no descriptors are left.
+        IncompleteBody when `source` ends early; ConnectionError when either peer stalls.
         """
         await self.flush()
         opened: list[int] = []
@@ -1048,21 +1064,21 @@ class Connection:
                 os.close(fd)
 
     async def take_buffered(self) -> None:
-        """Pause reading, and take into `held` what has been read already: the rest stays in the socket."""
+        """Pause reading, and move into `buffer` all that asyncio has read: the rest stays in the socket."""
         while True:
-            # Again each time: a StreamReader resumes its transport when it has been emptied.
+            # Again each time: a StreamReader resumes its transport when it is empty.
             self.transport.pause_reading()
             try:
-                async with asyncio.timeout(0):  # there is no other way to look without waiting
+                async with asyncio.timeout(0):  # asyncio has no read that does not wait
                     data = await self.reader.read(READ_SIZE)
             except TimeoutError:
                 return
             if not data:
-                return  # at the end of the stream: what is held may be all of the body
+                return  # end of the stream: `buffer` may hold the rest of the body
             self.buffer += data
 
     async def _ready(self, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
-        """Wait until a descriptor can be read or written; ConnectionError when it cannot for `stall_timeout`."""
+        """Wait until a descriptor can be read or written; ConnectionError after `stall_timeout` seconds."""
         ready = self.loop.create_future()
         add(fd, lambda: None if ready.done() else ready.set_result(None))
         try:
@@ -1075,7 +1091,7 @@ class Connection:
             remove(fd)
 
     def reset(self) -> None:
-        """End the connection by a reset: a peer without any framing would take a plain close for the body's end."""
+        """Close with a TCP reset. For a body that ends with the connection: a normal close would look like its end."""
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         except OSError:
@@ -1083,21 +1099,21 @@ class Connection:
         self.abort()
 
     def close(self) -> None:
-        """Close. What was sent may still leave, as long as the peer takes some of it within each `stall_timeout`."""
+        """Close. Buffered bytes are still sent, as long as the peer takes some within each `stall_timeout`."""
         if not self.transport.is_closing():  # a TLS transport that is closed twice raises
             self.writer.close()
         if self.transport.get_write_buffer_size():
-            self._wait_for_writing()  # `sweep` ends it
+            self._wait_for_writing()  # then `sweep` calls `_end`
         else:
             self._end()
 
     def abort(self) -> None:
-        """Close at once; what was not sent yet is lost, so that the peer sees an incomplete message."""
+        """Close at once; unsent bytes are dropped, so the peer sees an incomplete message."""
         self.transport.abort()
         self._end()
 
     def _end(self) -> None:
-        """Call those who wait for the end of the connection."""
+        """Call the callbacks in `on_close`, once."""
         self.read_deadline = self.write_deadline = math.inf
         callbacks, self.on_close = self.on_close, []
         for callback in callbacks:
@@ -1200,18 +1216,19 @@ async def sweep(connections: set[Connection]) -> NoReturn:
 
 
 def set_socket_options(sock: socket.socket) -> None:
-    """Let the kernel find dead peers, and tell of progress with slow ones; accepted sockets inherit it."""
+    """Set TCP options. Accepted sockets inherit them from a listening one."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # NODELAY: asyncio sets it only where a socket names its protocol, and every answer would wait 40 ms without it.
-    # NOTSENT_LOWAT: without it a socket is writable again only when a third of some MiB has left, which a slow reader
-    # does not manage within STALL_TIMEOUT.
+    # KEEP*: the kernel finds a dead peer after 35 seconds.
+    # NODELAY: asyncio sets it only if the socket names its protocol; without it a response could wait 40 ms.
+    # NOTSENT_LOWAT: without it a socket becomes writable only after a third of some MiB was sent, which can take a slow
+    # reader longer than STALL_TIMEOUT.
     options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", WRITE_HIGH_WATER))
     for name, value in options:
         if option := getattr(socket, f"TCP_{name}", None):
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
             except OSError:
-                pass  # a system that has the name and not the thing
+                pass  # Python knows the option, the system does not
 
 
 def read_at(fd: int, offset: int, count: int) -> bytes:
@@ -1240,8 +1257,8 @@ class RateLimiter:
 class IncomingBody(Body):
     """The body of a message that is being received, by its framing (RFC 9112, 6).
 
-    `framing` is a number of bytes, CHUNKED, or None for all until the connection ends. With `expects` the peer waits
-    for 100 Continue, which is said when the body is first asked for (RFC 9110, 10.1.1).
+    `framing` is a number of bytes, CHUNKED, or None for all bytes until the connection ends. `expects`: the client sent
+    Expect: 100-continue; the first `read` sends 100 Continue (RFC 9110, 10.1.1).
     """
 
     def __init__(self, connection: Connection, framing: int | None, *, expects: bool = False) -> None:
@@ -1251,26 +1268,26 @@ class IncomingBody(Body):
         self.until_close = framing is None
         self.remaining = (
             0 if framing is None or framing == CHUNKED else framing
-        )  # bytes before the next framing, or the end
+        )  # bytes left of the body, or of the current chunk
         self.complete = framing == 0
         self.expects = expects
-        self.unread_data = b""  # bytes that were read and given back
-        self.overhead = 0
-        self._expected = "size"  # what the next line of the chunked framing is: also "end" or "trailer"
+        self.unread_data = b""  # bytes that `unread` has given back
+        self.overhead = 0  # bytes of chunk extensions and trailers so far
+        self._expected = "size"  # the next line of the chunked framing: "size", "end" or "trailer"
         self._trailers = 0
 
     @property
-    def length(self) -> int | None:  # type: ignore[override]  # nobody sets it
-        """The bytes still to come, or None when only the end will tell."""
+    def length(self) -> int | None:  # type: ignore[override]  # read only
+        """The bytes left, or None if that is not known before the end."""
         return None if self.chunked or self.until_close else self.remaining + len(self.unread_data)
 
     @property
     def known_length(self) -> int | None:
-        """The same, but also known of a chunked body that has arrived."""
+        """The same, but known also for a chunked body that has arrived completely."""
         return len(self.unread_data) if self.complete else self.length
 
     async def read(self) -> bytes:
-        """Return the next piece, or b"" at the end; IncompleteBody when the connection ends before it."""
+        """Return the next bytes, or b"" at the end. IncompleteBody; ProtocolError 400, 408 or 431."""
         if self.unread_data:
             data, self.unread_data = self.unread_data, b""
             return data
@@ -1283,7 +1300,7 @@ class IncomingBody(Body):
             raise ProtocolError(408, "the rest of the message did not come in time", close=True) from None
 
     async def _read_counted(self) -> bytes:
-        """Return what has arrived of a body with a length, or of one that ends with the connection."""
+        """Return received bytes of a body with a length, or of one that ends with the connection."""
         if self.complete:
             return b""
         connection = self.connection
@@ -1307,7 +1324,7 @@ class IncomingBody(Body):
         self.unread_data = data + self.unread_data
 
     async def _read_chunks(self) -> bytes:
-        """Return the data of all chunks that have arrived: to cut off one at a time would copy the rest for each."""
+        """Return the data of all chunks that have arrived. One at a time would copy the rest of the buffer for each."""
         connection = self.connection
         pieces = []
         at = 0
@@ -1336,8 +1353,8 @@ class IncomingBody(Body):
         return b"".join(pieces)
 
     def _take_line(self, line: bytes) -> None:
-        """Understand one line of the chunked framing: the end of a chunk, a size, a trailer (RFC 9112, 7.1)."""
-        if len(line) > 16:  # a size is no waste, what stands beside it is
+        """Parse one line of the chunked framing: the end of a chunk, a size, or a trailer (RFC 9112, 7.1)."""
+        if len(line) > 16:  # more than a size
             self.overhead += len(line)
         if len(line) > MAX_CHUNK_LINE or self.overhead > MAX_CHUNK_WASTE:
             raise ProtocolError(400, "too many chunk extensions or trailers", close=True)
@@ -1357,9 +1374,10 @@ class IncomingBody(Body):
             self.complete = True
 
     async def check(self, *, discard: bool) -> None:
-        """Check the framing of a chunked body before the handler runs, since after it an error cannot be told.
+        """Check the framing of a chunked body before the handler runs: afterwards an error could not be sent.
 
-        Read one piece and put it back, or discard up to MAX_DRAIN bytes. ProtocolError 400 or 408, IncompleteBody.
+        Read one piece and put it back, or with `discard` drop up to MAX_DRAIN bytes. ProtocolError 400 or 408,
+        IncompleteBody.
         """
         if not self.chunked or self.expects:
             return
@@ -1384,7 +1402,7 @@ class IncomingBody(Body):
         connection = self.connection
         if self.expects:
             await sink.send(await self.read())
-        worth_it = self.remaining >= SPLICE_MIN and not self.chunked  # of chunks, `left` is the rest of one
+        worth_it = self.remaining >= SPLICE_MIN and not self.chunked
         if worth_it and connection.can_splice and sink.can_splice:
             try:
                 await connection.take_buffered()
@@ -1406,7 +1424,7 @@ class IncomingBody(Body):
 
 
 class ChunkedSink:
-    """Puts each piece on another sink as a chunk (RFC 9112, 7.1)."""
+    """Writes each piece to another sink as a chunk (RFC 9112, 7.1)."""
 
     can_send_file = can_splice = False
 
@@ -1415,25 +1433,25 @@ class ChunkedSink:
 
     @property
     def written(self) -> int:
-        """The bytes that were put on the other sink."""
+        """The number of bytes written to the other sink."""
         return self._sink.written
 
     async def send(self, data: bytes) -> None:
-        """Send a chunk; none for no data, which would be the last."""
+        """Send a chunk, unless `data` is empty: a chunk of size 0 would end the body."""
         if data:
             await self._sink.send(format_chunk(data))
 
     async def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Not possible, as `can_send_file` says."""
+        """Never called, because `can_send_file` is False."""
         raise NotImplementedError
 
     async def splice(self, source: Any, count: int) -> bool:
-        """Return False: not possible."""
+        """Return False, since a chunk needs its size first."""
         return False
 
 
 async def write_body(connection: Connection, body: Body, *, chunked: bool) -> None:
-    """Send a body as it is, or by chunks (RFC 9112, 7.1)."""
+    """Send a body, as it is or in chunks (RFC 9112, 7.1)."""
     if not chunked:
         await body.write_to(connection)
         return
@@ -1442,7 +1460,7 @@ async def write_body(connection: Connection, body: Body, *, chunked: bool) -> No
 
 
 # -- 6. Pages --
-# The HTML that people see: one look, small, complete without JavaScript. Pure.
+# HTML pages: small, one style, usable without JavaScript. Pure.
 
 STYLE = """
 :root{color-scheme:light dark;
@@ -1495,7 +1513,7 @@ def escape(text: str) -> str:
 
 
 def page(title: str, content: str) -> bytes:
-    """Make a whole page around `content`, which is HTML; `title` is text."""
+    """Make a page. `content` is HTML, `title` is text."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">\n<title>{escape(title)}</title>\n'
@@ -1504,7 +1522,7 @@ def page(title: str, content: str) -> bytes:
 
 
 def table(columns: dict[str, str], rows: Iterable[Iterable[str]]) -> str:
-    """Make a table: `columns` are headings and their cells' classes; headings and cells are HTML."""
+    """Make a table. `columns` maps each heading to the CSS class of its cells; headings and cells are HTML."""
     top = "".join(f'<th scope="col" class="{kind}">{heading}</th>' for heading, kind in columns.items())
     lines = []
     for row in rows:
@@ -1517,7 +1535,7 @@ VERSION_LINE = f'PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">so
 
 
 def error_page(status: int, reason: str) -> bytes:
-    """Say what went wrong."""
+    """Make the page for an error response."""
     title = f"{status} {PHRASES.get(status, '')}".strip()
     return page(title, f"<main>\n<h1>{escape(title)}</h1>\n<p>{escape(reason[:1].upper() + reason[1:])}.</p>\n</main>")
 
@@ -1533,7 +1551,7 @@ def format_size(count: int) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Format a POSIX time as RFC 3339 has it, in UTC."""
+    """Format a POSIX time by RFC 3339, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
@@ -1551,7 +1569,7 @@ def format_count(count: int, noun: str) -> str:
 
 
 def clamp(nanoseconds: int) -> int:
-    """Return a file's time in whole seconds that every calendar has: some file systems hold any 64 bits."""
+    """Return a file's time in whole seconds, limited to years 1970 to 9999: some file systems hold any 64 bits."""
     return max(0, min(nanoseconds // 1_000_000_000, 253402300799))  # the last second of 9999
 
 
