@@ -314,38 +314,33 @@ _LINES = (
     "abcdefghijklmnopqrstuvwxyz", "0123456789", "1234567890-=", "qwertyuiop[]", "asdfghjkl;'", "zxcvbnm,./",
     "1qaz", "2wsx", "3edc", "4rfv", "5tgb", "6yhn", "7ujm", "8ik,", "9ol.", "0p;/",
 )  # fmt: skip
-_PLACES = {character: [line for line in _LINES if character in line] for character in set("".join(_LINES))}
 _WORDS = ("password", "passwort", "secret", "admin", "letmein", "welcome", "iloveyou", "changeme", "default", "server")
+
+
+def _go_round(line: str, step: int) -> str:
+    """Return the characters of a line in steps of this size, four times round, from each beginning."""
+    step %= len(line)  # a negative one goes back
+    return "\n".join((line * 4 * step)[start::step] for start in range(math.gcd(step, len(line))))
+
+
+_NEAR = "\n".join((*_WORDS, *(_go_round(line, step) for line in _LINES for step in (1, 2, -2, -1))))
+_FAR = "\n".join(_go_round(line, step) for line in _LINES for step in range(3, len(line) - 2))
 _UNSHIFTED = str.maketrans('!@#$%^&*()_+{}:"<>?', "1234567890-=[];',./")
 _PATTERN_BITS = 8  # bits of chance in which pattern comes next, and in its length
 MIN_KEY_BITS = 56  # a tripcode may become public, and a graphics card tries 2**33 keys a second
 
 
-def _line_length(text: str, at: int) -> int:
-    """Return how many characters of `text` from `at` follow one of _LINES, in equal steps forward or backward."""
-    longest = 1
-    for line in _PLACES.get(text[at], ()):
-        place, length = line.index(text[at]), 1
-        step = line.find(text[at + 1 : at + 2] or "\n") - place
-        if place + step < 0:
-            continue
-        while at + length < len(text) and line[(place + step) % len(line)] == text[at + length]:
-            place += step
-            length += 1
-        if abs(step) <= 2 or length > 3:  # three characters with a larger step are chance
-            longest = max(longest, length)
-    return longest
-
-
 def _pattern_length(text: str, at: int) -> int:
-    """Return how many characters of `text` from `at` repeat earlier ones, forward or backward, or follow a line."""
+    """Return how many characters from `at` on are a word, follow a line, or repeat earlier ones, also backward."""
     length = 0
-    while at + length < len(text):
-        next_one = text[at : at + length + 1]
-        if text.find(next_one, 0, at + length) < 0 and next_one[::-1] not in text[:at]:
+    for end in range(at + 1, len(text) + 1):
+        part = text[at:end]
+        known = part in _NEAR or part in text[: end - 1] or part[::-1] in text[:at]
+        if known or end - at > 3 and part in _FAR:  # three characters with a larger step are chance
+            length = end - at
+        elif end - at > 3:
             break
-        length += 1
-    return max(length, _line_length(text, at), *(len(word) * text.startswith(word, at) for word in _WORDS))
+    return length
 
 
 def _pattern_bits(text: str) -> float:
