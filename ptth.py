@@ -1496,15 +1496,14 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;padding:.75rem;backgrou
 """
 
 
+_ENTITIES = (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"), ("'", "&#39;"))
+
+
 def escape(text: str) -> str:
     """Escape text for HTML, in an element or a quoted attribute."""
-    return (
-        text.replace("&", "&amp;")
-        .replace("<", "&lt;")
-        .replace(">", "&gt;")
-        .replace('"', "&quot;")
-        .replace("'", "&#39;")
-    )
+    for character, entity in _ENTITIES:
+        text = text.replace(character, entity)
+    return text
 
 
 def page(title: str, content: str) -> bytes:
@@ -2645,32 +2644,42 @@ def max_forwards(request: Request) -> int | None:
     return int(digits or "0") if len(digits) < 10 else 10**9
 
 
+def _fenced_value(name: str, value: str, headers: Headers, server: str) -> str:
+    """Return what a client gets of a value of Link or WWW-Authenticate; "" for nothing."""
+    if name == "link":
+        return _safe_links(value) if len(headers[name]) <= MAX_LINK else ""
+    if not server:
+        return value
+    return name_realms(value, server) if len(headers[name]) <= MAX_CHALLENGES else ""
+
+
+def _add_via(headers: Headers) -> tuple[str, str]:
+    """Return the field Via of a message that passes the relay."""
+    return "Via", ", ".join(filter(None, (headers.get("via"), "1.1 ptth")))
+
+
 def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:
     """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin.
 
     The name of the `server` goes into its realms; without one they stay as they are.
     """
-    named = set(headers.tokens("connection")) if "connection" in headers else ()
-    fields: Fields = []
+    dropped = set(headers.tokens("connection"))
+    if status == 304:  # what it says becomes true of what the browser has stored: that must not leave the sandbox
+        dropped |= _NOT_IN_304
+    result: Fields = []
     for name, value in headers.pairs:
         lower = _name_to_client(name)
-        # What 304 says becomes true of what the browser has stored: it must not take that out of the sandbox.
-        if not lower or lower in named or status == 304 and lower in _NOT_IN_304:
-            continue
-        if lower == "link":
-            value = _safe_links(value) if len(headers[lower]) <= MAX_LINK else ""
-        elif lower == "www-authenticate" and server:
-            value = name_realms(value, server) if len(headers[lower]) <= MAX_CHALLENGES else ""
-        if value or lower not in ("link", "www-authenticate"):
-            fields.append((name, value))
-    via = headers.get("via", "")
-    fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
-    fields.append(NOSNIFF)
+        if lower in ("link", "www-authenticate"):
+            value = _fenced_value(lower, value, headers, server)
+            lower = lower if value else ""
+        if lower and lower not in dropped:
+            result.append((name, value))
+    result += [_add_via(headers), NOSNIFF]
     # Connection may name Content-Type, and then that does not pass. Two types are joined by a comma.
-    kind = "" if "content-type" in named else headers.get("content-type", "")
+    kind = "" if "content-type" in dropped else headers.get("content-type", "")
     if sandbox and status != 304 and not runs_nothing(kind):
-        fields.append(("Content-Security-Policy", SANDBOX))
-    return fields
+        result.append(("Content-Security-Policy", SANDBOX))
+    return result
 
 
 # A dot and the separators of a path in every spelling that a proxy may normalise: nginx decodes %2F, Envoy and anything
@@ -2688,16 +2697,13 @@ def own_host_fields(headers: Headers) -> Fields:
 
     A cookie loses its Domain, so that it is for this host only and not for those of other servers, too.
     """
-    named = set(headers.tokens("connection")) if "connection" in headers else ()
-    fields: Fields = []
+    dropped = _NOT_TO_OWN_CLIENT.union(headers.tokens("connection"))
+    result: Fields = []
     for name, value in headers.pairs:
         lower = name.lower()
-        if lower in _NOT_TO_OWN_CLIENT or lower in named or lower.startswith(("ptth-", *_PROXY_COMMANDS)):
-            continue
-        fields.append((name, _COOKIE_DOMAIN.sub("", value) if lower == "set-cookie" else value))
-    via = headers.get("via", "")
-    fields.append(("Via", f"{via}, 1.1 ptth" if via else "1.1 ptth"))
-    return fields
+        if lower not in dropped and not lower.startswith(("ptth-", *_PROXY_COMMANDS)):
+            result.append((name, _COOKIE_DOMAIN.sub("", value) if lower == "set-cookie" else value))
+    return [*result, _add_via(headers)]
 
 
 def climbs(path: str) -> bool:
@@ -2957,12 +2963,25 @@ def parse_date(text: str, now: float) -> int | None:
     return calendar.timegm((int(year), number, int(day), int(hour), int(minute), int(second)))
 
 
-_RANGE = re.compile(r"([0-9]*)-([0-9]*)")
+_RANGE = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")
 
 
 def _number(digits: str) -> int:
     """Return the number, or one larger than any file: int() refuses more than 4,300 digits."""
     return int(digits) if len(digits) < 4300 else 10**4300
+
+
+def _parse_range(text: str, size: int) -> tuple[int, int]:
+    """Return the first and the last position of one range; the first is `size` or more if there is none. ValueError."""
+    match = _RANGE.fullmatch(text)
+    if not match:
+        raise ValueError(text)
+    start, end, suffix = match.groups()
+    first = max(size - _number(suffix), 0) if suffix else _number(start)  # "-5": the last five bytes
+    last = _number(end) if end else first + size
+    if last < first:
+        raise ValueError(text)
+    return first, min(last, size - 1)
 
 
 def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
@@ -2975,24 +2994,11 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
     members = [member for part in rest.split(",", MAX_MEMBERS) if (member := part.strip(" \t"))]
     if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES or not size:
         return None
-    ranges = []
-    for member in members:
-        match = _RANGE.fullmatch(member)
-        if match is None:
-            return None
-        first, last = (_number(digits) if digits else None for digits in match.groups())
-        if first is None:  # "-5": the last five bytes
-            if last is None:
-                return None
-            if last:
-                ranges.append((max(size - last, 0), size - 1))
-        elif last is not None and last < first:
-            return None
-        elif first < size:
-            ranges.append((first, size - 1 if last is None else min(last, size - 1)))
-    if len(ranges) > 1 and sum(last - first + 1 for first, last in ranges) > size:
-        return None  # overlapping ranges must not make an answer larger than the file
-    return ranges
+    try:
+        ranges = [found for member in members if (found := _parse_range(member, size))[0] < size]
+    except ValueError:
+        return None
+    return ranges if sum(last - first + 1 for first, last in ranges) <= size else None
 
 
 _ENTITY_TAG = re.compile(r'(?:\A|,)[ \t]*(W/)?("[!#-~\x80-\xff]*")(?=[ \t]*(?:,|\Z))')
@@ -3318,27 +3324,31 @@ def evaluate_preconditions(method: str, headers: Headers, tag: str, modified: in
     if headers.keys().isdisjoint(_CONDITIONS):
         return _WHOLE
     if "if-match" in headers:
-        if not tag_matches(headers.get("if-match", ""), tag, weak=False):
-            return Outcome(412)
-    elif "if-unmodified-since" in headers:
+        failed = not tag_matches(headers["if-match"], tag, weak=False)
+    else:
         since = parse_date(headers.get("if-unmodified-since", ""), now)
-        if since is not None and modified > since:
-            return Outcome(412)
+        failed = since is not None and modified > since
+    if failed:
+        return Outcome(412)
     if "if-none-match" in headers:
-        if tag_matches(headers.get("if-none-match", ""), tag, weak=True):
-            return Outcome(304)
-    elif "if-modified-since" in headers:
+        unchanged = tag_matches(headers["if-none-match"], tag, weak=True)
+    else:
         since = parse_date(headers.get("if-modified-since", ""), now)
-        if since is not None and modified <= since and modified not in _NO_TIMES:
-            return Outcome(304)
-    if "range" not in headers or method != "GET" or not tag:
-        return Outcome(200)
+        unchanged = since is not None and modified <= since and modified not in _NO_TIMES
+    if unchanged:
+        return Outcome(304)
+    usable = "range" in headers and method == "GET" and tag
+    return _evaluate_range(headers, tag, modified, size, now) if usable else _WHOLE
+
+
+def _evaluate_range(headers: Headers, tag: str, modified: int, size: int, now: float) -> Outcome:
+    """Decide between 200, 206 and 416, by If-Range and Range."""
     condition = headers.get("if-range", tag)
     if condition != tag and (modified in _NO_TIMES or parse_date(condition, now) != modified):
-        return Outcome(200)
-    ranges = parse_ranges(headers.get("range", ""), size)
+        return _WHOLE
+    ranges = parse_ranges(headers["range"], size)
     if ranges is None:
-        return Outcome(200)
+        return _WHOLE
     return Outcome(206, ranges) if ranges else Outcome(416)
 
 
@@ -4743,6 +4753,9 @@ _WIDE = {  # first byte: kind, and bytes of the number that follows
     0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4), 0xDC: ("array", 2), 0xDD: ("array", 4),
     0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
+_MEMBERS = {"array": 1, "map": 2}  # values of each member
+# The least first byte of other kinds, the largest first; the kind "" is no value of the original's.
+_NARROW = ((0xC1, ""), (0xC0, "nil"), (0xA0, "text"), (0x90, "array"), (0x80, "map"), (0, "number"))
 MAX_DEPTH = 6  # of arrays and maps within each other; the wire has five
 MAX_UNPACKED = 100_000  # of all arrays and maps of a message, except arrays of ASCII bytes; at most 0.1 s of work
 RUST_FIELD = "X-PTTH-2LJYXWC4"
@@ -4781,26 +4794,25 @@ def unpack_value(data: bytes) -> Value:
     return value
 
 
+def _unpack_head(data: bytes, at: int) -> tuple[str, int, int]:
+    """Return the kind of the value at `at`, its number or count of members, and where what follows begins."""
+    first = data[at] if at < len(data) else 0xC1  # a byte that MessagePack never uses
+    at += 1
+    kind, width = _WIDE.get(first, ("", 0))
+    count = int.from_bytes(data[at : at + width], "big")
+    if not width:
+        kind, count = next((kind, first - low) for low, kind in _NARROW if first >= low)
+    at += width
+    if not kind or at > len(data) or kind != "number" and count > len(data) - at:  # an announced length costs nothing
+        raise ProtocolError(502, "not the original's form of a message", close=True)
+    return kind, count, at
+
+
 def _unpack(data: bytes, at: int, depth: int, budget: list[int]) -> tuple[Value, int]:
     """Return the value at `at` and where it ends. `budget` holds the number of members that may still come."""
-    first = data[at] if at < len(data) and depth else 0xC1  # a byte that MessagePack never uses
-    at += 1
-    if first < 0x80:
-        return first, at
-    if first == 0xC0:
-        return None, at
-    if first < 0xC0:
-        kind, count = (
-            ("map", first & 15) if first < 0x90 else ("array", first & 15) if first < 0xA0 else ("text", first & 31)
-        )
-    else:
-        kind, width = _WIDE.get(first, ("", 0))
-        count = int.from_bytes(data[at : at + width], "big")
-        at += width
-    if kind == "number" and at <= len(data):
-        return count, at
-    if not kind or count > len(data) - at:  # so an announced length costs nothing
-        raise ProtocolError(502, "not the original's form of a message", close=True)
+    kind, count, at = _unpack_head(data, at if depth else len(data))
+    if kind in ("number", "nil"):
+        return count if kind == "number" else None, at
     if kind == "text":
         try:
             return data[at : at + count].decode(), at + count
@@ -4808,20 +4820,22 @@ def _unpack(data: bytes, at: int, depth: int, budget: list[int]) -> tuple[Value,
             raise ProtocolError(502, "a text that is not UTF-8", close=True) from None
     if kind == "array" and depth > 1 and data[at : at + count].isascii():
         return list(data[at : at + count]), at + count  # nearly every field's value is one
-    count_of_values = count * 2 if kind == "map" else count
-    budget[0] -= count_of_values
-    if budget[0] < 0:
-        raise ProtocolError(502, f"more than {MAX_UNPACKED} values in a message", close=True)
     members: list[Value] = []
-    for _ in range(count_of_values):
+    for _ in range(count * _MEMBERS[kind]):
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise ProtocolError(502, f"more than {MAX_UNPACKED} values in a message", close=True)
         member, at = _unpack(data, at, depth - 1, budget)
         members.append(member)
-    if kind == "array":
-        return members, at
+    return members if kind == "array" else _make_map(members), at
+
+
+def _make_map(members: list[Value]) -> dict[int | str, Value]:
+    """Return the map of these keys and values, which take turns."""
     keys = [key for key in members[::2] if isinstance(key, int | str)]
-    if len(set(keys)) < count:
+    if len(set(keys)) < len(members) // 2:
         raise ProtocolError(502, "a map with the same key twice, or a strange one", close=True)
-    return dict(zip(keys, members[1::2], strict=True)), at
+    return dict(zip(keys, members[1::2], strict=True))
 
 
 def _pack_fields(fields: Fields) -> dict[int | str, Value]:
@@ -6868,19 +6882,30 @@ def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
         return False
     if status == 204 or status == 200 and not kind:
         return True
+    raise _refusal_of_p1(status, headers, client)
+
+
+def _asks_for_key(headers: Headers) -> bool:
+    """Return whether a 401 is the relay's own, and not that of a proxy in front of it."""
     challenge = headers.get("www-authenticate", "")
-    if status == 401 and ("x-apikey" in challenge.lower() or not challenge and "html" not in kind):
-        raise KeyRefused
+    return "x-apikey" in challenge.lower() or not challenge and "html" not in headers.get("content-type", "")
+
+
+def _refusal_of_p1(status: int, headers: Headers, client: HTTPClient) -> Exception:
+    """Return the error for a response to P1 that is no P3; its text says what to do."""
+    if status == 401 and _asks_for_key(headers):
+        return KeyRefused()
     if status == 407 and client.proxy:
-        raise client.proxy.refusal(status, headers)
+        return client.proxy.refusal(status, headers)
     through = f", or the proxy at {client.proxy.origin.place}," if client.proxy and not client.origin.tls else ""
-    if status >= 500 and status != 511:
-        raise ConnectionError(f"the relay, or a proxy in front of it,{through} answers {status}")
+    if status >= 500 and status not in _NO_RELAY:
+        return ConnectionError(f"the relay, or a proxy in front of it,{through} answers {status}")
     if 300 <= status < 400:
-        raise Refused(f"relay_url leads to a redirect ({status}): {_redirect_advice(client.origin, headers)}")
+        return Refused(f"relay_url leads to a redirect ({status}): {_redirect_advice(client.origin, headers)}")
     advice = _NO_RELAY.get(status, "a wrong relay_url, or a captive portal: log in to this network in a browser")
-    what = f"{status}, {challenge.partition(' ')[0] or kind or 'no type'}"[:80]
-    raise Refused(f"what answers at {client.origin.url}{through} is no relay ({what}): {advice}")
+    scheme = headers.get("www-authenticate", "").partition(" ")[0]
+    what = f"{status}, {scheme or headers.get('content-type') or 'no type'}"[:80]
+    return Refused(f"what answers at {client.origin.url}{through} is no relay ({what}): {advice}")
 
 
 _NO_RELAY = {
