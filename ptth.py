@@ -113,6 +113,8 @@ SWEEP_INTERVAL = 0.25  # seconds between two checks of all deadlines
 SMALL_BODY = 128 * 1024  # bytes; a body up to this size is read at once and sent in one write with its head
 WRITE_HIGH_WATER = 64 * 1024  # bytes; with more in a connection's buffer, `send` waits for the peer
 READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
+MAX_PART_HEAD = 8 * 1024  # bytes of the head of one part of a form; a name has 255
+MAX_PARTS = 1000  # of one form
 SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload after which they are written to the disk
 SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
 SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile, which blocks the loop for about half a millisecond
@@ -1585,6 +1587,7 @@ def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = 
     if script:
         import hashlib
 
+        policy += "; connect-src 'self'" if "fetch(" in script else ""
         policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
     own = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy), NOSNIFF]
     return Response(status, [*own, *fields], BytesBody(html))
@@ -3167,17 +3170,85 @@ def entry_link(entry: ListingEntry) -> str:
 
 
 LISTING_SCRIPT = """
-const box=document.getElementById("filter"),count=document.getElementById("count"),all=count.textContent;
 const fold=text=>text.normalize("NFKC").toUpperCase().normalize("NFKC");
+function setFilter(){const box=document.getElementById("filter"),count=document.getElementById("count");
+if(!box)return;const all=count.textContent;
 const rows=[...document.querySelectorAll("tbody tr:not(.up)")].map(row=>[row,fold(row.cells[0].textContent)]);
 box.hidden=false;box.oninput=()=>{const word=fold(box.value);let shown=0;
 for(const [row,name] of rows)shown+=!(row.hidden=!name.includes(word));
-count.textContent=word?shown+" of "+rows.length+" match":all};
+count.textContent=word?shown+" of "+rows.length+" match":all}}
+setFilter();
 """
 
 
-def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str) -> bytes:
-    """Show a directory: `path` is below the root, `order` is how the entries are sorted.
+UPLOAD_FORM = """<div class="bar u"><form id="up" method="post" enctype="multipart/form-data" action="?upload={token}">
+<input type="file" name="file" multiple required aria-label="Files to upload"><button>Upload</button></form>
+<form id="new" method="post" enctype="multipart/form-data" action="?upload={token}"><input name="folder" required
+maxlength="255" placeholder="New folder" aria-label="Name of a new folder"><button>Create</button></form></div>
+<ul id="jobs" aria-live="polite"></ul>
+"""
+UPLOAD_STYLE = """
+.u{margin-top:-.5rem}.u input[type=file]{border:0;padding:0;flex:1;min-width:12rem;width:auto}
+.u input.s{flex:none;min-width:0;width:7.7rem;color:transparent}@media(pointer:coarse){.u span{visibility:hidden}}
+::file-selector-button,#jobs button{font:inherit;color:var(--ink);background:var(--page);border:1px solid var(--edge);
+border-radius:6px;padding:.25rem .7rem;margin-right:.7rem;cursor:pointer}#jobs button{margin:0;padding:.1rem .5rem}
+#jobs{list-style:none;margin:0 0 1rem;padding:0;font-size:.9rem}
+#jobs b{font-weight:400;flex:1 1 12rem;overflow-wrap:anywhere}
+#jobs li{display:flex;flex-wrap:wrap;gap:.2rem .7rem;align-items:center;padding:.35rem 0;
+border-bottom:1px solid var(--line)}
+#jobs progress{width:8rem;accent-color:var(--link)}#jobs span{color:var(--quiet);font-variant-numeric:tabular-nums}
+.drop{outline:3px dashed var(--link);outline-offset:-4px}
+"""
+# A page in a sandbox has no origin, and may send forms only. There, dropped files are put into the form.
+UPLOAD_SCRIPT = r"""
+const byId=id=>document.getElementById(id),form=byId("up"),input=form.elements.file,folder=byId("new");
+const boxed=self.origin==="null",units=["B","KiB","MiB","GiB","TiB"];let queue=Promise.resolve(),active=0,timer;
+const make=(tag,text="")=>Object.assign(document.createElement(tag),{textContent:text});
+const size=n=>{let u=0;for(;n>=999.5&&u<4;u++)n/=1024;return(u&&n<99.95?n.toFixed(1):Math.round(n))+" "+units[u]};
+const left=s=>s<90?Math.ceil(s)+" s":s<5400?Math.round(s/60)+" min":(s/3600).toFixed(1)+" h";
+const reason=(status,text)=>status?text.split("\n")[0]||"error "+status:"the connection broke";
+const refresh=async()=>{const word=byId("filter")?.value;
+const page=new DOMParser().parseFromString(await(await fetch("")).text(),"text/html");
+for(const part of [".bar","table"])document.querySelector(part).replaceWith(page.querySelector(part));
+setFilter();if(word){byId("filter").value=word;byId("filter").oninput()}};
+function add(file,why){
+const url=encodeURIComponent(file.name),row=make("li"),bar=make("progress"),note=make("span","waiting");
+const stop=make("button","Cancel");let request,over=false;
+row.append(make("b",file.name),bar,note,stop);byId("jobs").append(row);
+bar.max=file.size||1;bar.value=0;
+const end=text=>{if(!over){over=true;active--;note.textContent=text;bar.remove();stop.remove()}};
+const later=tag=>queue=queue.then(()=>over||send(tag)).catch(()=>end("the connection broke"));
+const ask=tag=>{note.textContent="exists already";bar.hidden=true;stop.textContent="Keep the old one";
+const yes=make("button","Replace");yes.onclick=()=>{yes.remove();bar.hidden=false;stop.textContent="Cancel";later(tag)};
+stop.before(yes);stop.onclick=()=>{yes.remove();end("not uploaded")}};
+const cancel=()=>{end("cancelled");request?.abort()};
+const send=tag=>new Promise(done=>{const begin=Date.now();stop.onclick=cancel;
+request=new XMLHttpRequest;request.open("PUT",url);
+request.setRequestHeader(tag?"If-Match":"If-None-Match",tag||"*");
+request.upload.onprogress=e=>{bar.value=e.loaded;const speed=e.loaded*1000/(Date.now()-begin+1);note.textContent=
+size(e.loaded)+" of "+size(e.total)+", "+size(speed)+"/s, "+left((e.total-e.loaded)/speed)+" left"};
+request.onloadend=()=>{const status=request.status,tag=request.getResponseHeader("ETag");done();
+if(status===412&&tag)return ask(tag);if(status!==201&&status!==204)return end(reason(status,request.responseText));
+end("uploaded, "+size(file.size));clearTimeout(timer);timer=setTimeout(refresh,200)};request.send(file)});
+stop.onclick=cancel;active++;if(why)return end(why);
+fetch(url,{method:"HEAD"}).then(there=>there.headers.get("ETag")).then(tag=>tag?ask(tag):later(),()=>later())}
+onbeforeunload=e=>{if(active)e.preventDefault()};
+ondragover=e=>{if(e.dataTransfer.types.includes("Files")){e.preventDefault();document.body.classList.add("drop")}};
+ondragleave=e=>{if(!e.relatedTarget)document.body.classList.remove("drop")};
+ondrop=e=>{e.preventDefault();document.body.classList.remove("drop");const files=e.dataTransfer.files;
+if(boxed){input.files=files;return form.requestSubmit()}
+const items=[...e.dataTransfer.items].filter(i=>i.kind==="file");
+[...files].forEach((file,i)=>add(file,items[i]?.webkitGetAsEntry?.()?.isDirectory&&"a folder: drop its files"))};
+if(!boxed){form.querySelector("button").replaceWith(make("span","or drop files on this page"));input.className="s";
+input.onchange=()=>{[...input.files].forEach(file=>add(file));input.value=""};
+folder.onsubmit=async e=>{e.preventDefault();const name=folder.elements.folder;
+const answer=await fetch(encodeURIComponent(name.value)+"/",{method:"PUT",headers:{"If-None-Match":"*"}});
+if(answer.ok){name.value="";return refresh()}add({name:name.value},reason(answer.status,await answer.text()))}}
+"""
+
+
+def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str, form: str = "") -> bytes:
+    """Show a directory: `path` is below the root, `order` is how the entries are sorted, `form` is for uploads.
 
     All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
     Programs read the page, too, by simple patterns. So a row is one line, `href` is its link's only attribute, and the
@@ -3197,14 +3268,16 @@ def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: st
         '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
         '<form><button name="zip" value="">Download as .zip</button></form>'
     )
+    script = LISTING_SCRIPT + UPLOAD_SCRIPT * bool(form)
+    form = form and f"<style>{UPLOAD_STYLE}</style>{form}"
     headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
     rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
     return page(
         "/" + "/".join(names[1:]),
         f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span id="count" aria-live="polite">{", ".join(facts)}</span>\n'
-        f'{controls if entries else ""}</div>\n<form>\n<table class="l">\n<thead><tr>{headings}</tr></thead>\n'
+        f'{controls if entries else ""}</div>\n{form}<form>\n<table class="l">\n<thead><tr>{headings}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody>\n</table>\n</form>\n</main>\n"
-        f"{f'<script>{LISTING_SCRIPT}</script>' if entries else ''}",
+        f"{f'<script>{script}</script>' if entries or form else ''}",
     )
 
 
@@ -3724,10 +3797,11 @@ class Site:
         """Answer with a directory's listing or zip, made in a thread: a large one must not keep others waiting."""
         wanted = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY], keep_blank_values=True)
         order = wanted.get("sort", [""])[-1]
+        form = self.uploads.form(request.headers) if self.uploads else ""
         try:
             if "zip" in wanted and not as_json:
                 return await asyncio.to_thread(self._zip, segments, found)
-            return await asyncio.to_thread(self._list, segments, found, order, as_json)
+            return await asyncio.to_thread(self._list, segments, found, order, as_json, form)
         except OSError as error:
             raise file_error(error) from None
 
@@ -3747,14 +3821,16 @@ class Site:
                 raise
             return None
 
-    def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool) -> Response:
+    def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool, form: str) -> Response:
         """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""
         entries = sorted(self.entries(found.place), key=ORDERS["name"])
         key = ORDERS.get(order.removeprefix("-"), ORDERS["name"])
         entries.sort(key=key, reverse=order.startswith("-"))  # keeps folders, which have no size, in the names' order
         entries.sort(key=lambda entry: not entry.is_dir)
         if not as_json:
-            return html_response(200, listing_page(segments, entries, order), [("Vary", "Accept")], LISTING_SCRIPT)
+            script = LISTING_SCRIPT + UPLOAD_SCRIPT * bool(form)
+            vary = ("Vary", "Accept, Origin" if self.uploads else "Accept")
+            return html_response(200, listing_page(segments, entries, order, form), [vary], script)
         import json
 
         rows = [
@@ -4334,18 +4410,133 @@ def is_cross_site(headers: Headers) -> bool:
     return "origin" in headers and origin != own
 
 
+_BOUNDARY = re.compile(
+    r'multipart/form-data[ \t]*;(?:.*;)?[ \t]*boundary=(?:"([ -~]{1,70})"|([!#-:<-~]{1,70}))[ \t]*(?:;|\Z)',
+    re.IGNORECASE,
+)
+_PART_HEAD = re.compile(rf"[ \t]*\r\n({_FIELD_LINES})")
+_PARAMETER = re.compile(r';[ \t]*(filename|name)=(?:"((?:\\"|[^"])*)"|([^";\s]+))', re.IGNORECASE)
+
+
+class FormReader:
+    """Reads multipart/form-data as a stream (RFC 7578): the head of each part, then its content in pieces.
+
+    ProtocolError 400 with `close` when the form is malformed or ends too early, 415 when it is no form.
+    """
+
+    def __init__(self, request: Request) -> None:
+        boundary = _BOUNDARY.match(request.headers.get("content-type", ""))
+        if not boundary:
+            raise ProtocolError(415, "send a form (multipart/form-data), or use PUT")
+        self._body = request.body
+        self._mark = f"\r\n--{boundary[1] or boundary[2]}".encode("latin-1")
+        self._data = b"\r\n"  # the first mark may begin the body
+        self._parts = 0
+
+    async def read(self) -> bytes:
+        """Return the next piece of the part's content, or b"" at its end."""
+        while True:
+            end = self._data.find(self._mark)
+            count = end if end >= 0 else len(self._data) - len(self._mark) + 1
+            if count > 0 or end == 0:
+                data, self._data = self._data[:count], self._data[count:]
+                return data
+            await self._more()
+
+    async def value(self) -> bytes:
+        """Return the part's content, if it is a short one, or the beginning of it."""
+        value = b""
+        while piece := await self.read():
+            value = (value + piece)[:256]
+        return value
+
+    async def next_part(self) -> dict[str, str] | None:
+        """Skip to the next part; return its name and, if it is a file, its filename. None at the end of the form."""
+        while await self.read():
+            pass
+        at = len(self._mark)
+        while len(self._data) < at + 2:
+            await self._more()
+        if self._data.startswith(b"--", at):
+            for _ in range(16):  # what follows means nothing
+                if not await self._body.read():
+                    break
+            return None
+        while (end := self._data.find(b"\r\n\r\n", at)) < 0 and len(self._data) < MAX_PART_HEAD:
+            await self._more()
+        head = _PART_HEAD.fullmatch(self._data[at : end + 2].decode("latin-1"))
+        self._parts += 1
+        if not head or not 0 < end < MAX_PART_HEAD or self._parts > MAX_PARTS:
+            raise ProtocolError(400, f"not a form, or one of more than {MAX_PARTS:,} parts", close=True)
+        self._data = self._data[end + 4 :]
+        found = _PARAMETER.findall(parse_fields(head[1]).get("content-disposition", ""))
+        return {name.lower(): quoted or token for name, quoted, token in found}
+
+    async def _more(self) -> None:
+        data = await self._body.read()
+        if not data:
+            raise ProtocolError(400, "the form ends before its last boundary", close=True)
+        self._data += data
+
+
 class Uploads:
-    """Puts files into the folders of a site. A file gets its name when it is whole, and none is replaced unasked."""
+    """Puts files into the folders of a site. A file gets its name when it is whole, and none is replaced unasked.
+
+    A listing that the relay puts into a sandbox has no origin. So each listing's form has a token, which only a page
+    that can read the listing knows: no other site's, as requests of scripts for other origins (CORS) have an Origin.
+    """
 
     def __init__(self, site: Site) -> None:
         self._site = site
         self._limit = site.options.max_upload
+        self._token = os.urandom(16).hex()
+
+    def form(self, headers: Headers) -> str:
+        """Return the HTML of the forms in a listing."""
+        return "" if "origin" in headers else UPLOAD_FORM.format(token=self._token)
 
     async def respond(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
-        """Answer PUT: of a file, or of a folder, whose path ends in a slash."""
+        """Answer PUT of a file, PUT of a folder, whose path ends in a slash, and POST of a form to a folder."""
         headers = request.headers
-        if is_cross_site(headers):
-            raise ProtocolError(403, "a page of another site cannot upload")
+        token = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY]).get("upload", [""])[-1]
+        if is_cross_site(headers) and not is_same_secret(token.encode(), self._token.encode()):
+            raise ProtocolError(403, "a page of another site cannot upload; if this is not one, load it again")
+        if request.method == "POST":
+            return await self._take_form(request, segments, directory)
+        return await self._put(request, segments, directory)
+
+    async def _take_form(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
+        """Store the files of a form and make the folders that it names. What fails does not stop the others."""
+        folder, form = self._open_folder(segments), FormReader(request)
+        stored: list[str] = []
+        failed: list[ProtocolError] = []
+        while (part := await form.next_part()) is not None:
+            name = _form_name(part.get("filename", ""))
+            try:
+                if name:
+                    await self._store(folder, self._check_name(name), form.read, Headers(), 0)
+                elif part.get("name") == "folder" and (name := await form.value()):
+                    await in_thread(os.mkdir, os.path.join(folder, self._check_name(name)))
+            except ProtocolError as error:
+                if error.close:
+                    raise
+                reason = "the name is taken" if error.status == 412 else error.reason
+                failed.append(
+                    ProtocolError(409 if error.status == 412 else error.status, f"{show_name(name)}: {reason}")
+                )
+            else:
+                stored += [show_name(name)] if name else []
+        if failed or not stored:
+            whole = f"; stored were: {', '.join(stored)}" if stored else ""
+            reasons = "; ".join(error.reason for error in failed[:100])
+            raise ProtocolError(failed[0].status if failed else 400, (reasons or "no file was chosen") + whole)
+        location = "./" if directory or not segments else redirect_below(segments[-1], "")
+        fields = [("Location", location)]
+        return text_response(303, "".join(f"{name}\n" for name in stored), fields)
+
+    async def _put(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
+        """Answer PUT."""
+        headers = request.headers
         if "content-range" in headers:
             raise ProtocolError(400, "a part of a file cannot be uploaded: Content-Range (RFC 9110, 14.5)")
         if headers.get("content-encoding", "identity").lower() != "identity":
@@ -4450,6 +4641,13 @@ class Uploads:
                 await in_thread(partial.write, b"".join(pieces))
                 pieces, waiting = [], 0
         await in_thread(partial.write, b"".join(pieces))
+
+
+def _form_name(text: str) -> bytes:
+    """Return a file's name as browsers and curl put it into a form: with three characters escaped, or a quote only."""
+    for code, character in (('\\"', '"'), ("%22", '"'), ("%0D", "\r"), ("%0A", "\n")):
+        text = text.replace(code, character)
+    return text.encode("latin-1")
 
 
 def _mtime(headers: Headers) -> int | None:

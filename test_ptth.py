@@ -3542,6 +3542,164 @@ class TestUploads:
             site = ptth.load_server_config(str(tmp_path / "ptth_server.toml"), {}).site
             assert (site.upload, site.max_upload) == (True, size)
 
+    @staticmethod
+    def form(*parts: bytes, boundary: str = "b", end: bytes = b"--b--\r\n") -> tuple[bytes, list[str]]:
+        """A form's body of parts, each with its head, and the field that tells what it is."""
+        body = b"".join(b"--b\r\n" + part + b"\r\n" for part in parts) + end
+        return body, [f"Content-Type: multipart/form-data; boundary={boundary}"]
+
+    @staticmethod
+    def part(filename: bytes, data: bytes, name: bytes = b"file") -> bytes:
+        head = b'Content-Disposition: form-data; name="' + name + b'"'
+        return head + (b'; filename="' + filename + b'"' if filename else b"") + b"\r\n\r\n" + data
+
+    def post(self, inbox: Inbox, body: bytes, fields: list[str], path: str = "/") -> tuple[int, dict[str, str], str]:
+        status, told, text = inbox.send(path, body, method="POST", fields=fields)
+        return status, told, text.decode()
+
+    def test_a_form_stores_files_and_makes_folders(self, inbox: Inbox) -> None:
+        large = random.Random(1).randbytes(1_000_000)
+        parts = [
+            self.part(b"a.txt", b"a"), self.part(b"", b"", b"other"), self.part(b"large", large), self.part(b"", b"new", b"folder"),
+            self.part(b"\xc3\xbc%22%.txt", b"\r\n--c\r\n--"), self.part(b"empty", b""), self.part(b'q\\"q', b""),
+        ]  # fmt: skip
+        status, fields, _ = self.post(inbox, *self.form(*parts))
+        assert (status, fields["location"]) == (303, "./")
+        names = {"a.txt": b"a", "large": large, "new/": b"", '\u00fc"%.txt': b"\r\n--c\r\n--", "empty": b"", 'q"q': b""}
+        assert inbox.files() == names
+        status, fields, _ = self.post(inbox, *self.form(self.part(b"x", b"x")), "/new")
+        assert (status, fields["location"], inbox.files()) == (303, "./new/", {**names, "new/x": b"x"})
+
+    def test_a_form_says_what_it_could_not_store(self, inbox: Inbox) -> None:
+        (inbox.root / "old").write_bytes(b"old")
+        names = [b"old", b"../up", b".x", b"/etc/x", b"a%0Ab", b"..", b"ptth_server.toml", b"x" * 256, b"fine"]
+        status, _, text = self.post(inbox, *self.form(*[self.part(name, b"new") for name in names]))
+        assert (status, inbox.files()) == (409, {"old": b"old", "fine": b"new"})
+        assert "old: the name is taken" in text and "../up: " in text and "stored were: fine" in text
+        for parts in ([], [self.part(b"", b"", b"file")], [self.part(b"", b"", b"folder")]):
+            assert self.post(inbox, *self.form(*parts))[0] == 400
+        for name, status in ((b"old", 409), (b"../x", 403), (b"n" * 300, 400)):
+            assert self.post(inbox, *self.form(self.part(b"", name, b"folder")))[0] == status
+        assert self.post(inbox, *self.form(self.part(b"x", b"")), "/missing/")[0] == 409
+        assert inbox.files() == {"old": b"old", "fine": b"new"}
+
+    BROKEN = [  # (body, what stands behind multipart/form-data, status)
+        (b"", "; boundary=b", 400), (b"--b", "; boundary=b", 400), (b"--b\r\n", "; boundary=b", 400), (b"--c--\r\n", "; boundary=b", 400),
+        (b"--b\r\n" + b"x" * 9000, "; boundary=b", 400), (b"--b\r\nX: " + b"x" * 9000 + b"\r\n\r\n\r\n--b--\r\n", "; boundary=b", 400),
+        (b"--b\r\nno field\r\n\r\nx\r\n--b--\r\n", "; boundary=b", 400), (b"--bb\r\n\r\n\r\n--bb--\r\n", "; boundary=b", 400),
+        (b"--b\r\n\r\n\r\n" * 1001 + b"--b--\r\n", "; boundary=b", 400), (b"--b\r\n" + b"--b\r\n" * 10000 + b"--b--", "; boundary=b", 400),
+        (b"--b--", "", 415), (b"--b--", "; boundary=", 415), (b"--b--", "; boundary=" + "b" * 71, 415), (b"--b--", '; boundary="b', 415),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("body", "kind", "status"), BROKEN)
+    def test_a_broken_form_is_refused(self, body: bytes, kind: str, status: int, open_inbox: object) -> None:
+        inbox = open_inbox()
+        assert self.post(inbox, body, ["Content-Type: multipart/form-data" + kind])[0] == status
+        assert inbox.files() == {}
+
+    def test_a_form_without_its_end_leaves_whole_files_only(self, inbox: Inbox) -> None:
+        for end in (b"", b"--b", b"--b-", b"\r\n--B--\r\n"):
+            body, fields = self.form(self.part(b"one", b"1"), end=b"--b\r\n" + self.part(b"two", b"2") + end)
+            assert self.post(inbox, body, fields)[0] == 400
+            assert inbox.files() == {"one": b"1"}
+            (inbox.root / "one").unlink()
+
+    @pytest.mark.parametrize(
+        "kind", ["; boundary=b", '; boundary="b"', "; charset=utf-8; BOUNDARY=b", ";boundary=b ; x=y"]
+    )
+    def test_a_form_in_other_spellings_and_in_any_pieces(
+        self, kind: str, background: Background, tmp_path: object
+    ) -> None:
+        content = b"\r\n--\r\n--\r\n-b\r\n--\r\r\n--c--b" * 3
+        body = b"preamble\r\n--b \t\r\nContent-Disposition: form-data; NAME=file; filename=x\r\n\r\n" + content
+        body += b"\r\n--b--\r\nepilogue"
+        site = ptth.Site(str(tmp_path), ptth.SiteOptions(upload=True))
+
+        class Pieces(ptth.Body):
+            def __init__(self, size: int) -> None:
+                self.size = size
+
+            async def __aiter__(self) -> object:
+                for i in range(0, len(body), self.size):
+                    yield body[i : i + self.size]
+
+        for size in (1, 2, 3, 7, 50, 1000):
+            headers = ptth.Headers([("Content-Type", "multipart/form-data" + kind)])
+            request = ptth.Request("POST", "/", headers, body=Pieces(size))
+            assert background.run(ptth.site_handler(site)(request)).status == 303
+            assert (tmp_path / "x").read_bytes() == content
+            (tmp_path / "x").unlink()
+
+    def test_a_limit_holds_for_each_file_of_a_form(self, open_inbox: object) -> None:
+        inbox = open_inbox(max_upload=100)
+        body, fields = self.form(self.part(b"a", bytes(100)), self.part(b"b", bytes(101)), self.part(b"c", bytes(100)))
+        assert self.post(inbox, body, fields)[0] == 413
+        assert set(inbox.files()) == {"a", "c"}
+
+    def test_a_form_of_the_listing_works_where_the_page_has_no_origin(self, open_inbox: object) -> None:
+        inbox = open_inbox(cors=True)
+        body, fields = self.form(self.part(b"x", b"x"))
+        fields += ["Origin: null", "Sec-Fetch-Site: cross-site"]
+        shown = one(fetch(inbox.port, get("/")))[2].decode()
+        action = re.search(r'action="(\?upload=\w+)"', shown)[1]
+        foreign = one(fetch(inbox.port, get("/", "Origin: null")))  # so a script of another site would read it
+        assert "upload=" not in foreign[2].decode() and "Origin" in foreign[1]["vary"]
+        for path, status in (("/", 403), (action[:-1], 403), ("/?upload=", 403), ("/" + action, 303)):
+            assert self.post(inbox, body, fields, path.replace("?", "/?", path[0] == "?"))[0] == status, path
+
+    @needs("chromedriver")
+    @needs("chromium")
+    def test_a_browser_uploads_by_choice_by_drop_and_in_the_sandbox(self, inbox: Inbox, tmp_path: object) -> None:
+        for name in ("one", "two", "old"):
+            (tmp_path / name).write_text(name)
+        (inbox.root / "old").write_bytes(b"older")
+        port = free_port()
+        driver = subprocess.Popen(["chromedriver", f"--port={port}", "--log-level=OFF"], stdout=subprocess.DEVNULL)
+        try:
+            eventually(lambda: TestRealPrograms.listens(port))
+            browser = Browser(port, str(tmp_path))
+            browser.open(f"http://127.0.0.1:{inbox.port}{inbox.prefix}/")
+            rows = "return [...document.querySelectorAll('tbody a')].map(a => a.textContent)"
+            drop = """const data = new DataTransfer(); for (const name of ['3', '4', '5']) data.items.add(new File([name], name));
+                document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}))"""
+            click = "[...document.querySelectorAll('button')].find(b => b.textContent === '%s').click()"
+            if inbox.tunnel:
+                browser.type("#up input", f"{tmp_path}/one\n{tmp_path}/two")
+                browser.run(click % "Upload")
+            else:
+                browser.type("#up input", f"{tmp_path}/one\n{tmp_path}/two\n{tmp_path}/old")
+                eventually(lambda: "exists already" in browser.run("return document.querySelector('#jobs').innerText"))
+            eventually(lambda: browser.run(rows) == ["old", "one", "two"])
+            assert inbox.files() == {"one": b"one", "two": b"two", "old": b"older"}
+            browser.run(drop)
+            eventually(lambda: browser.run(rows) == ["3", "4", "5", "old", "one", "two"])
+            browser.type("#new input", "a folder")
+            browser.run(click % "Create")
+            eventually(lambda: browser.run(rows) == ["a folder/", "3", "4", "5", "old", "one", "two"])
+            if not inbox.tunnel:
+                browser.run(click % "Replace")
+            old = b"older" if inbox.tunnel else b"old"
+            eventually(
+                lambda: (
+                    inbox.files()
+                    == {"a folder/": b"", "one": b"one", "two": b"two", "old": old, "3": b"3", "4": b"4", "5": b"5"}
+                )
+            )
+            browser.close()
+        finally:
+            driver.terminate()
+            driver.wait(10)
+
+    @needs("curl")
+    def test_curl_sends_a_form(self, inbox: Inbox, tmp_path: object) -> None:
+        (tmp_path / "data").write_bytes(bytes(range(256)) * 4096)
+        url = f"http://127.0.0.1:{inbox.port}{inbox.prefix}/"
+        name = 'odd "name", \\ ;.txt'
+        other = name.replace("\\", "\\\\").replace('"', '\\"')
+        files = ["-F", f"file=@{tmp_path}/data", "-F", f'x=@{tmp_path}/data;filename="{other}"']
+        subprocess.run(["curl", "-sSf", *files, url], check=True, timeout=60)
+        assert inbox.files() == {"data": bytes(range(256)) * 4096, name: bytes(range(256)) * 4096}
+
     @needs("curl")
     def test_curl_uploads(self, inbox: Inbox, tmp_path: object) -> None:
         (tmp_path / "data").write_bytes(bytes(range(256)) * 4096)
