@@ -1118,9 +1118,10 @@ class Connection:
 
 
 async def read_request_head(connection: Connection, idle_timeout: float, head_timeout: float) -> bytes:
-    """Return the next request head with its empty line; b"" when the peer ended before it began.
+    """Return the next request head with its empty line; b"" at the end of the stream before a request.
 
-    TimeoutError with `held` empty means an idle connection, with bytes in it a head that came too slowly.
+    TimeoutError: no request for `idle_timeout` seconds if `buffer` is empty, else a head that took more than
+    `head_timeout`. ConnectionError when the stream ends inside a head. ProtocolError 400, 414 or 431.
     """
     connection.read_deadline = connection.loop.time() + idle_timeout
     blank_lines = checked = 0
@@ -1141,7 +1142,7 @@ async def read_request_head(connection: Connection, idle_timeout: float, head_ti
                 connection.read_deadline = connection.loop.time() + head_timeout
             checked = len(data)
         connection.buffer = data
-        piece = await connection.reader.read(MAX_HEAD)  # of what is pipelined, no more than that is kept
+        piece = await connection.reader.read(MAX_HEAD)  # so no more than that of pipelined requests is buffered
         if not piece:
             if data:
                 raise ConnectionError("the connection ended inside a head")
@@ -1155,19 +1156,19 @@ async def read_request_head(connection: Connection, idle_timeout: float, head_ti
 
 
 async def read_response_head(connection: Connection, timeout: float) -> tuple[int, Headers]:
-    """Return status and fields of the next response that is not an interim one (RFC 9110, 15.2); 101 is returned.
+    """Return status and fields of the next response; interim ones except 101 are skipped (RFC 9110, 15.2).
 
     TimeoutError when it has not arrived after `timeout` seconds, interim responses included. ConnectionError when
-    the connection ends before. ProtocolError 502 for what is not a response, and after MAX_INTERIM interim ones.
+    the connection ends before. ProtocolError 502 for an invalid head, and after MAX_INTERIM interim responses.
     """
     connection.head_deadline = connection.loop.time() + timeout
     for _ in range(MAX_INTERIM + 1):
         while (end := connection.buffer.find(b"\r\n\r\n") + 4) < 4 and len(connection.buffer) <= MAX_HEAD:
             left = (connection.head_deadline or 0) - connection.loop.time()
-            if left <= 0:  # a peer that sends a byte now and then wakes the reader before its deadline
+            if left <= 0:  # `fill` returns early for each byte, so the sum of the waits is checked here
                 raise TimeoutError("the peer sends the response head too slowly")
             if not await connection.fill(left):
-                raise ConnectionError("the connection was closed instead of an answer")
+                raise ConnectionError("the connection was closed without a response")
         if not 4 <= end <= MAX_HEAD:
             raise ProtocolError(502, "the response head is too large", close=True)
         status, headers = parse_response_head(connection.buffer[:end])
@@ -1182,14 +1183,14 @@ async def read_response_head(connection: Connection, timeout: float) -> tuple[in
 
 
 async def linger(connection: Connection) -> None:
-    """Half-close, and discard what the peer still sends: closing with unread bytes would destroy the response.
+    """Half-close, and discard what the peer still sends (RFC 9112, 9.6).
 
-    Ends when the peer ends or is silent for LINGER_TIMEOUT, after MAX_LINGER bytes or MAX_LINGER_TIMEOUT
-    (RFC 9112, 9.6).
+    Closing with unread bytes would make the kernel reset the connection, and destroy the response. Returns when the
+    peer ends, after LINGER_TIMEOUT seconds without a byte, MAX_LINGER bytes, or MAX_LINGER_TIMEOUT seconds.
     """
     if connection.at_eof():
         return
-    if connection.writer.can_write_eof():  # not under TLS, where it must be reading on alone
+    if connection.writer.can_write_eof():  # TLS has no half-close
         connection.writer.write_eof()
     connection.buffer = b""
     discarded = 0
@@ -1570,7 +1571,7 @@ def clamp(nanoseconds: int) -> int:
 
 
 # -- 7. HTTP server --
-# Accepts connections, and serves the requests of each in order. Calls a handler; does not use files or the tunnel.
+# Accepts connections, all at the same time, and serves the requests of each in order. Calls a handler.
 
 NOSNIFF = ("X-Content-Type-Options", "nosniff")
 NO_STORE = ("Cache-Control", "no-store")
@@ -1582,7 +1583,7 @@ def text_response(status: int, text: str, fields: Iterable[tuple[str, str]] = ()
 
 
 def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = (), script: str = "") -> Response:
-    """Make a response of one of our own pages, which may run `script` only and load nothing from elsewhere."""
+    """Make a response with a page of this program. It may run `script` only, and load nothing."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     if script:
         import hashlib
@@ -1594,7 +1595,7 @@ def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = 
 
 
 def json_response(value: object) -> Response:
-    """Make a response of JSON that is of this moment only."""
+    """Make a response of JSON that must not be cached."""
     import json
 
     fields = [("Content-Type", "application/json"), NOSNIFF, NO_STORE]
@@ -1605,7 +1606,7 @@ _WEIGHT = re.compile(r"(?:\A|;)\s*q\s*=\s*([01](?:\.[0-9]*)?)\s*(?:;|\Z)")
 
 
 def parse_weights(headers: Headers, name: str) -> dict[str, float]:
-    """Return the members of an Accept field with their weights, 0 for what is not wanted (RFC 9110, 12.4.2)."""
+    """Return the members of an Accept field with their weights, 0 to 1 (RFC 9110, 12.4.2)."""
     found = {}
     for token in headers.tokens(name):
         what, _, parameters = token.partition(";")
@@ -1615,13 +1616,13 @@ def parse_weights(headers: Headers, name: str) -> dict[str, float]:
 
 
 def wants_json(headers: Headers) -> bool:
-    """Return whether Accept names JSON, and not HTML: no browser's does."""
+    """Return whether Accept names JSON but not HTML. No browser sends that."""
     accepted = parse_weights(headers, "accept")
     return accepted.get("application/json", 0) > 0 and not accepted.get("text/html", 0)
 
 
 def error_response(request: Request, error: ProtocolError) -> Response:
-    """Make the response to an error: a page for a browser, a line for everything else."""
+    """Make the response for an error: a page for a browser, one line of text for other clients."""
     if "text/html" in request.headers.get("accept", ""):
         response = html_response(error.status, error_page(error.status, error.reason), error.headers)
     else:
@@ -1631,13 +1632,13 @@ def error_response(request: Request, error: ProtocolError) -> Response:
 
 
 async def call_handler(handler: Handler, request: Request) -> Response:
-    """Return the handler's response; what it raises becomes one, too, as `Handler` has it."""
+    """Return the handler's response, or one for what it raises: see `Handler`."""
     try:
         return await handler(request)
     except ProtocolError as error:
         return error_response(request, error)
     except TimeoutError:
-        return error_response(request, ProtocolError(504, "the response did not come in time"))
+        return error_response(request, ProtocolError(504, "the response did not arrive in time"))
     except IncompleteBody:
         if not request.body.complete and request.connection and request.connection.at_eof():
             raise  # the client ended the request's body early: no response can be sent
@@ -1645,13 +1646,13 @@ async def call_handler(handler: Handler, request: Request) -> Response:
     except Exception:
         import traceback
 
-        for line in traceback.format_exc().splitlines():  # ours, so all of it
+        for line in traceback.format_exc().splitlines():  # a fault in this program: log the whole traceback
             log_line(line)
         return error_response(request, ProtocolError(500, "an error in the server; its log has the details"))
 
 
 class AccessLog:
-    """Lines in the Combined Log Format on stderr: those of one turn of the event loop leave in one write."""
+    """Writes lines in the Combined Log Format to stderr, those of one turn of the event loop in one write."""
 
     def __init__(self, address: Callable[[Request], str] = lambda request: request.peer) -> None:
         self._address = address  # of the client, behind proxies
@@ -1660,7 +1661,7 @@ class AccessLog:
         self._stamp = ""
 
     def add(self, request: Request, status: int, size: int) -> None:
-        """Add the line for one response, without the query where it may hold a key."""
+        """Add the line for one response. A query that may hold a key is left out."""
         now = int(time.time())
         if now != self._second:
             t = time.gmtime(now)
@@ -1676,30 +1677,30 @@ class AccessLog:
         self._lines.append(line)
 
     def flush(self) -> None:
-        """Write what has gathered."""
+        """Write the collected lines."""
         lines, self._lines = self._lines, []
         write_stderr("".join(lines))
 
 
 _LOGGED = {code: f"\\x{code:02x}" for code in (*range(32), *b'"\\', *range(127, 256))}
-# Where keys are asked for, and may be found in the query by mistake.
+# URLs that need a key: a client may send it in the query by mistake.
 _ASKS_FOR_KEY = re.compile(rf"(?:https?://[^/?]*)?/*(?:{BACKEND[1:-1]}|scraper|frontend/audit_log)\b", re.IGNORECASE)
 
 
 def _without_key(url: str) -> str:
-    """Take the query off a URL where it may hold a key."""
+    """Remove the query of a URL that needs a key."""
     return url.partition("?")[0] if _ASKS_FOR_KEY.match(url) else url
 
 
 def _quoted(text: str) -> str:
-    """Cut what is too long, and escape what would end the quotes or the line, or steer a terminal."""
+    """Shorten a text, and escape characters that would end the quotes or the line, or control a terminal."""
     if len(text) > MAX_LOGGED:
         text = f"{text[:MAX_LOGGED]}..."
     return text.translate(_LOGGED)
 
 
 def file_limit() -> int:
-    """Return how many descriptors this process may have, after raising that as far as it is allowed."""
+    """Raise the limit of descriptors as far as the system allows, and return it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -1709,7 +1710,7 @@ def file_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     except (OSError, ValueError):
-        pass  # not allowed: what there is must do
+        pass  # not allowed: the old limit stays
     return soft if soft != resource.RLIM_INFINITY else 1 << 30
 
 
@@ -1729,13 +1730,13 @@ class HTTPServer:
         self.handler = handler
         self.log = log
         self.tls = tls
-        self.takes_bodies = takes_bodies  # the handler reads also those of GET and HEAD
+        self.takes_bodies = takes_bodies  # the handler reads also the bodies of GET and HEAD
         self.idle_timeout = idle_timeout
         self.head_timeout = head_timeout
         self.connections: set[Connection] = set()
-        self.busy: set[Connection] = set()  # those with a request under way
+        self.busy: set[Connection] = set()  # those with a request in flight
         self.stopping = False
-        self._last_loop_error = -math.inf  # when the lack of descriptors was last told
+        self._last_loop_error = -math.inf  # when a failed accept was last logged, in the loop's time
         self._most_descriptors = file_limit() - SPARE_DESCRIPTORS
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
@@ -1746,7 +1747,7 @@ class HTTPServer:
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(sweep(self.connections))
-        timeout = STALL_TIMEOUT if self.tls else None  # for what is still on its way when a connection of TLS is closed
+        timeout = STALL_TIMEOUT if self.tls else None  # for a TLS shutdown, in which buffered bytes are still sent
         server = await asyncio.start_server(
             self._serve_connection,
             sock=sock,
@@ -1756,25 +1757,25 @@ class HTTPServer:
             ssl_shutdown_timeout=timeout,
         )
         self._servers.append(server)
-        sock.listen(1024)  # asyncio takes the backlog for the number of accepts in one turn, too
+        sock.listen(1024)  # again: for asyncio, the backlog is also the number of accepts in one turn
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Report an error of the event loop's, but not by the hundred that there are no descriptors left."""
+        """Log a failed accept, at most once in 60 seconds; pass other errors to the loop's default handler."""
         error = context.get("exception")
         if isinstance(error, OSError) and "socket" in context:
             if loop.time() > self._last_loop_error + 60:
                 self._last_loop_error = loop.time()
-                log_line(f"cannot accept connections: {format_error(error)}")
+                log_line(f"cannot accept connections: {format_error(error)}; raise the limit (ulimit -n, LimitNOFILE=)")
             return
         loop.default_exception_handler(context)
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
-        """Accept nothing more, let what is under way finish for `grace` seconds, and end the rest."""
+        """Accept no more connections, wait up to `grace` seconds for requests in flight, and abort the rest."""
         self.stopping = True
         for server in self._servers:
             server.close()
         for connection in self.connections - self.busy:
-            # A client of TLS may leave a close unanswered for half a minute.
+            # A TLS client may take half a minute to answer a close.
             connection.abort() if connection.buffer or self.tls else connection.close()
         try:
             async with asyncio.timeout(grace):
@@ -1790,7 +1791,7 @@ class HTTPServer:
             self.log.flush()
 
     async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection from its beginning to its end."""
+        """Serve the requests of one connection until it ends."""
         connection = Connection(reader, writer)
         connection.task = asyncio.current_task()
         self.connections.add(connection)
@@ -1798,22 +1799,22 @@ class HTTPServer:
         try:
             if (
                 connection.sock and connection.sock.fileno() > self._most_descriptors
-            ):  # the system gives the lowest free one
+            ):  # the system assigns the lowest free number
                 busy = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
                 await self._refuse(connection, b"", busy)
                 return
             while await self._serve_request(connection):
                 if connection.buffer:
-                    await asyncio.sleep(0)  # who sends many requests at once must not keep the loop from the others
+                    await asyncio.sleep(0)  # let other connections run, however many requests this one has pipelined
             await connection.flush()
         except (OSError, TimeoutError, asyncio.CancelledError):
-            connection.abort()  # reset, stalled or broken off: nothing more can be said
+            connection.abort()  # reset, stalled or incomplete: no error can be sent
         finally:
             self.busy.discard(connection)
             connection.close()
 
     async def _serve_request(self, connection: Connection) -> bool:
-        """Read one request, have it answered, write the response; return whether another one may follow."""
+        """Read one request, call the handler, write the response; return whether another request may follow."""
         self.busy.discard(connection)
         if self.stopping and not connection.buffer:
             return False
@@ -1851,7 +1852,7 @@ class HTTPServer:
         return False
 
     async def _answer(self, connection: Connection, request: Request) -> None:
-        """Have a request answered and write its response, unless the client resets the connection meanwhile."""
+        """Call the handler and write its response; cancelled when the client resets the connection."""
         connection.waiting = True
         try:
             response = await call_handler(self.handler, request)
@@ -1860,7 +1861,7 @@ class HTTPServer:
             connection.waiting = False
 
     def _find_body(self, connection: Connection, request: Request) -> None:
-        """Attach the request's body, if it has one, and look at Expect (RFC 9110, 10.1.1)."""
+        """Attach the request's body, if any, and check Expect (RFC 9110, 10.1.1). ProtocolError 417, or of framing."""
         headers = request.headers
         framing = parse_framing(headers, request.minor)
         expects = headers.get("expect", "").lower() if request.minor else ""
@@ -1874,7 +1875,7 @@ class HTTPServer:
                 request.body = IncomingBody(connection, None)
 
     async def _refuse(self, connection: Connection, data: bytes, error: ProtocolError) -> None:
-        """Answer what is not a request, and close; also here an answer to HEAD has no body."""
+        """Send an error response to bytes that are not a valid request, and close. HEAD gets no body, as always."""
         connection.must_close = True
         is_head = (data or connection.buffer.lstrip(b"\r\n")).startswith(b"HEAD ")
         unread = Request("HEAD" if is_head else "-", "-", Headers(), connection=connection)
@@ -1882,7 +1883,7 @@ class HTTPServer:
         await linger(connection)
 
     async def _write_response(self, connection: Connection, request: Request, response: Response) -> None:
-        """Write the response, then tell those who want to know; raises ConnectionError when it broke off."""
+        """Write the response, close its body, call `on_sent`, and log it. ConnectionError if it is incomplete."""
         whole = False
         body = response.body
         if request.upgrade and response.status != 101:
@@ -1903,20 +1904,20 @@ class HTTPServer:
             size = max(connection.written - begun - head_size - unsent, 0)
             if response.on_sent:
                 response.on_sent(whole, size)
-                response.on_sent = None  # it knows the response: a circle that only the garbage collector would break
+                response.on_sent = None  # the callback refers to the response: break this reference cycle now
             if self.log:
                 self.log.add(request, response.status, size)
         if not (connection.must_close or request.body.complete):
             try:
                 connection.must_close = not await request.body.drain()
             except ProtocolError:
-                connection.must_close = True  # it has its answer; what follows cannot be read
+                connection.must_close = True  # the response was sent; the next request cannot be found
 
     def _make_head(self, connection: Connection, request: Request, response: Response) -> bytes:
         """Format the response's head, and decide whether the connection closes after the response."""
         status, length, minor = response.status, response.body.length, request.minor
         framing = []
-        if status == 101:  # the end of one direction ends the other, and no silence does
+        if status == 101:  # either side may send nothing for hours; the end of one direction ends the other
             connection.must_close = True
             connection.silence_timeout = math.inf
             return format_response_head(status, [*response.headers, ("Connection", "Upgrade")])
@@ -1927,7 +1928,7 @@ class HTTPServer:
                 if minor:
                     framing.append(("Transfer-Encoding", "chunked"))
                 else:
-                    connection.must_close = True  # HTTP/1.0: the end of the connection is the end of the body
+                    connection.must_close = True  # HTTP/1.0: the body ends with the connection
         unread = request.body
         if (
             unread.expects
@@ -1966,7 +1967,7 @@ class HTTPServer:
 
 
 # -- 8. HTTP client --
-# Kept-alive connections to one server. Does not know what is asked there.
+# Kept-alive connections to one server, direct or through a forward proxy.
 
 
 async def end_task(task: asyncio.Task[None] | None) -> None:
@@ -1977,13 +1978,13 @@ async def end_task(task: asyncio.Task[None] | None) -> None:
 
 
 class Refused(ConnectionError):
-    """Trying again is useless before somebody changes something; the text says who has to change what."""
+    """The connection fails until a configuration is changed; the text says which, and where."""
 
 
 class BaseURL(NamedTuple):
-    """Where a URL points: scheme, host, port, and the path in front of everything.
+    """The parts of a URL: scheme, host, port, and a path that is put before each target.
 
-    `host` is what gets resolved: a name in ASCII, or an address without brackets, perhaps with a zone: fe80::1%eth0.
+    `host` is what is resolved: a name in ASCII, or an address without brackets, perhaps with a zone: fe80::1%eth0.
     """
 
     tls: bool
@@ -1995,7 +1996,7 @@ class BaseURL(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The host without a zone, which means something on this machine only (RFC 6874, 1)."""
+        """The host without a zone, which has a meaning on this machine only (RFC 6874, 1)."""
         return self.host.partition("%")[0]
 
     @property
@@ -2016,20 +2017,20 @@ class BaseURL(NamedTuple):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port to connect to. Names below localhost are this machine (RFC 6761, 6.3), as curl has it."""
+        """Host and port to connect to. As in curl, names below localhost are this machine (RFC 6761, 6.3)."""
         local = re.fullmatch(r"(?:.*\.)?localhost\.?", self.host)
         return "localhost" if local else self.host, self.port
 
 
 def bracket(host: str) -> str:
-    """Put brackets around an IPv6 address, as URLs demand."""
+    """Put brackets around an IPv6 address, as in URLs."""
     return f"[{host}]" if ":" in host else host
 
 
 def parse_base_url(url: str) -> BaseURL:
     """Parse an http or https URL, in the forms that curl accepts.
 
-    Raises ValueError, whose text does not quote the URL: any part of it may turn out to be part of a password.
+    Raises ValueError. Its text does not quote the URL, any part of which may be part of a password.
     """
     match = re.fullmatch(r"(?i:http(s?)):/{1,3}([^/?#]*)([^?#]*)(.*)", url.strip(), re.DOTALL)
     if not match:
@@ -2051,7 +2052,7 @@ def parse_base_url(url: str) -> BaseURL:
 
 
 def parse_app(text: str) -> BaseURL:
-    """Parse where an app is: PORT of this machine, HOST:PORT, a URL, https+insecure://..., or unix:PATH. ValueError."""
+    """Parse the place of an app: PORT, HOST:PORT, a URL, https+insecure://..., or unix:PATH. Raises ValueError."""
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
         if path.startswith("//"):
@@ -2060,17 +2061,17 @@ def parse_app(text: str) -> BaseURL:
             raise ValueError("a unix socket is written unix:/run/app.sock, on systems that have them")
         return BaseURL(False, "localhost", 80, "", unix=path)
     if text.isascii() and text.isdigit():
-        text = f"localhost:{text}"  # a name, since an app may listen at ::1 only
+        text = f"localhost:{text}"  # not 127.0.0.1: an app may listen on ::1 only
     url = re.sub(r"\A(?i:https\+insecure)://", "https://", text)
     return parse_base_url(url if "://" in url else f"http://{url}")._replace(verify=url == text)
 
 
 def parse_host(text: str) -> str:
-    """Return a URL's host in the form that can be resolved; ValueError that does not quote it."""
+    """Return a URL's host in a form that can be resolved. Raises ValueError, whose text does not quote it."""
     import ipaddress
 
     try:
-        if text.startswith("["):  # a zone is written %25eth0 (RFC 6874), and by users, as by curl, %eth0
+        if text.startswith("["):  # a zone is written %25eth0 (RFC 6874), by users and curl also %eth0
             address, percent, zone = text[1:-1].partition("%")
             zone = zone.removeprefix("25") or zone
             if not re.fullmatch(r"[\w.~:-]+" if percent else "", zone, re.ASCII):
@@ -2090,7 +2091,7 @@ def parse_host(text: str) -> str:
 
 
 def _ascii_label(label: str) -> str:
-    """Return a part of a domain name in ASCII (IDNA); UnicodeError, which is a ValueError."""
+    """Return a label of a domain name in ASCII (IDNA). Raises UnicodeError, which is a ValueError."""
     if label.isascii():
         return label
     if re.search(
@@ -2101,13 +2102,13 @@ def _ascii_label(label: str) -> str:
 
 
 class ForwardProxy(NamedTuple):
-    """A proxy that the network demands: where it is, and the fields that log in to it."""
+    """A forward proxy on the way to the relay: its URL, and the fields with its login."""
 
     origin: BaseURL
     fields: Fields
 
     def refusal(self, status: int, headers: Headers) -> Refused:
-        """Return the error for a status of the proxy's own, in words for the operator."""
+        """Return the error for a status that the proxy itself sent, with advice for the operator."""
         if status == 407:
             schemes = re.findall(rf"(?:\A|,)\s*({TOKEN})(?=\s|,|\Z)", headers.get("proxy-authenticate", "Basic"))
             if "basic" not in map(str.lower, schemes):
@@ -2126,7 +2127,7 @@ class ForwardProxy(NamedTuple):
 
 
 def parse_proxy(url: str) -> ForwardProxy:
-    """Parse a proxy's URL, with or without http:// and USER:PASSWORD@; ValueError that does not quote it."""
+    """Parse a proxy's URL, optionally with http:// and USER:PASSWORD@. Raises ValueError that does not quote it."""
     match = re.fullmatch(r"(?:([a-z][a-z0-9+.-]*):/{1,3})?(.*)", url.strip(), re.DOTALL | re.IGNORECASE)
     assert match  # it matches everything
     scheme = (match[1] or "http").lower()
@@ -2137,7 +2138,7 @@ def parse_proxy(url: str) -> ForwardProxy:
     if scheme != "http":
         raise ValueError("a proxy must begin with http://")
     login, _, place = match[2].rpartition("@")
-    if re.search("[/?#]", login):  # elsewhere they would end the host, and the password would be looked up as one
+    if re.search("[/?#]", login):  # here other programs end the host, and would look up the password in DNS
         raise ValueError("a / ? or # in its user or password must be written as %2F %3F or %23")
     origin = parse_base_url(f"http://{place}")
     if origin.path:
@@ -2151,10 +2152,10 @@ def parse_proxy(url: str) -> ForwardProxy:
 
 
 def proxy_from_environment(origin: BaseURL) -> str:
-    """Return the URL of the proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY say for this origin, or ""."""
+    """Return the proxy's URL by HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY for this origin, or ""."""
     from urllib.request import getproxies, proxy_bypass
 
-    proxies = getproxies()  # in lower case, too; on macOS and Windows the system's settings, when there are none
+    proxies = getproxies()  # reads lower case, too; without any, on macOS and Windows the system's settings
     exempt = is_exempt(origin, proxies["no"]) if "no" in proxies else proxy_bypass(origin.host)
     return "" if exempt else proxies.get("https" if origin.tls else "http") or proxies.get("all", "")
 
@@ -2187,21 +2188,24 @@ def is_exempt(origin: BaseURL, exceptions: str) -> bool:
     return False
 
 
-USER_AGENT = ("User-Agent", f"ptth/{__version__}")  # some firewalls refuse requests without one
+USER_AGENT = ("User-Agent", f"ptth/{__version__}")  # some firewalls block requests without one
 
 
 class HTTPClient:
-    """Connections to one origin, reused while they are fresh: behind a NAT an idle one may be dead without a sign."""
+    """Kept-alive connections to one server.
+
+    One that was idle for more than MAX_IDLE_AGE is closed, not reused: a NAT may have dropped it silently.
+    """
 
     def __init__(self, origin: BaseURL, proxy: ForwardProxy | None = None, limiter: RateLimiter | None = None) -> None:
         self.origin = origin
         self.proxy = proxy
         self.limiter = limiter
-        self.silence_timeout = STALL_TIMEOUT  # of its connections
-        self.retry_time = 0.0  # seconds in which a connection that cannot be opened is tried again
-        self.is_reachable = True  # the last connection could be opened
+        self.silence_timeout = STALL_TIMEOUT  # for its connections
+        self.retry_time = 0.0  # seconds for which opening a connection is tried again
+        self.is_reachable = True  # the last attempt opened a connection
         self.connections: set[Connection] = set()
-        self._idle: deque[tuple[Connection, float]] = deque()  # the freshest last
+        self._idle: deque[tuple[Connection, float]] = deque()  # with the time of the last use, the latest last
         self._sweeper: asyncio.Task[None] | None = None
         self._tls: ssl.SSLContext | None = None
         if origin.tls:
@@ -2213,7 +2217,7 @@ class HTTPClient:
                 self._tls.verify_mode = ssl.CERT_NONE
 
     async def connect(self) -> Connection:
-        """Open a connection; one that fails is tried again for `retry_time`. OSError, as `_open` has it."""
+        """Open a connection; try again for `retry_time` seconds. Raises OSError, as `_open` does."""
         end = asyncio.get_running_loop().time() + self.retry_time
         while True:
             try:
@@ -2228,10 +2232,10 @@ class HTTPClient:
                 return connection
 
     async def _open(self) -> Connection:
-        """Open a connection; every address of the host is tried, each CONNECT_DELAY after the one before (RFC 8305).
+        """Open a connection. All addresses of the host are tried, each CONNECT_DELAY after the one before (RFC 8305).
 
-        CONNECT_TIMEOUT for the connection, and as much for a proxy's answer and for TLS. OSError; Refused for what is
-        the proxy's fault.
+        CONNECT_TIMEOUT applies to the connection, to a proxy's answer, and to TLS. Raises OSError; Refused if the proxy
+        is the cause.
         """
         proxy, tls = self.proxy, self._tls
         first = proxy.origin if proxy else self.origin
@@ -2266,7 +2270,7 @@ class HTTPClient:
 
     @staticmethod
     async def _open_tcp(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect to a host. `localhost` is both loopback addresses, also where /etc/hosts has only one of them."""
+        """Connect to a host. For `localhost` both loopback addresses are tried, even if /etc/hosts has only one."""
         errors: list[OSError] = []
         for address in (host, "::1", "127.0.0.1") if host == "localhost" else (host,):
             try:
@@ -2278,7 +2282,7 @@ class HTTPClient:
         raise errors[0]
 
     async def _sweep(self) -> None:
-        """Check the deadlines of all connections while there are any; an idle one that became too old is closed."""
+        """While there are connections, check their deadlines, and close those that were idle for too long."""
         try:
             while self.connections:
                 await asyncio.sleep(SWEEP_INTERVAL)
@@ -2289,7 +2293,7 @@ class HTTPClient:
             self._sweeper = None
 
     async def _open_way(self, connection: Connection, proxy: ForwardProxy) -> None:
-        """Make the proxy connect to the origin; Refused. A 2xx has no content, whatever it says (RFC 9110, 9.3.6)."""
+        """Send CONNECT to the proxy. Raises Refused. A 2xx has no content (RFC 9110, 9.3.6)."""
         target = f"{bracket(self.origin.name)}:{self.origin.port}"
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -2305,7 +2309,7 @@ class HTTPClient:
             raise Refused(f"the proxy at {proxy.origin.place} sends bytes of its own after its answer to CONNECT")
 
     def take_idle(self, *, oldest: bool = False) -> Connection | None:
-        """Take an idle connection, the freshest or the oldest; None when there is no good one."""
+        """Take an idle connection, the last used or the `oldest`; None when there is none."""
         self._drop_stale()
         while self._idle:
             connection, _ = self._idle.popleft() if oldest else self._idle.pop()
@@ -2315,7 +2319,7 @@ class HTTPClient:
         return None
 
     def _drop_stale(self) -> None:
-        """Close the oldest idle connections, if they are too old or their peers have closed them."""
+        """Close idle connections that are older than MAX_IDLE_AGE or at eof, the oldest first."""
         now = asyncio.get_running_loop().time()
         while self._idle and (self._idle[0][1] < now - MAX_IDLE_AGE or self._idle[0][0].at_eof()):
             self.discard(self._idle.popleft()[0])
@@ -2326,14 +2330,14 @@ class HTTPClient:
         return len(self._idle)
 
     def release(self, connection: Connection) -> None:
-        """Give a connection back after an exchange that was read to its end."""
+        """Keep a connection for reuse, after its response was read completely; close it if it cannot be reused."""
         if connection.must_close or connection.buffer or connection.at_eof():
             self.discard(connection)
         else:
             self._idle.append((connection, asyncio.get_running_loop().time()))
 
     def discard(self, connection: Connection) -> None:
-        """Close a connection that is of no more use."""
+        """Close a connection that is not reused."""
         connection.close()
 
     def close(self) -> None:
@@ -2345,11 +2349,11 @@ class HTTPClient:
         self._idle.clear()
 
     async def handle(self, request: Request, *, timeout: float = P7_TIMEOUT, repeatable: bool = False) -> Response:
-        """Send a request; return the response when its head has arrived: a handler, seen from the other side.
+        """Send a request; return the response when its head has arrived. It is a `Handler`.
 
-        A request that is `repeatable`, as GET and HEAD without a body are, may take an idle connection, and is sent
-        once more on a new one when that turns out to be closed. One that is said to be repeatable, and is in memory, is
-        sent once more in any case.
+        A `repeatable` request, or a GET or HEAD without a body, may take an idle connection. If that is closed, the
+        request is sent once more on a new one. A `repeatable` one in memory is sent once more in any case. Raises what
+        `exchange` and `connect` do.
         """
         idle = repeatable or request.method in ("GET", "HEAD") and request.body is EMPTY
         connection = self.take_idle() if idle else None
@@ -2365,10 +2369,10 @@ class HTTPClient:
     async def exchange(self, connection: Connection, request: Request, timeout: float) -> Response:
         """Send a request on this connection; return the response when its head has arrived.
 
-        A response that comes before the request's body was sent is returned at once; both bodies run on, and the end of
-        the response's ends the other. Raises ConnectionError; TimeoutError when no head arrives within `timeout`
-        seconds after the request was sent; ProtocolError 502 for a response that cannot be read; and what the request's
-        body raises.
+        A response that arrives before the request's body was sent is returned at once. Both bodies go on; the end of
+        the response's body ends the other. Raises ConnectionError; TimeoutError when no head arrives within `timeout`
+        seconds after the request was sent; ProtocolError 502 for an invalid response; and what the request's body
+        raises.
         """
         body, head = request.body, self._format_request(request)
         sending: asyncio.Task[None] | None = None
@@ -2378,13 +2382,13 @@ class HTTPClient:
             else:
                 await connection.send(head)
                 if body.complete and not self.limiter and (body.length or READ_SIZE) < READ_SIZE:
-                    await body.write_to(connection)  # soon sent: an early response can wait for that
+                    await body.write_to(connection)  # small: an early response is read after it was sent
                 elif not request.upgrade:
                     sending = asyncio.create_task(self._send_body(connection, request, timeout))
             status, headers = await read_response_head(connection, math.inf if sending else timeout)
             if status == 101:
                 if request.upgrade not in headers.tokens("upgrade"):
-                    raise ProtocolError(502, "a change of protocol that nobody asked for", close=True)
+                    raise ProtocolError(502, "a change of protocol that the request did not ask for", close=True)
                 sending = asyncio.create_task(self._send_body(connection, request, MAX_LINGER_TIMEOUT))
             return await self._make_response(connection, request, status, headers, sending)
         except BaseException:
@@ -2393,7 +2397,7 @@ class HTTPClient:
             raise
 
     async def _send_body(self, connection: Connection, request: Request, timeout: float) -> None:
-        """Send a request's body; from then on, the response's head has `timeout` seconds. Raises nothing."""
+        """Send a request's body; then the response's head must arrive within `timeout` seconds. Raises nothing."""
         body = request.body
         try:
             if "expect" in request.headers:
@@ -2404,13 +2408,13 @@ class HTTPClient:
                         await go.wait()
             await write_body(connection, body, chunked=body.length is None and not request.upgrade)
             if request.upgrade:
-                connection.silence_timeout = timeout  # that the other side has to end, too
+                connection.silence_timeout = timeout  # seconds without a byte, in which the other side should end, too
                 await connection.flush()
                 if connection.writer.can_write_eof():
                     connection.writer.write_eof()
             connection.limit_head(timeout)
         except IncompleteBody as error:
-            connection.fail(error)  # the origin must not take it for a whole body
+            connection.fail(error)  # the server must not take it for a complete body
         except ConnectionError:
             if connection.stalled:
                 connection.fail(TimeoutError("the peer does not take the request"))
@@ -2426,7 +2430,7 @@ class HTTPClient:
         headers: Headers,
         sending: asyncio.Task[None] | None,
     ) -> Response:
-        """Make the response of a head that was read; its body keeps or closes the connection in the end."""
+        """Make the response for a head. When its body is closed, the connection is kept or closed."""
         try:
             framing = None if status == 101 else parse_framing(headers)
         except ProtocolError as error:
@@ -2446,7 +2450,7 @@ class HTTPClient:
             return Response(status, headers.pairs, AbsentBody(None if framing == CHUNKED else framing))
         if framing == len(connection.buffer) and (
             sending is None or sending.done()
-        ):  # all is here: it can go on with others
+        ):  # the whole body has arrived: free the connection at once
             data = await body.read()
             await end()
             return Response(status, headers.pairs, BytesBody(data))
@@ -2454,10 +2458,10 @@ class HTTPClient:
         return Response(status, headers.pairs, body)
 
     def _format_request(self, request: Request) -> bytes:
-        """Format the head of a request to this origin; in the absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
+        """Format a request's head, in absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
         target, length = self.origin.path + request.target, request.body.length
         fields = request.headers.pairs
-        if "host" not in request.headers:  # a request of this program's own
+        if "host" not in request.headers:  # this program made the request
             fields = [("Host", self.origin.authority), USER_AGENT, *fields]
         if self.proxy and not self.origin.tls:
             target = f"http://{self.origin.authority}{target}"
@@ -2471,7 +2475,7 @@ class HTTPClient:
         return format_request_head(request.method, target, fields)
 
     async def post(self, path: str, fields: Fields, body: Body) -> tuple[int, Headers]:
-        """Send a POST that may be sent again; return status and fields of the response, also of an early one."""
+        """POST `body`, again if it is replayable; return status and fields of the response, which may come early."""
         request = Request("POST", path, Headers(fields), body=body)
         response = await self.handle(request, timeout=P7_TIMEOUT, repeatable=body.replayable)
         try:
