@@ -54,6 +54,7 @@ if sys.version_info < (3, 11):
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -72,7 +73,7 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -1518,7 +1519,7 @@ def page(title: str, content: str) -> bytes:
     ).encode()
 
 
-def table(columns: dict[str, str], rows: Iterable[Iterable[str]]) -> str:
+def html_table(columns: dict[str, str], rows: Iterable[Iterable[str]]) -> str:
     """Make a table. `columns` maps each heading to the CSS class of its cells; headings and cells are HTML."""
     top = "".join(f'<th scope="col" class="{kind}">{heading}</th>' for heading, kind in columns.items())
     lines = []
@@ -2077,10 +2078,8 @@ def parse_host(text: str) -> str:
             if not re.fullmatch(r"[\w.~:-]+" if percent else "", zone, re.ASCII):
                 raise ValueError
             return f"{ipaddress.IPv6Address(address)}{percent}{zone}"
-        labels = re.split(
-            "[.\u3002\uff0e\uff61]", urllib.parse.unquote(text, errors="strict").lower()
-        )  # dots, RFC 3490, 3.1
-        host = ".".join(map(_ascii_label, labels))
+        text = urllib.parse.unquote(text, errors="strict").lower()
+        host = ".".join(map(_ascii_label, re.split("[.\u3002\uff0e\uff61]", text)))  # all dots of RFC 3490, 3.1
         if re.fullmatch(r"0x[0-9a-f]*|[0-9]+", host.removesuffix(".").rpartition(".")[2]):
             return socket.inet_ntoa(socket.inet_aton(host.removesuffix(".")))  # also 127.1 and 0x7f000001
         if len(host) > 254 or not re.fullmatch(r"(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?", host):
@@ -2094,11 +2093,12 @@ def _ascii_label(label: str) -> str:
     """Return a label of a domain name in ASCII (IDNA). Raises UnicodeError, which is a ValueError."""
     if label.isascii():
         return label
-    if re.search(
-        "[\u00df\u03c2]", label
-    ):  # IDNA 2008, and so curl, keeps them; Python's codec is older and replaces them
+    if re.search("[\u00df\u03c2]", label):  # IDNA 2008 keeps them, and so curl; Python's codec is older
         return f"xn--{label.encode('punycode').decode('ascii')}"
     return label.encode("idna").decode("ascii")
+
+
+USER_AGENT = ("User-Agent", f"ptth/{__version__}")  # some firewalls block requests without one
 
 
 class ForwardProxy(NamedTuple):
@@ -2124,6 +2124,23 @@ class ForwardProxy(NamedTuple):
         else:
             why = "is it an HTTP proxy that allows CONNECT?"
         return Refused(f"the proxy at {self.origin.place} answers {status}: {why}")
+
+    async def open_way(self, connection: Connection, origin: BaseURL) -> None:
+        """Send CONNECT to the proxy. Raises Refused. A 2xx has no content (RFC 9110, 9.3.6)."""
+        target = f"{bracket(origin.name)}:{origin.port}"
+        place = f"the proxy at {self.origin.place}"
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await connection.send(
+                    format_request_head("CONNECT", target, [("Host", target), USER_AGENT, *self.fields])
+                )
+                status, headers = await read_response_head(connection, CONNECT_TIMEOUT)
+        except (OSError, ProtocolError) as error:
+            raise Refused(f"{place} does not answer CONNECT {target}: {format_error(error)}") from None
+        if not 200 <= status < 300:
+            raise self.refusal(status, headers)
+        if connection.buffer:
+            raise Refused(f"{place} sends bytes of its own after its answer to CONNECT")
 
 
 def parse_proxy(url: str) -> ForwardProxy:
@@ -2188,7 +2205,48 @@ def is_exempt(origin: BaseURL, exceptions: str) -> bool:
     return False
 
 
-USER_AGENT = ("User-Agent", f"ptth/{__version__}")  # some firewalls block requests without one
+async def open_tcp(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a host. For `localhost` both loopback addresses are tried, even if /etc/hosts has only one."""
+    errors: list[OSError] = []
+    for address in (host, "::1", "127.0.0.1") if host == "localhost" else (host,):
+        try:
+            return await asyncio.open_connection(
+                address, port, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
+            )
+        except OSError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+async def open_streams(
+    origin: BaseURL, proxy: ForwardProxy | None, tls: ssl.SSLContext | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Open a connection. All addresses of the host are tried, each CONNECT_DELAY after the one before (RFC 8305).
+
+    CONNECT_TIMEOUT applies to the connection, to a proxy's answer, and to TLS. Raises OSError; Refused if the proxy
+    is the cause.
+    """
+    first = proxy.origin if proxy else origin
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            if first.unix:
+                reader, writer = await asyncio.open_unix_connection(first.unix, limit=READ_SIZE)
+            else:
+                reader, writer = await open_tcp(*first.address)
+    except OSError as error:
+        if not proxy:
+            raise
+        raise Refused(f"the proxy at {first.place} cannot be reached: {format_error(error)}") from None
+    try:
+        if proxy and tls:
+            await proxy.open_way(Connection(reader, writer), origin)
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            if tls:
+                await writer.start_tls(tls, server_hostname=origin.name.removesuffix("."))
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return reader, writer
 
 
 class HTTPClient:
@@ -2218,12 +2276,13 @@ class HTTPClient:
 
     async def connect(self) -> Connection:
         """Open a connection; try again for `retry_time` seconds. Raises OSError, as `_open` does."""
-        end = asyncio.get_running_loop().time() + self.retry_time
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.retry_time
         while True:
             try:
                 connection = await self._open()
             except OSError:
-                if asyncio.get_running_loop().time() >= end:
+                if loop.time() >= end:
                     self.is_reachable = False
                     raise
                 await asyncio.sleep(0.1)
@@ -2232,33 +2291,8 @@ class HTTPClient:
                 return connection
 
     async def _open(self) -> Connection:
-        """Open a connection. All addresses of the host are tried, each CONNECT_DELAY after the one before (RFC 8305).
-
-        CONNECT_TIMEOUT applies to the connection, to a proxy's answer, and to TLS. Raises OSError; Refused if the proxy
-        is the cause.
-        """
-        proxy, tls = self.proxy, self._tls
-        first = proxy.origin if proxy else self.origin
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                if first.unix:
-                    reader, writer = await asyncio.open_unix_connection(first.unix, limit=READ_SIZE)
-                else:
-                    reader, writer = await self._open_tcp(*first.address)
-        except OSError as error:
-            if not proxy:
-                raise
-            raise Refused(f"the proxy at {first.place} cannot be reached: {format_error(error)}") from None
-        try:
-            if proxy and tls:
-                await self._open_way(Connection(reader, writer), proxy)
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                if tls:
-                    await writer.start_tls(tls, server_hostname=self.origin.name.removesuffix("."))
-        except BaseException:
-            writer.transport.abort()
-            raise
-        connection = Connection(reader, writer, self.limiter)
+        """Open a connection, and watch its deadlines. Raises OSError; Refused if the proxy is the cause."""
+        connection = Connection(*await open_streams(self.origin, self.proxy, self._tls), self.limiter)
         connection.stall_timeout = RELAY_STALL_TIMEOUT
         connection.silence_timeout = self.silence_timeout
         set_socket_options(connection.sock)
@@ -2267,19 +2301,6 @@ class HTTPClient:
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(self._sweep())
         return connection
-
-    @staticmethod
-    async def _open_tcp(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect to a host. For `localhost` both loopback addresses are tried, even if /etc/hosts has only one."""
-        errors: list[OSError] = []
-        for address in (host, "::1", "127.0.0.1") if host == "localhost" else (host,):
-            try:
-                return await asyncio.open_connection(
-                    address, port, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
-                )
-            except OSError as error:
-                errors.append(error)
-        raise errors[0]
 
     async def _sweep(self) -> None:
         """While there are connections, check their deadlines, and close those that were idle for too long."""
@@ -2292,22 +2313,6 @@ class HTTPClient:
         finally:
             self._sweeper = None
 
-    async def _open_way(self, connection: Connection, proxy: ForwardProxy) -> None:
-        """Send CONNECT to the proxy. Raises Refused. A 2xx has no content (RFC 9110, 9.3.6)."""
-        target = f"{bracket(self.origin.name)}:{self.origin.port}"
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                fields = [("Host", target), USER_AGENT, *proxy.fields]
-                await connection.send(format_request_head("CONNECT", target, fields))
-                status, headers = await read_response_head(connection, CONNECT_TIMEOUT)
-        except (OSError, ProtocolError) as error:
-            why = format_error(error)
-            raise Refused(f"the proxy at {proxy.origin.place} does not answer CONNECT {target}: {why}") from None
-        if not 200 <= status < 300:
-            raise proxy.refusal(status, headers)
-        if connection.buffer:
-            raise Refused(f"the proxy at {proxy.origin.place} sends bytes of its own after its answer to CONNECT")
-
     def take_idle(self, *, oldest: bool = False) -> Connection | None:
         """Take an idle connection, the last used or the `oldest`; None when there is none."""
         self._drop_stale()
@@ -2315,14 +2320,14 @@ class HTTPClient:
             connection, _ = self._idle.popleft() if oldest else self._idle.pop()
             if not connection.at_eof():
                 return connection
-            self.discard(connection)
+            connection.close()
         return None
 
     def _drop_stale(self) -> None:
         """Close idle connections that are older than MAX_IDLE_AGE or at eof, the oldest first."""
         now = asyncio.get_running_loop().time()
         while self._idle and (self._idle[0][1] < now - MAX_IDLE_AGE or self._idle[0][0].at_eof()):
-            self.discard(self._idle.popleft()[0])
+            self._idle.popleft()[0].close()
 
     @property
     def idle_count(self) -> int:
@@ -2332,13 +2337,9 @@ class HTTPClient:
     def release(self, connection: Connection) -> None:
         """Keep a connection for reuse, after its response was read completely; close it if it cannot be reused."""
         if connection.must_close or connection.buffer or connection.at_eof():
-            self.discard(connection)
+            connection.close()
         else:
             self._idle.append((connection, asyncio.get_running_loop().time()))
-
-    def discard(self, connection: Connection) -> None:
-        """Close a connection that is not reused."""
-        connection.close()
 
     def close(self) -> None:
         """Close all connections at once."""
@@ -2374,17 +2375,9 @@ class HTTPClient:
         seconds after the request was sent; ProtocolError 502 for an invalid response; and what the request's body
         raises.
         """
-        body, head = request.body, self._format_request(request)
         sending: asyncio.Task[None] | None = None
         try:
-            if body.data is not None and len(body.data) < READ_SIZE and not (self.limiter or body.expects):
-                await connection.send(head + body.data)
-            else:
-                await connection.send(head)
-                if body.complete and not self.limiter and (body.length or READ_SIZE) < READ_SIZE:
-                    await body.write_to(connection)  # small: an early response is read after it was sent
-                elif not request.upgrade:
-                    sending = asyncio.create_task(self._send_body(connection, request, timeout))
+            sending = await self._send_request(connection, request, timeout)
             status, headers = await read_response_head(connection, math.inf if sending else timeout)
             if status == 101:
                 if request.upgrade not in headers.tokens("upgrade"):
@@ -2395,6 +2388,20 @@ class HTTPClient:
             connection.abort()
             await end_task(sending)
             raise
+
+    async def _send_request(
+        self, connection: Connection, request: Request, timeout: float
+    ) -> asyncio.Task[None] | None:
+        """Send a request's head and a short body; return the task that sends a longer one."""
+        body, head = request.body, self._format_request(request)
+        if body.data is not None and len(body.data) < READ_SIZE and not (self.limiter or body.expects):
+            await connection.send(head + body.data)
+            return None
+        await connection.send(head)
+        if body.complete and not self.limiter and (body.length or READ_SIZE) < READ_SIZE:
+            await body.write_to(connection)  # small: an early response is read after it was sent
+            return None
+        return None if request.upgrade else asyncio.create_task(self._send_body(connection, request, timeout))
 
     async def _send_body(self, connection: Connection, request: Request, timeout: float) -> None:
         """Send a request's body; then the response's head must arrive within `timeout` seconds. Raises nothing."""
@@ -2436,26 +2443,26 @@ class HTTPClient:
         except ProtocolError as error:
             raise ProtocolError(502, error.reason, close=True) from None
         bare = not has_body(request.method, status)
-        connection.must_close = connection.must_close or framing is None and not bare
+        connection.must_close |= framing is None and not bare
         body = IncomingBody(connection, 0 if bare else framing)
-
-        async def end() -> None:
-            if not body.complete or sending and not sending.done():
-                connection.must_close = True
-            await end_task(sending)
-            self.release(connection)
-
+        content: Body
         if bare:
-            await end()
-            return Response(status, headers.pairs, AbsentBody(None if framing == CHUNKED else framing))
-        if framing == len(connection.buffer) and (
-            sending is None or sending.done()
-        ):  # the whole body has arrived: free the connection at once
-            data = await body.read()
-            await end()
-            return Response(status, headers.pairs, BytesBody(data))
-        body.on_end = end
-        return Response(status, headers.pairs, body)
+            content = AbsentBody(None if framing == CHUNKED else framing)
+        elif framing == len(connection.buffer) and (not sending or sending.done()):
+            content = BytesBody(await body.read())  # the whole body has arrived: free the connection at once
+        else:
+            body.on_end = functools.partial(self._end_exchange, connection, body, sending)
+            return Response(status, headers.pairs, body)
+        await self._end_exchange(connection, body, sending)
+        return Response(status, headers.pairs, content)
+
+    async def _end_exchange(
+        self, connection: Connection, body: IncomingBody, sending: asyncio.Task[None] | None
+    ) -> None:
+        """Keep the connection for the next exchange, if both bodies of this one are complete; otherwise close it."""
+        connection.must_close |= not body.complete or sending is not None and not sending.done()
+        await end_task(sending)
+        self.release(connection)
 
     def _format_request(self, request: Request) -> bytes:
         """Format a request's head, in absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
@@ -5899,7 +5906,7 @@ class Desk:
         if self.state.config.news_url:
             content += f'<p><a href="{escape(self.state.config.news_url)}">News</a></p>\n'
         columns = {"Name": "d", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
-        content += table(columns, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
+        content += html_table(columns, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
         return self._page("Servers", content, "../../")
 
     def _page(self, title: str, content: str, top: str) -> Response:
@@ -5924,7 +5931,7 @@ class Desk:
             when = f'<span class="w">{day} </span>{second}'
             rows.append((when, *map(escape, (event.server, event.client, what, end))))
         columns = {"Time (UTC)": "t", "Server": "", "Client": "w", "What": "b", "Answer": "n"}
-        content = "<h1>Audit log</h1>\n" + (table(columns, rows) if rows else "<p>Nothing has happened.</p>")
+        content = "<h1>Audit log</h1>\n" + (html_table(columns, rows) if rows else "<p>Nothing has happened.</p>")
         return self._page("Audit log", content, "../")
 
     def _audit_counts(self, request: Request) -> Response:
@@ -5939,7 +5946,7 @@ class Desk:
         content = "<h1>Audit log</h1>\n<p>Counts only: addresses and paths are shown on the relay's own machine and to "
         content += "programs with a scraper key, or to everybody with <code>audit_log_public = true</code>.</p>\n"
         columns, cells = {"Server": "", "What": "b", "Count": "n"}, (map(escape, map(str, row)) for row in rows)
-        content += table(columns, cells) if rows else "<p>Nothing has happened.</p>"
+        content += html_table(columns, cells) if rows else "<p>Nothing has happened.</p>"
         return self._page("Audit log", content, "../")
 
     def _debug(self, request: Request) -> Response:
@@ -5955,7 +5962,7 @@ class Desk:
             "Requests not answered": str(len(self.state.exchanges)),
         }
         rows = [(name, escape(value)) for name, value in values.items()]
-        return self._page("Debug", "<h1>Debug</h1>\n" + table({"Name": "", "Value": "b"}, rows), "../../")
+        return self._page("Debug", "<h1>Debug</h1>\n" + html_table({"Name": "", "Value": "b"}, rows), "../../")
 
     def _unregistered_servers(self, request: Request) -> Response:
         """Show who tried to connect under a name that nobody has, with the block that would register them."""
@@ -5966,7 +5973,7 @@ class Desk:
         ]
         content = "<h1>Unregistered servers</h1>\n<p>These tried to connect. Anybody can: before pasting a block into "
         content += "ptth_relay.toml, compare its tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
-        content += table({"To register": "", "Tried": "n"}, rows) if rows else "<p>Nobody has tried.</p>"
+        content += html_table({"To register": "", "Tried": "n"}, rows) if rows else "<p>Nobody has tried.</p>"
         return self._page("Unregistered servers", content, "../")
 
 
@@ -6615,16 +6622,14 @@ class Workers:
 class Sender:
     """Sends responses to one relay: P5 and P7."""
 
-    def __init__(
-        self, client: HTTPClient, name: str, key: str, workers: Workers, log_line: Callable[[str], None]
-    ) -> None:
+    def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers, log: Callable[[str], None]) -> None:
         self.client = client
         self.name = name
         self.rust_relay = False  # the relay speaks the original's form
         self.most_batches = 1  # under way at once
         self._key = key
         self._workers = workers
-        self._log_change = log_line
+        self._log_change = log
         self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach the relay
         self.on_loss: Callable[[], object] = int
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
@@ -6963,7 +6968,7 @@ class Link:
     async def _poll(self, connection: Connection, wait: float) -> bool:
         """P1 and P3: ask the relay, take what it has; return whether that was something."""
         if self._stopping.is_set():
-            self.client.discard(connection)
+            connection.close()
             return False
         fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
         fields += [("PTTH-Instance", self._instance), FEATURES]
@@ -7334,7 +7339,7 @@ def load_relay_config(path: str) -> RelayConfig:
             "the table [server_tripcodes] is an old form; write for each server a block of these lines: "
             '[[servers]]  name = "NAME"  tripcode = "TRIPCODE"'
         )
-    table.allow_only([*(field.name for field in fields(RelayConfig)), *({"server_tripcodes"} & values.keys())])
+    table.allow_only([*(one.name for one in dataclasses.fields(RelayConfig)), *({"server_tripcodes"} & values.keys())])
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
     config.response_timeout = table.number("response_timeout", int(RESPONSE_TIMEOUT), 1, 86400)
     config.domain = read_host(table, "domain")

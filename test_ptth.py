@@ -600,6 +600,27 @@ class TestShape:
         assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
         assert statistics.median(lengths.values()) <= 12
 
+    def test_no_local_hides_a_name_of_the_module(self) -> None:
+        names = self.defined(self.tree.body)
+        for node in self.tree.body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        hidden = []
+        for function in ast.walk(self.tree):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                for inner in ast.walk(function):
+                    if isinstance(inner, ast.arg):
+                        local = inner.arg
+                    elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                        local = inner.id
+                    elif isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) and inner is not function:
+                        local = inner.name
+                    else:
+                        local = inner.name if isinstance(inner, ast.ExceptHandler) else None
+                    if local in names:
+                        hidden.append((getattr(function, "name", "lambda"), local))
+        assert not hidden
+
     def test_every_public_function_and_class_has_a_docstring(self) -> None:
         for node in self.tree.body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name[0] != "_":
