@@ -2493,9 +2493,9 @@ class HTTPClient:
 
 
 # -- 9. Forwarding --
-# What a proxy does to a message on its way, and a local web app as a handler. Does not use the tunnel.
+# Which fields a proxy drops, adds and changes, and a local web app as a handler. Does not use the tunnel.
 
-# Of one connection only, so never forwarded (RFC 9110, 7.6.1), and what the relay or the framing says anew.
+# Fields for one connection, which a proxy never forwards (RFC 9110, 7.6.1), and fields that this program sets itself.
 _HOP_BY_HOP = frozenset({
     "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
     "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
@@ -2503,42 +2503,42 @@ _HOP_BY_HOP = frozenset({
 _NOT_TO_HOST = _HOP_BY_HOP - {"x-apikey"} | {
     "via", "max-forwards", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix",
-    "proxy",  # CGI makes HTTP_PROXY of it
-    "x-sendfile-type",  # with X-Accel-Mapping it lets Rack give the path of any file to a proxy
+    "proxy",  # CGI turns it into the variable HTTP_PROXY
+    "x-sendfile-type",  # with X-Accel-Mapping it makes Rack name any file for a proxy to send
 }  # fmt: skip
 _NOT_TO_SERVER = _NOT_TO_HOST | {
     "x-apikey",  # of the scraper API
     "cookie", "cookie2", "available-dictionary", "dictionary-id",  # texts that another server of this origin chose
 }  # fmt: skip
-# The fields of a response that reach the client. All servers share the relay's origin, and browsers and proxies obey
-# fields that nobody here has heard of, so what is not listed stays away. Among what does, and what it would do:
+# The fields of a response that reach the client. All servers share the relay's origin, and browsers and proxies may
+# obey fields that this program does not know. So every field that is not listed is dropped. Examples, and the reason:
 #   Set-Cookie, Set-Login, Accept-CH, Critical-CH: make the browser tell every server something with each request.
 #   Clear-Site-Data, Strict-Transport-Security, Public-Key-Pins, Expect-CT, Alt-Svc, NEL, Report-To,
 #       Reporting-Endpoints, Origin-Agent-Cluster, Observe-Browsing-Topics, Origin-Trial,
 #       Service-Worker-Allowed: hold for the whole origin.
 #   Use-As-Dictionary, Speculation-Rules: make the browser send requests of one server's making to the others.
-#   Permissions-Policy, Document-Policy, Supports-Loading-Mode: give to foreign frames what the origin was allowed.
-#   Cross-Origin-Opener-Policy, -Embedder-Policy: mean nothing in a sandbox but an error.
-#   Refresh: a redirect with any status.  Proxy-*, Authentication-Info: of somebody else's password.
-#   Surrogate-Control, Edge-Control, CDN-Cache-Control: commands to a cache in front.
+#   Permissions-Policy, Document-Policy, Supports-Loading-Mode: give frames of other sites the origin's permissions.
+#   Cross-Origin-Opener-Policy, -Embedder-Policy: only cause an error in a sandbox.
+#   Refresh: a redirect with any status.  Proxy-*, Authentication-Info: about a password for another server.
+#   Surrogate-Control, Edge-Control, CDN-Cache-Control: commands to a cache in front of the relay.
 _TO_CLIENT = {
     "accept-ranges", "etag", "last-modified", "digest", "repr-digest",  # of a file; more of them below as content-*
-    "age", "cache-control", "expires", "pragma", "vary",  # of this URL only, since a cache keeps them with it
-    "timing-allow-origin", "cross-origin-resource-policy", "referrer-policy",  # who may use or learn of this resource
+    "age", "cache-control", "expires", "pragma", "vary",  # about this URL only
+    "timing-allow-origin", "cross-origin-resource-policy", "referrer-policy",  # which sites may use or see this URL
     "location", "retry-after", "allow", "server", "accept-patch", "accept-post", "preference-applied",
-    "dav", "ms-author-via", "lock-token",  # of WebDAV: no browser obeys them
+    "dav", "ms-author-via", "lock-token",  # of WebDAV, which browsers ignore
     "link", "www-authenticate",  # as `shared_origin_fields` leaves them
 }  # fmt: skip
 _TO_CLIENT_PREFIXES = ("content-", "access-control-", "sec-websocket-", "x-")
-# Of X-*, which do nothing beyond their own page, those that make a proxy in front send a file or another URL, or run or
-# forget what it keeps.
+# Fields X-* affect their own page only, except these: they make a proxy in front of the relay send a file or another
+# URL, or run or delete what it has cached.
 _PROXY_COMMANDS = (
     "x-accel-", "x-sendfile", "x-lighttpd-",  # nginx, Apache and others, lighttpd
     "x-litespeed-", "x-lscache", "x-reproxy-", "x-perlbal-", "x-cascade", "x-esi",  # LiteSpeed, Perlbal, Rack, Varnish
 )  # fmt: skip
-_NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the last two are the relay's to say
-# What a server with a host of its own may not say either: it holds for longer than the name is the server's, or for
-# other ports, and commands to a proxy in front.
+_NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the relay itself sets the last two
+# Fields that also a server with a host of its own may not send: they stay valid when the host has another owner, or
+# affect other ports.
 _NOT_TO_OWN_CLIENT = _HOP_BY_HOP - {"x-apikey"} | {
     "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
 }  # fmt: skip
@@ -2552,7 +2552,7 @@ _RUNS_NOTHING = re.compile(
 
 
 def runs_nothing(kind: str) -> bool:
-    """Return whether a browser runs nothing of that Content-Type; no type, two or a malformed one may be anything."""
+    """Return whether no browser runs scripts in that Content-Type. No type, two or a malformed one may be HTML."""
     return len(kind) < 256 and _runs_nothing(kind)
 
 
@@ -2566,15 +2566,15 @@ SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 
 @functools.lru_cache(256)  # of names only: a field's value may be a secret
 def _passing_name(name: str, dropped: frozenset[str]) -> str:
-    """Return a field's name in its one spelling, or "" if it does not pass: one of `dropped`, PTTH-* or X-Accel-*."""
+    """Return a field's name in lower case, with hyphens; "" if it is one of `dropped`, PTTH-* or X-Accel-*."""
     name = name.lower().replace("_", "-")
     return "" if name in dropped or name.startswith(("ptth-", "x-accel-")) else name
 
 
 def forwardable(headers: Headers, dropped: frozenset[str]) -> Fields:
-    """Return the fields of a request that may pass: none of `dropped`, PTTH-*, X-Accel-*, or named by Connection.
+    """Return the fields of a request to forward: none of `dropped`, PTTH-*, X-Accel-*, or named by Connection.
 
-    To an app that gets them in the manner of CGI, X_Forwarded_For is X-Forwarded-For: so both are dropped.
+    An app behind CGI cannot tell X_Forwarded_For from X-Forwarded-For, so underscores count as hyphens.
     """
     named = set(headers.tokens("connection")) if "connection" in headers else ()
     return [
@@ -2593,7 +2593,7 @@ def _name_to_client(name: str) -> str:
     return name if name in _TO_CLIENT or name.startswith(_TO_CLIENT_PREFIXES) else ""
 
 
-# The members of a list, in which a quoted text or a <URL> may hold commas. Possessive: hostile ones cost no more.
+# The members of a list. A quoted text or a <URL> may contain commas. Possessive, so no input makes the match slow.
 _LIST = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^"<])*+')
 _MEMBER = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^,"<])++')
 _AUTH_PARAM = rf'({TOKEN})[ \t]*=[ \t]*({TOKEN}|"(?:\\.|[^"\\])*+")'  # RFC 9110, 11.2
@@ -2602,7 +2602,7 @@ _CHALLENGE = re.compile(rf"({TOKEN})(?: +{_AUTH_PARAM})?")
 
 
 def _split_list(value: str) -> list[str]:
-    """Return the members of a list; none when it cannot be split in one way only, or has too many."""
+    """Return the members of a list; [] if it is ambiguous or has MAX_MEMBERS commas or more."""
     if value.count(",") >= MAX_MEMBERS or not _LIST.fullmatch(value):
         return []
     return [member for part in _MEMBER.findall(value) if (member := part.strip(" \t"))]
@@ -2611,8 +2611,8 @@ def _split_list(value: str) -> list[str]:
 def name_realms(value: str, server: str) -> str:
     """Put a server's name into the realm of each challenge of WWW-Authenticate (RFC 9110, 11.6.1), or return "".
 
-    A browser sends a password to whoever names its realm on the same origin: so no server may say another's. What
-    cannot be read, or has no place for a realm (Negotiate and NTLM with their data), does not pass.
+    A browser sends a password again to any URL of the same origin that names its realm. So each server gets realms of
+    its own. A value that cannot be parsed, or that has no realm (Negotiate and NTLM with their data), is dropped.
     """
     challenges: list[tuple[str, list[tuple[str, str]]]] = []
     for member in _split_list(value):
@@ -2639,15 +2639,15 @@ def name_realms(value: str, server: str) -> str:
 
 
 def _safe_links(value: str) -> str:
-    """Return those members of a Link field that give the browser no dictionary for other servers' URLs (RFC 9842)."""
+    """Return a Link field without compression dictionaries, which could apply to other servers' URLs (RFC 9842)."""
     links = _split_list(value)
     return ", ".join(link for link in links if "compression-dictionary" not in link.replace("\\", "").lower())
 
 
 def max_forwards(request: Request) -> int | None:
-    """Return how often OPTIONS or TRACE may be forwarded (RFC 9110, 7.6.2); ProtocolError 400 for no number.
+    """Return Max-Forwards of OPTIONS or TRACE (RFC 9110, 7.6.2), 10**9 at most. ProtocolError 400 if it is no number.
 
-    For other methods the field means nothing. A large number is as good as the largest of nine digits.
+    None for other methods, and without the field.
     """
     value = request.headers.get("max-forwards")
     if value is None or request.method not in ("OPTIONS", "TRACE"):
@@ -2673,9 +2673,9 @@ def _add_via(headers: Headers) -> tuple[str, str]:
 
 
 def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:
-    """Return the fields that a client gets of a server's response, fenced in: all servers share the relay's origin.
+    """Return the fields of a server's response that the client gets, with a sandbox: servers share the relay's origin.
 
-    The name of the `server` goes into its realms; without one they stay as they are.
+    The name of the `server` is added to its realms; without a name they stay unchanged.
     """
     dropped = set(headers.tokens("connection"))
     if status == 304:  # what it says becomes true of what the browser has stored: that must not leave the sandbox
@@ -2696,8 +2696,8 @@ def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True,
     return result
 
 
-# A dot and the separators of a path in every spelling that a proxy may normalise: nginx decodes %2F, Envoy and anything
-# on Windows takes a backslash for a slash, and behind two proxies an escape may have been escaped again.
+# A dot and the separators of a path, in every form that a proxy may normalise. nginx decodes %2F; Envoy and programs on
+# Windows treat a backslash as a slash; behind two proxies an escape may be escaped again.
 _ESCAPED_DOT = re.compile(r"%(?:25)*2e", re.IGNORECASE)
 _SLASH, _BACKSLASH = r"/|%(?:25)*2f", r"\\|%(?:25)*5c"
 _SEPARATORS = [
@@ -2707,9 +2707,9 @@ _PATH_PARAMETER = re.compile(rf";(?:(?!{_SLASH}|{_BACKSLASH}).)*", re.IGNORECASE
 
 
 def own_host_fields(headers: Headers) -> Fields:
-    """Return the fields that a client gets of a server with a host of its own, and so an origin of its own.
+    """Return the fields of a response that the client gets from a server with a host, and so an origin, of its own.
 
-    A cookie loses its Domain, so that it is for this host only and not for those of other servers, too.
+    Domain is removed from cookies, so that they are not sent to the hosts of other servers.
     """
     dropped = _NOT_TO_OWN_CLIENT.union(headers.tokens("connection"))
     result: Fields = []
@@ -2721,9 +2721,9 @@ def own_host_fields(headers: Headers) -> Fields:
 
 
 def climbs(path: str) -> bool:
-    """Return whether some reader of `path` would find that it leads above its beginning.
+    """Return whether `path` leads above its beginning, in any way that a proxy or a server may read it.
 
-    Empty segments do not count, since a proxy may merge slashes. A name that merely contains dots climbs nowhere.
+    Empty segments do not count, because a proxy may merge slashes. A name may contain dots.
     """
     text = _ESCAPED_DOT.sub(".", path)
     if ".." not in text:
@@ -2774,7 +2774,7 @@ def is_local_name(host: str) -> bool:
 def outer_address(addresses: str) -> str:
     """Return the last of these addresses, as in X-Forwarded-For, that is not this machine's own, or "".
 
-    Of IPv6 the network: one client has all addresses of a /64.
+    For IPv6 return the /64 network, because one client has all its addresses.
     """
     for text in addresses.split(",")[:-9:-1]:
         address = text.strip()[:MAX_AUDIT_TEXT]
@@ -2788,20 +2788,19 @@ def outer_address(addresses: str) -> str:
 
 
 def request_host(text: str) -> str:
-    """Return the host of a Host field's value, in lower case, without port and without one dot at its end."""
+    """Return the host in a Host field's value, in lower case, without port and without a final dot."""
     host = re.sub(r":[0-9]*\Z", "", text.lower())
     return host.removesuffix(".")
 
 
-REFUSALS = (400, 403, 421)  # how an app refuses a Host or Origin that it does not know
+REFUSALS = (400, 403, 421)  # statuses with which apps refuse an unknown Host or Origin
 
 
 class App:
-    """A local web app as a handler: it gets each request over HTTP, and its response goes back.
+    """A local web app as a handler: each request is forwarded to it over HTTP.
 
-    `host_mode` decides what the app is told of its own name: "public" (Host and Origin as the visitor sent them),
-    "local" (the app's own authority), a name of the operator's instead of that, or "auto": public, until the app
-    refuses that and accepts the local way.
+    `host_mode` decides which Host and Origin the app gets. "public": as the client sent them. "local": the app's own
+    address. Another text: that host. "auto": public, until the app refuses that and accepts local.
     """
 
     def __init__(self, client: HTTPClient, host_mode: str = "auto") -> None:
@@ -2815,7 +2814,7 @@ class App:
         self._logged = ""
 
     async def handle(self, request: Request) -> Response:
-        """Answer a request by the app's response. ProtocolError 502 when there is none, 504 when it comes too late."""
+        """Return the app's response. ProtocolError 502 when there is none, 504 when it comes too late."""
         safe = request.method in ("GET", "HEAD")
         if not self._asked and not safe:
             await self._probe(request)
@@ -2839,7 +2838,7 @@ class App:
         return again
 
     async def _probe(self, request: Request) -> None:
-        """Learn by GET / which Host the app accepts, before a request that must not be sent twice."""
+        """Find out with GET / which Host the app accepts, before a request that must not be sent twice."""
         first = Request("GET", "/", request.headers, connection=request.connection)
         statuses = []
         for local in (False, True):
@@ -2855,12 +2854,12 @@ class App:
     def _stay_local(self, status: int) -> None:
         self._local = True
         log_line(
-            f"ptth server: the app answers {status} to its public name, so from now on it is told that its name is "
-            f'{self._authority}; app_host = "local" or "public" decides that beforehand'
+            f"ptth server: the app answers {status} to its public host name, so from now on it gets Host: "
+            f'{self._authority}; to decide that in advance, set app_host = "local" or "public"'
         )
 
     async def _send(self, request: Request, local: bool) -> Response:
-        """Send the request to the app, under its local name or its public one."""
+        """Send the request to the app, with its local or its public host name."""
         public = f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', '')}"
         own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
         fields = self._request_fields(request, public, own) if local else forwardable(request.headers, _HOP_BY_HOP)
@@ -2872,7 +2871,7 @@ class App:
         return response
 
     async def _ask(self, request: Request) -> Response:
-        """Return the app's response to a request that is ready to be sent."""
+        """Return the app's response. ProtocolError 502 or 504; IncompleteBody for the request's body."""
         try:
             response = await self.client.handle(request, timeout=APP_RESPONSE_TIMEOUT)
         except IncompleteBody:
@@ -2887,7 +2886,7 @@ class App:
         return response
 
     def _failure(self, error: OSError) -> ProtocolError:
-        """Log a change of the app's state, once, and return what the visitor gets: nothing of the app's address."""
+        """Log a change of the app's state, once. Return the client's error, which does not show the app's address."""
         if not self.client.is_reachable:
             line = f"the app at {self.client.origin.place} cannot be reached: {format_error(error)}; visitors get 502"
             reason, retry = "the app behind this server is not running", [("Retry-After", "2")]
@@ -2901,10 +2900,10 @@ class App:
 
     @staticmethod
     def _request_fields(request: Request, public: str, own: str) -> Fields:
-        """Return the fields of a request for an app that knows itself by `own` only.
+        """Return the fields of a request for an app that accepts only its local origin, `own`.
 
-        Origin, Referer and Destination are mapped when they name this server's own public origin. A foreign Origin
-        stays: the app's defence against requests of other sites relies on it.
+        Origin, Referer and Destination are changed if they name the `public` origin of this server. Another Origin
+        stays: the app needs it to refuse requests from other sites.
         """
         fields = [("Host", own.partition("//")[2])]
         for name, value in forwardable(
@@ -2917,7 +2916,7 @@ class App:
 
     @staticmethod
     def _response_fields(response: Response, public: str, own: str) -> Fields:
-        """Return the fields of the app's response; what names its `own` origin, unless "", names the public one."""
+        """Return the fields of the app's response, with the `public` origin in place of its `own` (if not "")."""
         headers = Headers(response.headers)
         fields = [("Upgrade", headers["upgrade"])] if response.status in (101, 426) and "upgrade" in headers else []
         for name, value in forwardable(headers, _HOP_BY_HOP):
@@ -2939,13 +2938,13 @@ def move_origin(url: str, old: str, new: str) -> str:
 
 
 def normal_origin(origin: str) -> str:
-    """Return an origin in lower case and without its scheme's own port, to compare it."""
+    """Return an origin in lower case and without its scheme's default port, for comparisons."""
     scheme, _, authority = origin.lower().partition("://")
     return f"{scheme}://{authority.removesuffix({'http': ':80', 'https': ':443'}.get(scheme, ':'))}"
 
 
 # -- 10. File server --
-# Paths to responses: files, listings, zips. Does not use sockets or the tunnel.
+# From a path to a response: a file, a listing or a zip. Does not use sockets or the tunnel.
 
 _MONTH = "|".join(_MONTHS)
 _TIME = r"([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9]|60)"
@@ -2981,12 +2980,12 @@ _RANGE = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")
 
 
 def _number(digits: str) -> int:
-    """Return the number, or one larger than any file: int() refuses more than 4,300 digits."""
+    """Return the number, or one larger than any file: int() raises for more than 4,300 digits."""
     return int(digits) if len(digits) < 4300 else 10**4300
 
 
 def _parse_range(text: str, size: int) -> tuple[int, int]:
-    """Return the first and the last position of one range; the first is `size` or more if there is none. ValueError."""
+    """Return the first and last position of one range; first >= size if it has no bytes. ValueError."""
     match = _RANGE.fullmatch(text)
     if not match:
         raise ValueError(text)
@@ -2999,10 +2998,10 @@ def _parse_range(text: str, size: int) -> tuple[int, int]:
 
 
 def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
-    """Return the (first, last) of each satisfiable range of `size` bytes; [] when there is none, None to ignore it.
+    """Return (first, last) of each satisfiable range of `size` bytes; [] if there is none, None to ignore the field.
 
-    To be ignored are unknown units, bad syntax, what costs more than the whole (RFC 9110, 14.2), and any range of an
-    empty file: proxies that fetch files in slices ask for one where their client wants the file.
+    It is ignored for unknown units, bad syntax, ranges larger than the file in sum (RFC 9110, 14.2), and empty files:
+    a proxy that fetches a file in slices asks for a range when its client wants the whole file.
     """
     unit, _, rest = text.partition("=")
     members = [member for part in rest.split(",", MAX_MEMBERS) if (member := part.strip(" \t"))]
@@ -3023,7 +3022,7 @@ def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
     if field_value.strip(" \t") == "*":
         return True
     own_weak, own = tag.startswith("W/"), tag.removeprefix("W/")
-    if own not in field_value:  # so that a long list of others' tags costs nothing
+    if own not in field_value:  # fast, for long lists
         return False
     for prefix, opaque in _ENTITY_TAG.findall(field_value):
         if opaque == own and (weak or not (prefix or own_weak)):
@@ -3037,15 +3036,15 @@ _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 def parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
     """Return a path's decoded segments, and whether it names a directory (it ends in a slash or a dot segment).
 
-    Dot segments, also written %2e, are removed (RFC 3986, 5.2.4), then empty ones. An escaped slash does not separate.
-    Short paths are kept: 256 of 8 KB would take 80 MB. ProtocolError 400 for what is no path.
+    Dot segments, also written %2e, are removed (RFC 3986, 5.2.4), then empty ones. An escaped slash does not separate
+    segments. Only short paths are cached: 256 paths of 8 KB take 80 MB. ProtocolError 400 for an invalid path.
     """
     return _parse_short_path(path) if len(path) < 256 else _parse_path(path)
 
 
 def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
     if not path.startswith("/"):
-        raise ProtocolError(400, "the target is no path")
+        raise ProtocolError(400, "the target is not a path")
     if _BAD_ESCAPE.search(path):
         raise ProtocolError(400, "a percent sign without two hex digits in the path")
     if "%00" in path or "\0" in path:
@@ -3067,9 +3066,9 @@ _parse_short_path = functools.lru_cache(256)(_parse_path)
 
 
 class FileBody(Body):
-    """A part of an open regular file; closes the file in the end.
+    """A part of an open regular file, which `aclose` closes.
 
-    Without a `length` it is all that can be read from `offset` on, which is not the same each time.
+    Without a `length` it is all that can be read from `offset`, which may differ each time.
     """
 
     def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int | None) -> None:
@@ -3080,10 +3079,10 @@ class FileBody(Body):
         self.replayable = length is not None
 
     def slices(self, size: int) -> Iterator[tuple[int, int]]:
-        """Yield (offset, count) of each part to send, after a look whether the file is still what was announced.
+        """Yield (offset, count) of each part to send; before each, check that the file has not changed.
 
-        A file that grew still begins with the right bytes: a log. One that shrank, or changed at the same size, does
-        not: IncompleteBody, so that no wrong bytes go out under a right length.
+        A file may grow, as a log does. IncompleteBody when it shrank, or changed at the same size: its bytes are then
+        no longer those that Content-Length and ETag describe.
         """
         end = self._offset + (self.length or 0)
         for offset in range(self._offset, end, size):
@@ -3152,30 +3151,30 @@ class ListingEntry(NamedTuple):
     is_dir: bool
     size: int  # bytes; 0 for a directory
     mtime: int  # POSIX time in nanoseconds
-    error: str = ""  # why the file system does not tell size and time: it cannot be read
+    error: str = ""  # why it cannot be read; then size and time are unknown
 
 
-# What would hide in a name, or turn it round: controls, marks of direction, and what has no width.
+# Characters that are invisible in a name, or change its order: controls, marks of direction, and those without width.
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u180e\u3164\uffa0\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
 )
 
 
 def name_text(name: bytes) -> str:
-    """Return a file's name as valid Unicode: U+FFFD in the place of what is not UTF-8."""
+    """Return a file's name as valid Unicode, with U+FFFD in place of bytes that are not UTF-8."""
     return name.decode("utf-8", "replace")
 
 
 def show_name(name: bytes) -> str:
-    """Return a file's name as text that shows every character of it."""
+    """Return a file's name as text, with U+FFFD in place of invisible characters."""
     return _UNSEEN.sub("\ufffd", name_text(name))
 
 
 def entry_link(entry: ListingEntry) -> str:
     """Return the URL of an entry, relative to its directory's URL.
 
-    It has no "./" in front, which several programs that read listings do not understand. It needs none, because a
-    colon, which would make a scheme of what is before it, is escaped.
+    It has no "./" in front, because several programs that read listings do not support that. A colon is escaped, so
+    that the text before it is not taken for a scheme.
     """
     return quote(entry.name) + ("/" if entry.is_dir else "")
 
@@ -3210,7 +3209,7 @@ border-bottom:1px solid var(--line)}
 #jobs progress{width:8rem;accent-color:var(--link)}#jobs span{color:var(--quiet);font-variant-numeric:tabular-nums}
 .drop{outline:3px dashed var(--link);outline-offset:-4px}
 """
-# A page in a sandbox has no origin, and may send forms only. There, dropped files are put into the form.
+# A page in a sandbox has no origin and can send forms only. There the script puts dropped files into the form.
 UPLOAD_SCRIPT = r"""
 const byId=id=>document.getElementById(id),form=byId("up"),input=form.elements.file,folder=byId("new");
 const boxed=self.origin==="null",units=["B","KiB","MiB","GiB","TiB"];let queue=Promise.resolve(),active=0,timer;
@@ -3259,12 +3258,12 @@ if(answer.ok){name.value="";return refresh()}add({name:name.value},reason(answer
 
 
 def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str, form: str = "") -> bytes:
-    """Show a directory: `path` is below the root, `order` is how the entries are sorted, `form` is for uploads.
+    """Make the page of a directory: `path` is below the root, `order` the sort order, `form` the HTML for uploads.
 
-    All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r leaves them.
-    Programs read the page, too, by simple patterns. So a row is one line, `href` is its link's only attribute, and the
-    size stands last. The links to the folders above have no quotes: programs that take all links for entries look for
-    quotes, and would read the same folders again and again.
+    All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r ignores them.
+    Programs read the page, too, by simple patterns. So each row is one line, `href` is the only attribute of its link,
+    and the size is last. Links to the folders above have no quotes, because such programs look for quotes and would
+    read these folders again and again.
     """
     names = ["Files", *map(show_name, path)]
     above = [f"<a href={'../' * (len(path) - i)}>{escape(name)}</a>" for i, name in enumerate(names[:-1])]
@@ -3300,7 +3299,7 @@ _PARENT_ROW = (
 
 
 def _sort_heading(key: str, label: str, order: str) -> str:
-    """Make a column's heading: a button that sorts by it, or the other way round."""
+    """Make a column's heading: a button that sorts by it, or reverses the order."""
     active = (order.removeprefix("-") or "name") == key
     backwards = order.startswith("-")
     value = f"-{key}" if active and not backwards else key
@@ -3324,7 +3323,7 @@ def _entry_row(entry: ListingEntry) -> str:
     return f'<tr>{column}{link}</td><td class="n w">{when}</td><td class="n"{size}</td></tr>\n'
 
 
-TYPES = {  # where the table of the standard library differs between versions, or lacks what browsers need
+TYPES = {  # types that differ between versions of the standard library, or that it lacks
     ".7z": "application/x-7z-compressed", ".apk": "application/vnd.android.package-archive", ".apng": "image/apng",
     ".atom": "application/atom+xml", ".avi": "video/x-msvideo", ".avif": "image/avif", ".bz2": "application/x-bzip2",
     ".cjs": "text/javascript", ".css": "text/css", ".csv": "text/csv", ".dll": "application/octet-stream",
@@ -3355,29 +3354,29 @@ PLAIN_TEXT = "text/plain; charset=utf-8"
 
 @functools.lru_cache(1024)
 def known_type(name: bytes) -> str:
-    """Return the Content-Type that a file's name tells, the same on every system, or "".
+    """Return the Content-Type for a file's extension, the same on every system, or "".
 
-    Text is UTF-8, but for HTML and XML, which name their encoding themselves, and Content-Type would overrule that.
+    Text gets charset=utf-8. HTML and XML do not: they name their encoding themselves, and charset would override it.
     """
     import mimetypes
 
-    # types_map before init() is the module's own table; init() would add what this machine happens to have.
+    # Before init(), types_map is the module's own table; init() would add the types of this machine.
     extension = os.path.splitext(name)[1].lower().decode("latin-1")
     known = TYPES.get(extension) or mimetypes.types_map.get(extension) or ""
     return f"{known}; charset=utf-8" if known.startswith("text/") and known not in ("text/html", "text/xml") else known
 
 
 def media_type(name: bytes, beginning: bytes | None = None) -> str:
-    """Return the Content-Type for a file's name, or, when the name does not tell it, for how the file begins."""
+    """Return the Content-Type for a file's name, or, if its extension is unknown, for its first bytes."""
     return known_type(name) or (PLAIN_TEXT if beginning is not None and is_text(beginning) else OCTETS)
 
 
-SNIFFED = 4096  # bytes of a file that are looked at; also the size that /sys gives to what it makes up
+SNIFFED = 4096  # bytes of a file that are read to find its type; also the size of each file in /sys
 _BINARY = bytes((*range(9), 11, *range(14, 27), *range(28, 32)))  # as browsers decide (MIME Sniffing, 3)
 
 
 def is_text(beginning: bytes) -> bool:
-    """Return whether a file that begins so is text in UTF-8."""
+    """Return whether a file with this beginning is text in UTF-8."""
     if len(beginning.translate(None, _BINARY)) < len(beginning):  # six times as fast as a search by a pattern
         return False
     try:
@@ -3388,7 +3387,7 @@ def is_text(beginning: bytes) -> bool:
 
 
 class Outcome(NamedTuple):
-    """What a request for a file leads to: a status, and the ranges for 206."""
+    """The result of evaluating preconditions: a status, and the ranges for 206."""
 
     status: int
     ranges: list[tuple[int, int]] = []
@@ -3396,7 +3395,7 @@ class Outcome(NamedTuple):
 
 _WHOLE = Outcome(200)
 _CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "range"}
-# Times of files, in seconds, that tell nothing: Nix, container images and reproducible archives give them to all files.
+# Times of files, in POSIX seconds, that have no meaning: Nix, container images and reproducible archives set them.
 _NO_TIMES = {0, 1, 315532800}
 
 
@@ -3446,12 +3445,12 @@ UPLOAD_METHODS = ("PUT", "POST")
 _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
 ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
-# What HFS+ leaves out when it compares names.
+# Characters that HFS+ ignores when it compares names.
 _IGNORED = re.compile("[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]")
 
 
 def compared_name(name: bytes, system: str = sys.platform) -> bytes:
-    """Return a file's name as the file system compares it, but for upper and lower case."""
+    """Return a file's name as the file system compares it, apart from upper and lower case."""
     if system != "darwin" or name.isascii():
         return name
     return _IGNORED.sub("", name.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
@@ -3463,8 +3462,8 @@ def is_hidden(segment: bytes, system: str = sys.platform) -> bool:
     return name.startswith(b".") and name != b".well-known"
 
 
-# What Windows takes for a path, a drive or a stream, for another name (it leaves out what is at the end, and GIT~1 may
-# be the short name of .git), or for a device.
+# Names that Windows treats as a path, a drive, a stream or a device, or as another name: it drops dots and spaces at
+# the end, and GIT~1 may be the short name of .git.
 _NO_WINDOWS_NAME = re.compile(
     r"[\x00-\x1f\"*/:<>?\\|]|[ .]\Z|\A[^.]{0,6}~[0-9]{1,6}(?:\.[^.]{0,3})?\Z"
     r"|\A(?:con|prn|aux|nul|clock\$|conin\$|conout\$|(?:com|lpt)[0-9\xb9\xb2\xb3]) *(?:\.|\Z)",
@@ -3473,7 +3472,7 @@ _NO_WINDOWS_NAME = re.compile(
 
 
 def is_foreign(segment: bytes, system: str = sys.platform) -> bool:
-    """Return whether a segment is no file's name: the system would open something of another name, or a device."""
+    """Return whether a segment is not a file's name: the system would open a file of another name, or a device."""
     if b"/" in segment:
         return True
     if system in ("win32", "cygwin"):
@@ -3485,14 +3484,14 @@ def is_foreign(segment: bytes, system: str = sys.platform) -> bool:
 
 
 def is_refused(segments: tuple[bytes, ...], hidden: bool) -> bool:
-    """Return whether a path is not served because of a name in it; `hidden` says that hidden ones are."""
+    """Return whether a path is not served because of a name in it; with `hidden`, hidden names are served."""
     return any(map(is_foreign, segments)) or not hidden and any(map(is_hidden, segments))
 
 
 _is_short_path_refused = functools.lru_cache(256)(is_refused)
 _CONFIGURATIONS = (b"ptth_server.toml", b"ptth_relay.toml")
-PARTIAL = b".ptth-upload-"  # begins the name of a file that is not yet whole
-# What editors, installers and people add to the name of a copy.
+PARTIAL = b".ptth-upload-"  # the beginning of the name of an incomplete upload
+# Texts that editors, installers and people add to the name of a copy.
 _COPY_MARK = (
     rb"(?:[~#0-9]+|[ ._~#(-]+"
     rb"(?:bak|backup|copy|new|old|orig|prev|sav|te?mp|sw[a-z]|un~|dpkg-|ucf-|rpm|gz|xz|bz2|zst|br|zip|tar|[0-9]).*)"
@@ -3516,7 +3515,7 @@ _OF_A_PROCESS = re.compile(rb"/proc/[0-9]+/")
 
 
 def _absolute(path: str) -> bytes:
-    """Return an absolute path. os.path.abspath would remove `..`, which behind a link leads elsewhere."""
+    """Return an absolute path. Not os.path.abspath: it removes `..`, which behind a link leads to another place."""
     name = os.fsencode(path)
     return name if os.path.isabs(name) else os.path.join(os.getcwdb(), name)
 
@@ -3527,9 +3526,9 @@ def _is_below(place: bytes, root: bytes) -> bool:
 
 
 def _open_place(place: bytes) -> int | None:
-    """Open a file or a directory, but no link; None for a directory that cannot be opened, though what is in it can.
+    """Open a file or a directory, but no link. None for a directory that cannot be opened, though its files can.
 
-    So it is with all of them on Windows, and elsewhere with those that may be searched and not read.
+    On Windows no directory can be opened; elsewhere those with x and without r permission.
     """
     try:
         return os.open(place, _OPEN_FLAGS)
@@ -3543,7 +3542,7 @@ _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLL
 
 
 class Found(NamedTuple):
-    """What is at a path: a regular file, open, or a directory, for which `fd` is None."""
+    """The file system's object at a path: a regular file, open, or a directory, for which `fd` is None."""
 
     fd: int | None
     facts: os.stat_result
@@ -3555,8 +3554,8 @@ class SiteOptions:
     """How a directory is served: the flags of `ptth file-server` and keys of ptth_server.toml."""
 
     hidden: bool = False
-    follow_symlinks: bool = False  # also out of the root
-    listing: bool = True  # and with it JSON and zip
+    follow_symlinks: bool = False  # also those that leave the root
+    listing: bool = True  # also JSON and zip
     cors: bool = False
     headers: tuple[tuple[str, str], ...] = ()
     auth: str = ""  # "USER:PASSWORD"
@@ -3564,7 +3563,7 @@ class SiteOptions:
     max_upload: int = 0  # bytes of one file; 0 is no limit
 
 
-# Names that cannot be one, links in a circle, sockets, devices that are not there.
+# Errors for invalid names, links in a circle, sockets, and missing devices.
 _NOTHING_THERE = {
     errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENXIO,
     errno.EOPNOTSUPP,
@@ -3572,7 +3571,7 @@ _NOTHING_THERE = {
 
 
 def file_error(error: OSError, place: bytes = b"") -> ProtocolError:
-    """Return what a client is told of an error of the file system; one that is a fault is logged, with the path."""
+    """Return the client's error for one of the file system: 403, 404, 503, or 500, which is logged with the path."""
     if isinstance(error, PermissionError):
         return ProtocolError(403, "this cannot be read")
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -3592,14 +3591,14 @@ _LETTERS = str.maketrans(
 
 
 def natural_order(name: bytes) -> tuple[str, bytes]:
-    """Return the key that sorts names as people do: 2 before 10, and letters with accents beside those without."""
+    """Return the key that sorts names as people expect: 2 before 10, and letters with accents next to those without."""
     text = name_text(name).casefold()
     if not text.isascii():
         import unicodedata
 
         parts = unicodedata.normalize("NFKD", text).translate(_LETTERS)
         text = "".join(c for c in parts if not unicodedata.combining(c))
-    # A number becomes 0, how many digits it has as one character, and the digits: of two, the longer is the greater.
+    # A number becomes 0, its number of digits as one character, and its digits: so a longer number sorts later.
     return _DIGITS.sub(lambda match: f"0{chr(len(match[1]))}{match[1]}", text), name
 
 
@@ -3613,13 +3612,13 @@ ORDERS: dict[str, Callable[[ListingEntry], Any]] = {
 class Site:
     """A directory that is served.
 
-    `private` are files that are never served, wherever they lie: a configuration, a certificate, a key. Nor are their
-    copies, nor any configuration of this program: all of these are known by their names.
+    Files in `private` are never served: a configuration, a certificate, a key. Copies of them, and every configuration
+    of this program, are recognised by their names and not served either.
     """
 
     def __init__(self, root: str, options: SiteOptions | None = None, *, private: Iterable[str] = ()) -> None:
         self.options = options or SiteOptions()
-        # The names that the user gave are followed anew each time: a link to the directory, or to a key, may change.
+        # These paths are resolved again for each request: a link to the directory, or to a key, may change.
         self._root = _absolute(root)
         self._inside = self._root.rstrip(_SLASHES) + os.fsencode(os.sep)
         self._private = [_absolute(path) for path in private]
@@ -3634,18 +3633,18 @@ class Site:
         self._allow = ("Allow", ", ".join((*METHODS, *UPLOAD_METHODS) if self.uploads else METHODS))
 
     def tell_secrets(self, command: str) -> None:
-        """Tell the operator in one line which secrets lie below the root; only usual places are looked at."""
+        """Log in one line which secret files are below the root. Only their usual places are searched."""
         root = os.path.realpath(self._root)
         usual = [os.path.join(root, folder, name) for folder in (b"", b"config") for name in _CONFIGURATIONS]
         places = map(os.path.realpath, [*self._private, *filter(os.path.exists, usual)])
         below = [os.fsdecode(place) for place in dict.fromkeys(places) if _is_below(place, root)]
         if below:
-            log_line(f"ptth {command}: not served, although below the directory that is: {', '.join(below)}")
+            log_line(f"ptth {command}: these secret files in the directory are not served: {', '.join(below)}")
 
     async def respond(
         self, request: Request, segments: tuple[bytes, ...], directory: bool, *, as_json: bool = False
     ) -> Response:
-        """Answer a request for what `segments` name below the root; `directory` says that the path names one."""
+        """Answer a request for the path `segments` below the root; `directory`: the path ends in a slash."""
         if self.uploads and request.method in UPLOAD_METHODS:
             return await self.uploads.respond(request, segments, directory)
         if request.method not in METHODS:
@@ -3672,17 +3671,17 @@ class Site:
         if not self.options.listing:
             raise ProtocolError(404, "there is nothing here")
         as_json = as_json or wants_json(request.headers)
-        try:  # a link to the root that changes meanwhile must not mix two directories
+        try:  # resolve links once: if a link to the root changes meanwhile, two directories must not be mixed
             found = found._replace(place=self._follow(found.place))
         except OSError as error:
             raise file_error(error) from None
         return await self._respond_directory(request, found, segments, as_json)
 
     def open(self, segments: tuple[bytes, ...]) -> Found:
-        """Open what is at a path.
+        """Open a path below the root.
 
-        Raises ProtocolError: 404 for what is missing, outside or special, 403 for what cannot be read, 503 when there
-        are no descriptors left, 500 when the file system fails.
+        Raises ProtocolError: 404 if it is missing, outside the root or not a regular file, 403 without permission, 503
+        when no descriptors are left, 500 when the file system fails.
         """
         try:
             return self._open(self._inside + (b"/".join(segments) or b"."), segments)
@@ -3690,9 +3689,9 @@ class Site:
             raise file_error(error) from None
 
     def _open_if_there(self, segments: tuple[bytes, ...], *fatal: int) -> Found | None:
-        """Open a regular file that need not be there; ProtocolError for the statuses that are `fatal`."""
+        """Open a regular file, or return None if it cannot be opened. ProtocolError if the status is one of `fatal`."""
         if not (fatal or os.access(self._inside + b"/".join(segments), os.F_OK)):
-            return None  # as nearly always: so it costs no exceptions
+            return None  # the usual case, without the cost of exceptions
         try:
             found = self.open(segments)
         except ProtocolError as error:
@@ -3703,7 +3702,7 @@ class Site:
 
     def _open(self, place: bytes, segments: tuple[bytes, ...]) -> Found:
         asked = place
-        # Only links need the costly look at the whole path. O_NOFOLLOW finds one in the last place, lstat before it.
+        # Resolve the whole path only if it has a link, as that is slow. O_NOFOLLOW finds one at the end, lstat before.
         path = self._inside
         for segment in segments[:-1] if hasattr(os, "O_NOFOLLOW") else segments:
             path += segment
@@ -3725,11 +3724,11 @@ class Site:
             return Found(fd, facts, place)
         os.close(fd)
         if not stat.S_ISDIR(facts.st_mode):
-            raise FileNotFoundError  # a device, a socket, a FIFO (which O_NONBLOCK has kept from hanging), a key
+            raise FileNotFoundError  # a device, a socket, a FIFO (O_NONBLOCK: it does not block), or a secret file
         return Found(None, facts, place)
 
     def _follow(self, place: bytes) -> bytes:
-        """Return where a path with links leads; FileNotFoundError when that is outside the root."""
+        """Resolve the links of a path; FileNotFoundError when it leads outside the root."""
         real = os.path.realpath(place, strict=True)
         if not self.options.follow_symlinks and not _is_below(real, os.path.realpath(self._root)):
             raise FileNotFoundError
@@ -3745,11 +3744,11 @@ class Site:
                     return True
             except OSError:
                 continue
-        # What the system shows of a process holds its memory, and the passwords that it was started with.
+        # Files of a process in /proc show its memory, and the passwords in its environment.
         return not facts.st_size and bool(_OF_A_PROCESS.match(os.path.realpath(place)))
 
     def _respond_file(self, request: Request, found: Found, segments: tuple[bytes, ...]) -> Response:
-        """Answer with an open file, which is closed here or by the body."""
+        """Answer with an open file. It is closed here, or by the response's body."""
         assert found.fd is not None
         try:
             kind, beginning, sized = _look_into(found.fd, found.facts, segments[-1])
@@ -3767,7 +3766,7 @@ class Site:
         tag = entity_tag(facts, encoding)
         modified = facts.st_mtime_ns // 1_000_000_000
         now = time.time()
-        # RFC 9110, 8.8.2.1: never in the future. Some file systems hold times before the first, too.
+        # RFC 9110, 8.8.2.1: not in the future. Some file systems have times before 1970, too.
         fields = [("ETag", tag), ("Last-Modified", format_date(max(0, min(modified, int(now)))))]
         if vary:
             fields.append(("Vary", vary))
@@ -3779,9 +3778,9 @@ class Site:
         return _with_file(request.method, found, kind, beginning, outcome, fields)
 
     def _precompressed(self, request: Request, plain: Found, segments: tuple[bytes, ...]) -> tuple[Found, str, str]:
-        """Return the file beside `plain` that the client takes instead, its coding, and what Vary must name.
+        """Return the file to send (`plain`, or NAME.br or NAME.gz beside it), its coding, and the value of Vary.
 
-        A range is always one of the plain file.
+        For a range request it is always `plain`.
         """
         varies = ""
         ranged = request.method == "GET" and "range" in request.headers
@@ -3805,7 +3804,7 @@ class Site:
     async def _respond_directory(
         self, request: Request, found: Found, segments: tuple[bytes, ...], as_json: bool
     ) -> Response:
-        """Answer with a directory's listing or zip, made in a thread: a large one must not keep others waiting."""
+        """Answer with a directory's listing or zip. A thread makes it, because a large one takes long."""
         wanted = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY], keep_blank_values=True)
         order = wanted.get("sort", [""])[-1]
         form = self.uploads.form(request.headers) if self.uploads else ""
@@ -3817,11 +3816,11 @@ class Site:
             raise file_error(error) from None
 
     def _open_index(self, segments: tuple[bytes, ...], place: bytes) -> Found | None:
-        """Open a folder's index.html, if there is one.  ProtocolError 403 when it cannot be read, 500, 503."""
+        """Open a folder's index.html, or return None. ProtocolError 403 when it cannot be read, 500, 503."""
         try:
             return self._open_if_there((*segments, b"index.html"), 403, 500, 503)
         except ProtocolError as error:
-            # In a folder without x permission nothing can be opened, but its names may be read: then they tell.
+            # In a folder without x permission no file can be opened. Its names, if readable, show if there is one.
             if error.status != 403 or os.access(place, os.X_OK):
                 raise
             try:
@@ -3833,10 +3832,10 @@ class Site:
             return None
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool, form: str) -> Response:
-        """Make a listing: folders first, by name, or by `order`: name, size or time, backwards with a minus."""
+        """Make a listing, folders first. `order` is name, size or time, reversed with a minus; default: name."""
         entries = sorted(self.entries(found.place), key=ORDERS["name"])
         key = ORDERS.get(order.removeprefix("-"), ORDERS["name"])
-        entries.sort(key=key, reverse=order.startswith("-"))  # keeps folders, which have no size, in the names' order
+        entries.sort(key=key, reverse=order.startswith("-"))  # stable: folders have no size, and stay sorted by name
         entries.sort(key=lambda entry: not entry.is_dir)
         if not as_json:
             script = LISTING_SCRIPT + UPLOAD_SCRIPT * bool(form)
@@ -3854,9 +3853,9 @@ class Site:
         return Response(200, fields, BytesBody(json.dumps({"entries": rows}, separators=(",", ":")).encode()))
 
     def entries(self, place: bytes) -> Iterator[ListingEntry]:
-        """Yield what is served of a directory: files and directories, not hidden, not leaving the root.
+        """Yield the files and directories in a directory, without hidden ones and links that leave the root.
 
-        An entry about which the file system refuses to tell anything has its reason in `error`.
+        For an entry that cannot be read, `error` is the reason.
         """
         with os.scandir(place) as items:
             for item in items:
@@ -3866,7 +3865,7 @@ class Site:
                     place = self._follow(item.path) if item.is_symlink() else item.path
                     facts = item.stat()
                 except OSError as error:
-                    # A link that leads nowhere, outside or in a circle, or a file that has gone meanwhile, is nothing.
+                    # A broken link, one that leads outside or in a circle, or a file removed meanwhile, is left out.
                     if not isinstance(error, FileNotFoundError | NotADirectoryError) and error.errno != errno.ELOOP:
                         yield ListingEntry(item.name, _is_plain_dir(item), 0, 0, error.strerror or "not readable")
                     continue
@@ -3893,13 +3892,13 @@ def _look_at(place: bytes) -> tuple[str, tuple[int, int] | None]:
     """Return why a folder cannot be read, or "" and its device and inode."""
     try:
         facts = os.stat(place)
-    except OSError as error:  # it has gone meanwhile
+    except OSError as error:  # it was removed meanwhile
         return error.strerror or "not readable", None
     return "", (facts.st_dev, facts.st_ino)
 
 
 def _is_plain_dir(item: os.DirEntry[bytes]) -> bool:
-    """Return whether an entry that cannot be looked at is known to be a directory."""
+    """Return whether an entry that cannot be read is known to be a directory."""
     try:
         return item.is_dir(follow_symlinks=False)
     except OSError:
@@ -3917,22 +3916,22 @@ def _read_pieces(file: io.BufferedReader, limit: int) -> Iterator[bytes]:
 
 
 def attachment(name: str) -> tuple[str, str]:
-    """Return the Content-Disposition for a download that is to be saved as `name` (RFC 6266, appendix D)."""
-    plain = re.sub(r'[^ -~]|["%\\/]', "_", name)  # what old clients read, without what they take for an escape
+    """Return the Content-Disposition for a download that browsers save as `name` (RFC 6266, appendix D)."""
+    plain = re.sub(r'[^ -~]|["%\\/]', "_", name)  # for old clients, some of which would decode a percent sign
     return "Content-Disposition", f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name.encode())}"
 
 
-# What programs that unpack leave out of a name, or take for a separator or a drive.
+# Characters that unpacking programs drop from a name, or treat as a separator or a drive.
 _NOT_IN_ZIP = re.compile(r"[\x00-\x1f\x7f\\]|(?<=^[A-Za-z]):")
 
 
 def member_name(name: bytes) -> str:
-    """Return the name of a file or a folder as it stands in a zip."""
+    """Return the name of a file or a folder in a zip."""
     return _NOT_IN_ZIP.sub("_", name_text(name))
 
 
 def distinct(name: str, taken: dict[str, int]) -> str:
-    """Return `name`, with a number when it is taken, and note it in `taken`: names, and the last number for each."""
+    """Return `name`, with a number if it is in `taken`, and add it there: a name maps to its last number."""
     stem, extension = os.path.splitext(name)
     found = name
     while found in taken:
@@ -3948,7 +3947,7 @@ _ZIP_CENTRAL = struct.Struct("<4s6H3I5H2I")
 
 
 class _Member(NamedTuple):
-    """What both heads of a zip's member say, and where the first one is."""
+    """The data in both headers of a zip's member, and the offset of the first one."""
 
     name: bytes
     mode: int
@@ -3960,9 +3959,9 @@ class _Member(NamedTuple):
 class ZipWriter:
     """Makes the bytes of a zip that can be unpacked while it arrives (APPNOTE.TXT 6.3).
 
-    The module zipfile cannot: to a stream it writes each member's size behind the member.  Here a small one is
-    stored, and its size and checksum are in front.  A large one is deflated without compression: the deflate format
-    tells its own end, and size and checksum, which are known only then, come behind it.
+    The module zipfile cannot do that: in a stream it writes each member's size after the member. Here a small member is
+    stored, with size and checksum before it. A large one uses deflate without compression: that format marks its own
+    end, and size and checksum follow it.
     """
 
     def __init__(self) -> None:
@@ -3973,7 +3972,7 @@ class ZipWriter:
         self._count = 0
 
     def take(self) -> bytes:
-        """Return what was made since the last time."""
+        """Return the bytes made since the last call."""
         data = b"".join(self._pieces)
         self._pieces.clear()
         self._taken += self.waiting
@@ -3987,7 +3986,7 @@ class ZipWriter:
     def _head(self, name: str, mode: int, mtime: int, version: int, flags: int, method: int) -> _Member:
         seconds = mtime // 1_000_000_000
         stamp = struct.pack("<2HBi", 0x5455, 5, 1, seconds) if -(2**31) <= seconds < 2**31 else b""
-        # Readers that do not know the stamp take this one for local time, and usually live where the server does.
+        # Programs that do not know the stamp read this one as local time, and are usually in the server's time zone.
         year, month, day, hour, minute, second = max(
             time.localtime(min(clamp(mtime), 2**32 - 1))[:6], (1980, 1, 1, 0, 0, 0)
         )
@@ -4004,7 +4003,7 @@ class ZipWriter:
         self._list(member, checksum, size, size)
 
     def add_large(self, name: str, mode: int, mtime: int, size: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Add a member of about `size` bytes that comes in pieces, none of them empty; yield what is ready.
+        """Add a member of about `size` bytes, in pieces of which none is empty; yield the bytes that are ready.
 
         When `pieces` raises an error, the member ends there, and the zip can be continued.
         """
@@ -4034,7 +4033,7 @@ class ZipWriter:
         self._put(_ZIP_LOCAL.pack(b"PK\3\4", *member.form, checksum, size, size, *lengths) + member.name + extra)
 
     def _list(self, member: _Member, checksum: int, packed: int, size: int) -> None:
-        """Note a member for the directory at the end."""
+        """Add a member to the central directory."""
         extra = member.stamp
         large = [number for number in (size, packed, member.offset) if number >= 0xFFFFFFFF]
         if large:
@@ -4050,7 +4049,7 @@ class ZipWriter:
         self._count += 1
 
     def finish(self) -> Iterator[bytes]:
-        """Yield the rest: what was not taken yet, and the directory."""
+        """Yield the bytes not taken yet, and the central directory."""
         yield self.take()
         begin, size, count = self._taken, len(self._directory), self._count
         for at in range(0, size, SENDFILE_SIZE):
@@ -4064,9 +4063,9 @@ class ZipWriter:
 
 
 class FolderZip:
-    """A zip of all that is served below a directory, not compressed, made piece by piece and kept nowhere.
+    """A zip of all that is served below a directory, not compressed, made while it is sent.
 
-    What cannot be read is told in a member of its own.
+    Its member could-not-be-read.txt lists the entries that could not be read.
     """
 
     def __init__(self, site: Site, top: Found) -> None:
@@ -4096,12 +4095,12 @@ class FolderZip:
         yield from archive.finish()
 
     def _file(self, place: bytes, name: str) -> Iterator[bytes]:
-        """Add a file to a zip; yield what of the zip is then ready.  OSError with what went wrong."""
+        """Add a file to the zip; yield the bytes that are ready. Raises OSError with the reason."""
         archive, found = self._archive, self._site._open(place, ())
         if found.fd is None:
             raise FileNotFoundError(errno.ENOENT, "not a file any more")
         facts = found.facts
-        # The size which it has now is the limit: a log may grow without end. A size of 0 says nothing: /proc has such.
+        # Read no more than its size now: a log may grow without end. Files in /proc have size 0 and are not empty.
         limit = facts.st_size or ZIP32_MAX
         member = (name, stat.S_IFREG | 0o644 | facts.st_mode & 0o111, facts.st_mtime_ns)
         with open(found.fd, "rb") as file:
@@ -4118,15 +4117,15 @@ class FolderZip:
     def walk(self) -> Iterator[tuple[bytes, str, ListingEntry]]:
         """Yield (place, name below the top, entry) of all that is served below it, folders before their files.
 
-        Each name is given once only: names that are not UTF-8 may be the same when they are text.  A linked folder that
-        holds itself is passed over: it would never end.
+        Each name is used once: names that are not UTF-8 may be equal as text. A folder that contains itself, by a link,
+        is skipped.
         """
         top = self._top
         stack = [(top.place, "", frozenset({(top.facts.st_dev, top.facts.st_ino)}))]
         while stack:
             place, prefix, above = stack.pop()
             try:
-                # Names that a zip can hold come first: these stay as they are.
+                # Names that a zip can hold come first, so that they stay unchanged.
                 entries = sorted(
                     self._site.entries(place), key=lambda e: (member_name(e.name).encode() != e.name, e.name)
                 )
@@ -4160,16 +4159,16 @@ class ZipBody(Body):
             yield piece
 
     async def aclose(self) -> None:
-        del self._zip  # closes what is open in it, when no thread is at work on it any more
+        del self._zip  # closes its open file, after the thread that uses it has ended
 
 
-_PAGES = (16 * 1024, 64 * 1024)  # bytes; that size with other processors
+_PAGES = (16 * 1024, 64 * 1024)  # bytes; the size of files in /sys with other processors
 
 
 def _look_into(fd: int, facts: os.stat_result, name: bytes) -> tuple[str, bytes, bool]:
-    """Return the media type of an open file, what was read of its beginning, and whether its size is true. OSError.
+    """Return the content type of an open file, the bytes read from it, and whether its size is true. Raises OSError.
 
-    /proc and /sys make up what is in a file while it is read, and give it a size of 0, or of a page of memory.
+    Files in /proc and /sys are made while they are read; their size is 0, or that of a memory page.
     """
     kind, size = known_type(name), facts.st_size
     if kind and size > SNIFFED and size not in _PAGES:
@@ -4181,7 +4180,7 @@ def _look_into(fd: int, facts: os.stat_result, name: bytes) -> tuple[str, bytes,
 
 
 def _unsized_response(request: Request, found: Found, kind: str) -> Response:
-    """Answer with all that can be read from a file whose size is not true: it has no validators and no ranges."""
+    """Answer with all that can be read from a file whose size is not true. It has no validators and no ranges."""
     assert found.fd is not None
     outcome = evaluate_preconditions(request.method, request.headers, "", 0, 0, 0)
     if outcome.status != 200:
@@ -4206,7 +4205,7 @@ def _without_file(status: int, found: Found, fields: Fields) -> Response:
 
 
 def _with_file(method: str, found: Found, kind: str, beginning: bytes, outcome: Outcome, fields: Fields) -> Response:
-    """Answer with a file or with ranges of it; `beginning` is what was read of it already."""
+    """Answer with a file or with ranges of it; `beginning` are its bytes that were read already."""
     fd, facts, _ = found
     assert fd is not None
     size = facts.st_size
@@ -4227,7 +4226,7 @@ def _with_file(method: str, found: Found, kind: str, beginning: bytes, outcome: 
 
 
 def _file_body(method: str, found: Found, first: int, count: int) -> Body:
-    """Return the body for a part of an open file; a small one is read now, so that it leaves with its head."""
+    """Return the body for a part of an open file. A small one is read now, so that it is sent with its head."""
     fd, facts, place = found
     assert fd is not None
     if method == "HEAD":
@@ -4246,10 +4245,10 @@ def _file_body(method: str, found: Found, first: int, count: int) -> Body:
 
 
 def _is_current(plain: Found, other: Found, beginning: bytes) -> bool:
-    """Return whether a file holds what `plain` does in another coding: it is not older, not empty, and begins so."""
+    """Return whether `other` is a current coding of `plain`: not older, not empty, and with the right `beginning`."""
     assert other.fd is not None
     time_, others = plain.facts.st_mtime_ns, other.facts.st_mtime_ns
-    # Programs that copy the time to what they compress may cut it off, to whole seconds or to microseconds.
+    # Programs that copy the time to the compressed file may round it down to whole seconds or microseconds.
     if others < time_ and others not in (time_ // 10**9 * 10**9, time_ // 1000 * 1000) or not other.facts.st_size:
         return False
     try:
