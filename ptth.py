@@ -3441,7 +3441,7 @@ def entity_tag(facts: os.stat_result, encoding: str = "") -> str:
 
 
 METHODS = ("GET", "HEAD", "OPTIONS")
-UPLOAD_METHODS = ("PUT", "POST")
+UPLOAD_METHODS = ("PUT", "POST", "MKCOL", "PROPFIND")
 _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
 ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
@@ -4350,7 +4350,7 @@ class PartialFile:
             with _COMMIT:
                 old = check()
                 if old:
-                    os.chmod(self._place, stat.S_IMODE(old.st_mode))
+                    os.chmod(self._place, old.st_mode & 0o777)  # not setuid: that was given to what the file held
                     os.replace(self._place, place)
                 else:
                     give_name(self._place, place)
@@ -4376,10 +4376,12 @@ def remove_partial_files(root: str) -> None:
     for folder, _, names in os.walk(_absolute(root)):
         for name in names:
             if re.fullmatch(re.escape(PARTIAL) + rb"[0-9a-f]{32}", name):
-                with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb+") as file:
-                    if lock_file(file.fileno()):
-                        file.close() if os.name == "nt" else None
-                        os.unlink(file.name)
+                path = os.path.join(folder, name)
+                with contextlib.suppress(OSError):
+                    with open(path, "rb+") as file:
+                        is_left = lock_file(file.fileno())
+                    if is_left:
+                        os.unlink(path)
 
 
 def write_error(error: OSError) -> ProtocolError:
@@ -4506,14 +4508,39 @@ class Uploads:
         return "" if "origin" in headers else UPLOAD_FORM.format(token=self._token)
 
     async def respond(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
-        """Answer PUT of a file, PUT of a folder, whose path ends in a slash, and POST of a form to a folder."""
+        """Answer PUT of a file or, with a slash at its end, of a folder, POST of a form, and what rclone also needs."""
         headers = request.headers
         token = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY]).get("upload", [""])[-1]
         if is_cross_site(headers) and not is_same_secret(token.encode(), self._token.encode()):
             raise ProtocolError(403, "a page of another site cannot upload; if this is not one, load it again")
         if request.method == "POST":
             return await self._take_form(request, segments, directory)
-        return await self._put(request, segments, directory)
+        if request.method == "PROPFIND":
+            return await in_thread(self._properties, request, segments)
+        return await self._put(request, segments, directory or request.method == "MKCOL")
+
+    def _properties(self, request: Request, segments: tuple[bytes, ...]) -> Response:
+        """Answer PROPFIND (RFC 4918, 9.1) for a file, or a folder and its files: rclone sends it before it copies."""
+        options = self._site.options
+        if is_refused(segments, options.hidden) or not options.listing:
+            raise ProtocolError(404, "there is nothing here")
+        found = self._site.open(segments)
+        path = request.headers.get("x-forwarded-prefix", "") + request.target.partition("?")[0]
+        path = urllib.parse.quote(path.encode("latin-1"), safe="/%")
+        facts = found.facts
+        if found.fd is not None:
+            os.close(found.fd)
+            rows = [(path, ListingEntry(b"", False, facts.st_size, facts.st_mtime_ns))]
+        else:
+            path = path.removesuffix("/") + "/"
+            rows = [(path, ListingEntry(b"", True, 0, facts.st_mtime_ns))]
+            if request.headers.get("depth") != "0":
+                rows += [
+                    (path + entry_link(entry), entry) for entry in self._site.entries(found.place) if not entry.error
+                ]
+        xml = "".join(itertools.starmap(_property_row, rows))
+        xml = f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus xmlns:D="DAV:">{xml}</D:multistatus>\n'
+        return Response(207, [("Content-Type", "application/xml; charset=utf-8"), NOSNIFF], BytesBody(xml.encode()))
 
     async def _take_form(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
         """Store the files of a form and make the folders that it names. What fails does not stop the others."""
@@ -4537,7 +4564,7 @@ class Uploads:
             else:
                 stored += [show_name(name)] if name else []
         if failed or not stored:
-            whole = f"; stored were: {', '.join(stored)}" if stored else ""
+            whole = f"; stored were: {', '.join(stored[:100])}" if stored else ""
             reasons = "; ".join(error.reason for error in failed[:100])
             raise ProtocolError(failed[0].status if failed else 400, (reasons or "no file was chosen") + whole)
         location = "./" if directory or not segments else redirect_below(segments[-1], "")
@@ -4545,7 +4572,7 @@ class Uploads:
         return text_response(303, "".join(f"{name}\n" for name in stored), fields)
 
     async def _put(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
-        """Answer PUT."""
+        """Answer PUT and MKCOL."""
         headers = request.headers
         if "content-range" in headers:
             raise ProtocolError(400, "a part of a file cannot be uploaded: Content-Range (RFC 9110, 14.5)")
@@ -4603,7 +4630,7 @@ class Uploads:
         return facts
 
     async def _put_folder(self, request: Request, place: bytes) -> Response:
-        """Make a folder, which may be there already."""
+        """Make a folder, which may be there already, but for MKCOL (RFC 4918, 9.3.1)."""
         if await request.body.read():
             raise ProtocolError(415, "a folder has no content")
         try:
@@ -4613,6 +4640,8 @@ class Uploads:
                 raise
             if os.path.islink(place) or not os.path.isdir(place):
                 raise ProtocolError(409, "a file has this name") from None
+            if request.method == "MKCOL":
+                raise ProtocolError(405, "the folder is there already") from None
             return Response(204, [NOSNIFF])
         return Response(201, [NOSNIFF])
 
@@ -4651,6 +4680,17 @@ class Uploads:
                 await in_thread(partial.write, b"".join(pieces))
                 pieces, waiting = [], 0
         await in_thread(partial.write, b"".join(pieces))
+
+
+def _property_row(path: str, entry: ListingEntry) -> str:
+    """Make the element that tells what is at one path."""
+    kind = "<D:collection/>" if entry.is_dir else ""
+    return (
+        f"<D:response><D:href>{escape(path)}</D:href><D:propstat><D:prop><D:resourcetype>{kind}</D:resourcetype>"
+        f"<D:getcontentlength>{entry.size}</D:getcontentlength>"
+        f"<D:getlastmodified>{format_date(clamp(entry.mtime))}</D:getlastmodified></D:prop>"
+        "<D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response>\n"
+    )
 
 
 def _form_name(text: str) -> bytes:

@@ -70,6 +70,7 @@ import time
 import traceback
 import urllib.parse
 import urllib.request
+import xml.etree.ElementTree
 import zlib
 
 PLAIN = os.environ.get("PTTH_PLAIN", "") != ""  # test as on a system that has only what all systems have
@@ -3395,11 +3396,11 @@ class TestUploads:
         inbox = open_inbox()
         for name in ("key", "run"):
             (inbox.root / name).write_text("old")
-            (inbox.root / name).chmod(0o755)
+            (inbox.root / name).chmod(0o4755)
         inbox.site._private.append(os.fsencode(inbox.root / "key"))
         assert [inbox.put("/" + name, b"new", fields=["If-Match: *"]) for name in ("key", "run")] == [403, 204]
         assert inbox.files() == {"key": b"old", "run": b"new"}
-        assert (inbox.root / "run").stat().st_mode & 0o777 == 0o755
+        assert (inbox.root / "run").stat().st_mode & 0o7777 == 0o755
 
     def test_without_upload_nothing_is_taken(self, root: str, files_tunnel: Tunnel) -> None:
         for method in ("PUT", "POST"):
@@ -3409,7 +3410,9 @@ class TestUploads:
         assert not os.path.exists(os.path.join(root, "new"))
 
     def test_only_the_place_of_the_files_takes_any(self, inbox: Inbox) -> None:
-        assert one(fetch(inbox.port, get(inbox.prefix + "/", method="OPTIONS")))[1]["allow"].endswith("PUT, POST")
+        assert one(fetch(inbox.port, get(inbox.prefix + "/", method="OPTIONS")))[1]["allow"].endswith(
+            "PUT, POST, MKCOL, PROPFIND"
+        )
         if inbox.tunnel:
             for path in ("/x", "/api/v1/dir/x", "/", "/files"):
                 data = get("/frontend/servers/n" + path, "Content-Length: 1", method="PUT") + b"x"
@@ -3710,6 +3713,43 @@ class TestUploads:
         finally:
             driver.terminate()
             driver.wait(10)
+
+    def test_what_is_there_is_told_as_webdav_has_it(self, inbox: Inbox) -> None:
+        for name, data in (("a & b", b"12345"), (".hidden", b"x"), ("ptth_server.toml", b"x")):
+            (inbox.root / name).write_bytes(data)
+        for method, path, status in (
+            ("MKCOL", "/\u00fc", 201), ("MKCOL", "/\u00fc/", 405), ("MKCOL", "/a%20%26%20b", 409), ("MKCOL", "/no/x", 409), ("MKCOL", "/.x", 403),
+            ("PROPFIND", "/no", 404), ("PROPFIND", "/.hidden", 404), ("PROPFIND", "/ptth_server.toml", 404),
+        ):  # fmt: skip
+            assert inbox.send(path.encode().decode("latin-1"), b"", method=method)[0] == status, (method, path)
+        base = f"{inbox.prefix}/"
+        for path, depth, expected in (
+            ("/", "1", {base: ("0", True), base + "a%20%26%20b": ("5", False), base + "%C3%BC/": ("0", True)}),
+            ("/", "0", {base: ("0", True)}), ("/%C3%BC", "1", {base + "%C3%BC/": ("0", True)}), ("/a%20%26%20b", "1", {base + "a%20%26%20b": ("5", False)}),
+        ):  # fmt: skip
+            status, fields, body = inbox.send(path, b"", method="PROPFIND", fields=[f"Depth: {depth}"])
+            assert (status, fields["content-type"]) == (207, "application/xml; charset=utf-8")
+            found = xml.etree.ElementTree.fromstring(body).findall("{DAV:}response")
+            told = {
+                r.findtext("{DAV:}href"): (
+                    r.findtext(".//{DAV:}getcontentlength"),
+                    r.find(".//{DAV:}collection") is not None,
+                )
+                for r in found
+            }
+            assert told == expected
+
+    @needs("rclone")
+    def test_rclone_copies_there_and_back(self, inbox: Inbox, tmp_path: object) -> None:
+        (tmp_path / "from" / "sub \u00fc").mkdir(parents=True)
+        (tmp_path / "from" / "one").write_bytes(b"1")
+        (tmp_path / "from" / "sub \u00fc" / "two & 2").write_bytes(b"2")
+        there = f":webdav,vendor=nextcloud,url='http://127.0.0.1:{inbox.port}{inbox.prefix}/':new"
+        for aim in ((tmp_path / "from", there), (tmp_path / "from", there), (there, tmp_path / "back")):
+            command = ["rclone", "--config", tmp_path / "none", "--retries", "1", "copy", *aim]
+            subprocess.run(command, check=True, timeout=60, capture_output=True)
+        assert inbox.files() == {"new/": b"", "new/one": b"1", "new/sub \u00fc/": b"", "new/sub \u00fc/two & 2": b"2"}
+        assert (tmp_path / "back" / "sub \u00fc" / "two & 2").read_bytes() == b"2"
 
     @needs("curl")
     def test_curl_sends_a_form(self, inbox: Inbox, tmp_path: object) -> None:
