@@ -4269,12 +4269,12 @@ def _multipart(
     return MultipartBody(fd, facts, parts, f"\r\n--{boundary}--\r\n".encode("latin-1"))
 
 
-_COMMIT = threading.Lock()  # held from the look whether a name is taken until an upload has it
+_COMMIT = threading.Lock()  # held from the check that a name is free until the upload has that name
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def lock_file(fd: int) -> bool:
-    """Lock an open file; return whether no other process has done so. Windows keeps an open file by itself."""
+    """Lock an open file; return False if another process holds the lock. Windows locks open files itself."""
     try:
         import fcntl
 
@@ -4287,9 +4287,9 @@ def lock_file(fd: int) -> bool:
 
 
 def give_name(partial: bytes, place: bytes) -> None:
-    """Rename a file to a name that must be free. FileExistsError.
+    """Rename a file to a name that must be free. Raises FileExistsError.
 
-    Only a hard link is sure not to replace a file that another program makes meanwhile; not every file system has them.
+    Only a hard link cannot replace a file that another program makes meanwhile; not every file system has hard links.
     """
     try:
         os.link(partial, place)
@@ -4304,9 +4304,9 @@ def give_name(partial: bytes, place: bytes) -> None:
 
 
 class PartialFile:
-    """A file that arrives: it is hidden and locked until it is whole. The methods block, so they run in threads.
+    """A file that is being uploaded: hidden and locked until it is complete. Its methods block: call them in threads.
 
-    A cancelled upload may leave one of them at work in its thread. So they wait for each other.
+    When an upload is cancelled, a method may still run in its thread. So each method waits for the others.
     """
 
     def __init__(self, folder: bytes) -> None:
@@ -4318,7 +4318,7 @@ class PartialFile:
         self.ended = False
 
     def open(self, length: int) -> None:
-        """Make the file. OSError, ENOSPC also when the disk has less than `length` bytes."""
+        """Make the file. Raises OSError; ENOSPC also when the disk has fewer than `length` bytes free."""
         import shutil
 
         if length and shutil.disk_usage(self._folder).free < length:
@@ -4330,7 +4330,7 @@ class PartialFile:
                 lock_file(self._fd)
 
     def write(self, data: bytes) -> None:
-        """Append. Each SYNC_SIZE bytes go to the disk at once, as the last sync would take too long otherwise."""
+        """Append `data`. Sync after every SYNC_SIZE bytes, because one sync at the end would take too long."""
         with self._busy:
             view = memoryview(data)
             while view and not self.ended:
@@ -4341,7 +4341,7 @@ class PartialFile:
                 self._unsynced = 0
 
     def finish(self, place: bytes, mtime: int | None, check: Callable[[], os.stat_result | None]) -> os.stat_result:
-        """Give the file its name, and return what is there then. `check` returns the file to replace, or raises."""
+        """Give the file its name, and return its status. `check` returns the file to replace, or None, or raises."""
         with self._busy:
             os.fsync(self._fd)
             self._close()
@@ -4358,7 +4358,7 @@ class PartialFile:
                 return os.stat(place)
 
     def discard(self) -> None:
-        """Remove the file, unless it has got its name."""
+        """Remove the file, unless it has its name already."""
         with self._busy, contextlib.suppress(OSError):
             if not self.ended:
                 self.ended = True
@@ -4372,7 +4372,7 @@ class PartialFile:
 
 
 def remove_partial_files(root: str) -> None:
-    """Remove what uploads have left that were killed. Files of running ones are locked."""
+    """Remove the incomplete files of uploads that were killed. Those of running uploads are locked."""
     for folder, _, names in os.walk(_absolute(root)):
         for name in names:
             if re.fullmatch(re.escape(PARTIAL) + rb"[0-9a-f]{32}", name):
@@ -4385,7 +4385,7 @@ def remove_partial_files(root: str) -> None:
 
 
 def write_error(error: OSError) -> ProtocolError:
-    """Return what a client is told when its file cannot be written."""
+    """Return the client's error when its file cannot be written."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return ProtocolError(507, "the disk has no space for this")
     if isinstance(error, FileExistsError):
@@ -4402,7 +4402,7 @@ def write_error(error: OSError) -> ProtocolError:
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Run what blocks in a thread; OSError becomes the ProtocolError of `write_error`."""
+    """Run a blocking function in a thread. Its OSError becomes the ProtocolError of `write_error`."""
     try:
         return await asyncio.to_thread(work, *args)
     except OSError as error:
@@ -4410,10 +4410,10 @@ async def in_thread(work: Callable[..., T], *args: Any) -> T:
 
 
 def is_cross_site(headers: Headers) -> bool:
-    """Return whether a browser sends a request for a page of another site, which must not upload.
+    """Return whether a page of another site makes the browser send this request: such a page must not upload.
 
-    Browsers say so in Sec-Fetch-Site, but not over plain http. There, Origin must be the host that is asked. Programs
-    send neither of them, and Host must not be taken from other fields: with CORS, a page may set those.
+    Browsers send Sec-Fetch-Site, but not over plain http. There, Origin must name the same host as Host. Do not take
+    the host from other fields: with CORS, a page may set those. Programs send neither field.
     """
     if "sec-fetch-site" in headers:
         return headers["sec-fetch-site"] not in ("same-origin", "none")
@@ -4433,7 +4433,7 @@ _PARAMETER = re.compile(r';[ \t]*(filename|name)=(?:"((?:\\"|[^"])*)"|([^";\s]+)
 class FormReader:
     """Reads multipart/form-data as a stream (RFC 7578): the head of each part, then its content in pieces.
 
-    ProtocolError 400 with `close` when the form is malformed or ends too early, 415 when it is no form.
+    ProtocolError 400 with `close` when the form is invalid or incomplete, 415 when the body is not a form.
     """
 
     def __init__(self, request: Request) -> None:
@@ -4442,7 +4442,7 @@ class FormReader:
             raise ProtocolError(415, "send a form (multipart/form-data), or use PUT")
         self._body = request.body
         self._mark = f"\r\n--{boundary[1] or boundary[2]}".encode("latin-1")
-        self._data = b"\r\n"  # the first mark may begin the body
+        self._data = b"\r\n"  # so that the first boundary is found at the start of the body, too
         self._parts = 0
 
     async def read(self) -> bytes:
@@ -4456,7 +4456,7 @@ class FormReader:
             await self._more()
 
     async def value(self) -> bytes:
-        """Return the part's content, if it is a short one, or the beginning of it."""
+        """Return the first 256 bytes of the part's content, and discard the rest."""
         value = b""
         while piece := await self.read():
             value = (value + piece)[:256]
@@ -4470,7 +4470,7 @@ class FormReader:
         while len(self._data) < at + 2:
             await self._more()
         if self._data.startswith(b"--", at):
-            for _ in range(16):  # what follows means nothing
+            for _ in range(16):  # discard the epilogue
                 if not await self._body.read():
                     break
             return None
@@ -4492,10 +4492,10 @@ class FormReader:
 
 
 class Uploads:
-    """Puts files into the folders of a site. A file gets its name when it is whole, and none is replaced unasked.
+    """Stores files in the folders of a site. A file gets its name when it is complete. Only If-Match replaces a file.
 
-    A listing that the relay puts into a sandbox has no origin. So each listing's form has a token, which only a page
-    that can read the listing knows: no other site's, as requests of scripts for other origins (CORS) have an Origin.
+    A listing in the relay's sandbox has no origin, and is_cross_site would refuse its form. So the form has a token,
+    which is sent only in listings without an Origin field in the request: pages of other sites cannot read it.
     """
 
     def __init__(self, site: Site) -> None:
@@ -4543,7 +4543,7 @@ class Uploads:
         return Response(207, [("Content-Type", "application/xml; charset=utf-8"), NOSNIFF], BytesBody(xml.encode()))
 
     async def _take_form(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
-        """Store the files of a form and make the folders that it names. What fails does not stop the others."""
+        """Store the files of a form and make the folders that it names. After a failure, go on with the next part."""
         folder, form = self._open_folder(segments), FormReader(request)
         stored: list[str] = []
         failed: list[ProtocolError] = []
@@ -4591,7 +4591,7 @@ class Uploads:
         return Response(201 if created else 204, fields)
 
     def _open_folder(self, segments: tuple[bytes, ...]) -> bytes:
-        """Return a folder's place. ProtocolError 409 when there is none that is served."""
+        """Return a folder's path in the file system. ProtocolError 409 if it is missing or not served."""
         if not is_refused(segments, self._site.options.hidden):
             with contextlib.suppress(ProtocolError):
                 found = self._site.open(segments)
@@ -4601,7 +4601,7 @@ class Uploads:
         raise ProtocolError(409, "there is no such folder")
 
     def _check_name(self, name: bytes) -> bytes:
-        """Return the name of a new file. ProtocolError when there can be none, or none that is served."""
+        """Return the name of a new file. ProtocolError 400 if it is invalid, 403 if such a file would not be served."""
         if not 0 < len(name) < 256 or name in (b".", b"..") or _CONTROLS.search(name_text(name)):
             raise ProtocolError(400, "a name has 1 to 255 bytes, and no control characters")
         if is_refused((name,), self._site.options.hidden) or self._site._is_secret(name):
@@ -4609,7 +4609,7 @@ class Uploads:
         return name
 
     def _check(self, place: bytes, headers: Headers) -> os.stat_result | None:
-        """Return the file to replace, or None for a new one. ProtocolError, with 412 as RFC 9110, 13.2 has it."""
+        """Return the file to replace, or None for a new one. ProtocolError 403, 409 or 412 (RFC 9110, 13.2)."""
         try:
             facts = os.lstat(place)
         except FileNotFoundError:
@@ -4648,7 +4648,7 @@ class Uploads:
     async def _store(
         self, folder: bytes, name: bytes, read: Callable[[], Awaitable[bytes]], headers: Headers, length: int
     ) -> tuple[os.stat_result, bool]:
-        """Store what `read` returns until b"". Return what is there then, and whether it is new."""
+        """Store a file from the bytes that `read` returns until b"". Return its status, and whether it is new."""
         place = os.path.join(folder, name)
         try:
             created = self._check(place, headers) is None
@@ -4667,7 +4667,7 @@ class Uploads:
                 await asyncio.shield(asyncio.to_thread(partial.discard))
 
     async def _receive(self, partial: PartialFile, read: Callable[[], Awaitable[bytes]]) -> None:
-        """Write what `read` returns, in pieces of about READ_SIZE."""
+        """Write the bytes that `read` returns, in pieces of about READ_SIZE."""
         size = waiting = 0
         pieces: list[bytes] = []
         while data := await read():
@@ -4694,34 +4694,34 @@ def _property_row(path: str, entry: ListingEntry) -> str:
 
 
 def _form_name(text: str) -> bytes:
-    """Return a file's name as browsers and curl put it into a form: with three characters escaped, or a quote only."""
+    """Decode a file's name in a form: browsers escape a quote and line ends, curl only a quote."""
     for code, character in (('\\"', '"'), ("%22", '"'), ("%0D", "\r"), ("%0A", "\n")):
         text = text.replace(code, character)
     return text.encode("latin-1")
 
 
 def _mtime(headers: Headers) -> int | None:
-    """Return the file's time, in POSIX seconds, as rclone and clients of Nextcloud send it."""
+    """Return the file's POSIX time in seconds from X-OC-Mtime, which rclone and Nextcloud's clients send, or None."""
     text = headers.get("x-oc-mtime", "")
     return int(text.partition(".")[0]) if re.fullmatch(r"[0-9]{1,11}(?:\.[0-9]*)?", text) else None
 
 
 def begin_uploads(site: Site, command: str, root: str) -> None:
-    """Remove what earlier uploads have left, and tell the operator who can write."""
+    """Remove the incomplete files of earlier uploads, and warn the operator if there is no password."""
     if not site.uploads:
         return
     removal = threading.Thread(target=remove_partial_files, args=(root,), daemon=True)
     removal.start()
-    removal.join(1)  # seconds; what takes longer, in a large tree, goes on beside the work
+    removal.join(1)  # seconds; in a large tree it continues in the background
     if not site.options.auth:
         who = "uploads are on and there is no password, so everybody who reaches this server can add files to"
         log_line(f"ptth {command}: {who} {os.path.realpath(root)}")
 
 
 def with_site_options(handler: Handler, options: SiteOptions, realm: str, *, app: bool = False) -> Handler:
-    """Put a password, fields of the operator's, and permission for other origins' scripts in front of a handler.
+    """Wrap a handler: check the password, add the operator's fields, and allow scripts of other origins (CORS).
 
-    An `app` does not get the password, and answers those requests with OPTIONS itself that are no preflight.
+    An `app` does not get the password. It answers OPTIONS itself, except preflight requests.
     """
     fields: Fields = list(options.headers)
     if options.cors:
@@ -4740,7 +4740,7 @@ def with_site_options(handler: Handler, options: SiteOptions, realm: str, *, app
 
     async def guarded(request: Request) -> Response:
         preflight = not app or "access-control-request-method" in request.headers
-        if options.cors and request.method == "OPTIONS" and preflight:  # it comes without the password
+        if options.cors and request.method == "OPTIONS" and preflight:  # browsers send no password with it
             asked = [
                 ("Access-Control-Allow-Methods", allow[1].replace(", OPTIONS", "")),
                 ("Access-Control-Allow-Headers", "*, Authorization"),
@@ -4753,7 +4753,7 @@ def with_site_options(handler: Handler, options: SiteOptions, realm: str, *, app
                 pairs = [pair for pair in request.headers.pairs if pair[0].lower() != "authorization"]
                 request = replace(request, headers=Headers(pairs))
             response = await call_handler(handler, request)
-        given = {name.lower() for name, _ in fields} - {"vary"}  # two of that add up
+        given = {name.lower() for name, _ in fields} - {"vary"}  # several Vary fields are valid
         return replace(response, headers=[pair for pair in response.headers if pair[0].lower() not in given] + fields)
 
     return guarded
@@ -4805,12 +4805,12 @@ def server_handler(site: Site, name: str) -> Handler:
 
 
 # -- 11. Tunnel messages --
-# Requests and responses as they cross the tunnel: application/http (RFC 9112, 10.2). Pure.
+# The format of requests and responses inside P3 and P5: application/http (RFC 9112, 10.2). Pure.
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
 FEATURES = ("PTTH-Features", "body")  # what this program can do, said in P1 and in the answer to it
-MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may travel with others in one POST
+MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST
 
 
 def pack_request(
@@ -4818,15 +4818,15 @@ def pack_request(
 ) -> bytes:
     """Format the head of a client's request for the server: P3.
 
-    `framing` are the fields that tell of the body. `prefix` is the path in front of `target` at the relay, or "" on a
-    host of the server's own, where cookies pass. A client is believed what it forwards for others if it is `trusted`.
+    `framing`: the fields that describe the body. `prefix`: the path before `target` at the relay, or "" on a host of
+    the server's own, where cookies are forwarded. `trusted`: X-Forwarded-* come from a trusted proxy and are kept.
     """
     headers = request.headers
     left = max_forwards(request)
     forwarded = headers.get("x-forwarded-for", "") if trusted else ""
     proto = headers.get("x-forwarded-proto", "") if trusted else ""
     via = headers.get("via", "")
-    host = headers.get("host") or "localhost"  # an HTTP/1.0 client may have left it out
+    host = headers.get("host") or "localhost"  # HTTP/1.0 needs no Host
     fields = [
         ("PTTH-Request-Id", request_id),
         *framing,
@@ -4854,11 +4854,11 @@ def pack_request(
 
 
 _REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IGNORECASE)
-Fetch = Callable[[str, "int | None"], Body]  # makes the body of a request by its id and length; None is not known
+Fetch = Callable[[str, "int | None"], Body]  # makes the body of a request from its id and length (None: unknown)
 
 
 def no_fetch(request_id: str, length: int | None) -> Body:
-    """Refuse a body that would have to be fetched."""
+    """Raise ProtocolError 400: the default, for callers that cannot fetch a body."""
     raise ProtocolError(400, "a body that cannot be fetched")
 
 
@@ -4879,7 +4879,7 @@ def unpack_requests(data: bytes, fetch: Fetch = no_fetch) -> Iterator[tuple[str,
         if not found:
             raise ProtocolError(502, "the relay sent a request without an id", close=True)
         request_id = found[1].decode("ascii")
-        head = head[: found.start()] + head[found.end() - 2 :]  # the handler has no use for it
+        head = head[: found.start()] + head[found.end() - 2 :]  # the handler does not get the id
         lengths = _INNER_LENGTH.findall(head)
         if len(lengths) > 1 or lengths and not re.fullmatch(rb"[0-9]{1,18}|chunked", lengths[0][1]):
             raise ProtocolError(502, "the relay sent a request with two lengths, or a strange one", close=True)
@@ -4915,9 +4915,9 @@ def _unpack_request(
 
 
 def pack_response_head(response: Response, batched: Fields = []) -> bytes:  # noqa: B006  it is copied
-    """Format the inner head of P5; what follows it in the POST is the body.
+    """Format the inner head of P5, which the body follows.
 
-    In a batch, `batched` tells first of all which request is answered, and where the body ends.
+    In a batch, `batched` has the request's id and the body's length, and comes first.
     """
     fields = [*batched, *response.headers]
     if response.body.length is not None and response.status not in (204, 304):
@@ -4926,13 +4926,13 @@ def pack_response_head(response: Response, batched: Fields = []) -> bytes:  # no
 
 
 def pack_batched(request_id: str, response: Response, body: bytes) -> bytes:
-    """Format a complete response for a batch: `body` is empty where there is none."""
+    """Format a complete response for a batch; b"" if it has no body."""
     batched = [("PTTH-Request-Id", request_id), ("PTTH-Body-Length", str(len(body)))]
     return pack_response_head(response, batched) + body
 
 
 class BatchedResponse(NamedTuple):
-    """One response of a batch, or what is wrong with it."""
+    """One response of a batch, or the `error` in it."""
 
     request_id: str
     status: int
@@ -4941,7 +4941,7 @@ class BatchedResponse(NamedTuple):
     error: ProtocolError | None = None
 
 
-# Our own server puts both fields first; another one may put them anywhere.
+# This program puts both fields first; other servers may put them anywhere.
 _BATCHED_FIRST = re.compile(
     rb"([^\r\n]*\r\n)PTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\nPTTH-Body-Length: ([0-9]{1,9})\r\n"
 )
@@ -4949,7 +4949,7 @@ _BODY_LENGTH = re.compile(rb"\r\nPTTH-Body-Length: ([0-9]{1,9})\r\n", re.IGNOREC
 
 
 def unpack_responses(data: bytes) -> Iterator[BatchedResponse]:
-    """Yield the responses of a batch; ProtocolError where nobody can tell any more where the next one begins."""
+    """Yield the responses of a batch. ProtocolError 400 when the start of the next one is unknown."""
     position = 0
     while position < len(data):
         end = data.find(b"\r\n\r\n", position) + 4
@@ -4971,7 +4971,7 @@ def unpack_responses(data: bytes) -> Iterator[BatchedResponse]:
 
 
 def parse_inner_response(head: bytes) -> tuple[int, Headers]:
-    """Parse a response's head from the tunnel; ProtocolError 502 for what a client must not get."""
+    """Parse a response's head from the tunnel. ProtocolError 502 if a client must not get it."""
     if len(head) > MAX_INNER_HEAD:
         raise ProtocolError(502, "its head is too large")
     status, headers = parse_response_head(head, MAX_INNER_FIELDS)
@@ -4981,7 +4981,7 @@ def parse_inner_response(head: bytes) -> tuple[int, Headers]:
 
 
 def parse_wait(prefer: str) -> float:
-    """Return the seconds of `Prefer: wait=N` (RFC 7240, 4.3), POLL_WAIT at most, and that when nothing is said."""
+    """Return the seconds of `Prefer: wait=N` (RFC 7240, 4.3), at most POLL_WAIT, which is also the default."""
     match = re.search(r"(?:\A|[,;\s])wait\s*=\s*\"?([0-9]{1,9})(?![0-9])", prefer, re.IGNORECASE)
     return min(float(match[1]), POLL_WAIT) if match else POLL_WAIT
 
@@ -4990,10 +4990,10 @@ _ID = re.compile(r"[0-9A-Za-z]{8,64}")
 
 
 # -- 12. Rust form --
-# The same in MessagePack, for the peers in Rust. Pure.
+# The same messages in MessagePack, for ptth_relay and ptth_server in Rust. Pure.
 
-# The original's form of P3 and P5, in MessagePack: arrays of [id, [{method: nil}, uri, {name: [byte, ...]}]] and of
-# [{status: nil}, {name: [byte, ...]}]. Only the few types that it has, and in no other shape.
+# P3 is an array of [id, [{method: nil}, uri, {name: [byte, ...]}]], the field of P5 is [{status: nil}, {name: [byte,
+# ...]}]. Only the types that these need are supported.
 
 Value: TypeAlias = "int | str | list[Value] | dict[int | str, Value] | None"
 _WIDE = {  # first byte: kind, and bytes of the number that follows
@@ -5002,13 +5002,13 @@ _WIDE = {  # first byte: kind, and bytes of the number that follows
     0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
 _MEMBERS = {"array": 1, "map": 2}  # values of each member
-# The least first byte of other kinds, the largest first; the kind "" is no value of the original's.
+# The least first byte of other kinds, the largest first; "" is a kind that the Rust form does not use.
 _NARROW = ((0xC1, ""), (0xC0, "nil"), (0xA0, "text"), (0x90, "array"), (0x80, "map"), (0, "number"))
-MAX_DEPTH = 6  # of arrays and maps within each other; the wire has five
-MAX_UNPACKED = 100_000  # of all arrays and maps of a message, except arrays of ASCII bytes; at most 0.1 s of work
+MAX_DEPTH = 6  # levels of nested arrays and maps; the messages have five
+MAX_UNPACKED = 100_000  # members of all arrays and maps in a message, except ASCII bytes: at most 0.1 s of work
 RUST_FIELD = "X-PTTH-2LJYXWC4"
-RUST_METHODS = ("GET", "HEAD")  # by their numbers; no others cross
-RUST_STATUSES = (200, 204, 206, 304, 307, 400, 403, 404, 405, 416, 500)  # by their numbers
+RUST_METHODS = ("GET", "HEAD")  # the index is the number in the message; there are no others
+RUST_STATUSES = (200, 204, 206, 304, 307, 400, 403, 404, 405, 416, 500)  # the same for statuses
 
 
 def pack_value(value: Value) -> bytes:
@@ -5031,20 +5031,20 @@ def _pack_number(number: int, forms: tuple[tuple[int, int, int], ...]) -> bytes:
     for limit, first, width in forms:
         if number < limit:
             return bytes([first]) + number.to_bytes(width, "big") if width else bytes([first | number])
-    raise ProtocolError(502, "too large for the original's form")
+    raise ProtocolError(502, "too large for the Rust form")
 
 
 def unpack_value(data: bytes) -> Value:
-    """Decode one value that fills `data`; ProtocolError 502 for everything else."""
+    """Decode the one value in `data`. ProtocolError 502 if it is invalid, or not the only one."""
     value, end = _unpack(data, 0, MAX_DEPTH, [MAX_UNPACKED])
     if end != len(data):
-        raise ProtocolError(502, "bytes behind the message", close=True)
+        raise ProtocolError(502, "bytes after the message", close=True)
     return value
 
 
 def _unpack_head(data: bytes, at: int) -> tuple[str, int, int]:
-    """Return the kind of the value at `at`, its number or count of members, and where what follows begins."""
-    first = data[at] if at < len(data) else 0xC1  # a byte that MessagePack never uses
+    """Return the kind of the value at `at`, its number or count of members, and the position after that."""
+    first = data[at] if at < len(data) else 0xC1  # MessagePack never uses this byte
     at += 1
     kind, width = _WIDE.get(first, ("", 0))
     count = int.from_bytes(data[at : at + width], "big")
@@ -5052,12 +5052,12 @@ def _unpack_head(data: bytes, at: int) -> tuple[str, int, int]:
         kind, count = next((kind, first - low) for low, kind in _NARROW if first >= low)
     at += width
     if not kind or at > len(data) or kind != "number" and count > len(data) - at:  # an announced length costs nothing
-        raise ProtocolError(502, "not the original's form of a message", close=True)
+        raise ProtocolError(502, "not a message in Rust form", close=True)
     return kind, count, at
 
 
 def _unpack(data: bytes, at: int, depth: int, budget: list[int]) -> tuple[Value, int]:
-    """Return the value at `at` and where it ends. `budget` holds the number of members that may still come."""
+    """Return the value at `at` and the position after it. `budget` holds how many more members are allowed."""
     kind, count, at = _unpack_head(data, at if depth else len(data))
     if kind in ("number", "nil"):
         return count if kind == "number" else None, at
@@ -5067,7 +5067,7 @@ def _unpack(data: bytes, at: int, depth: int, budget: list[int]) -> tuple[Value,
         except UnicodeDecodeError:
             raise ProtocolError(502, "a text that is not UTF-8", close=True) from None
     if kind == "array" and depth > 1 and data[at : at + count].isascii():
-        return list(data[at : at + count]), at + count  # nearly every field's value is one
+        return list(data[at : at + count]), at + count  # fast, for nearly every field's value
     members: list[Value] = []
     for _ in range(count * _MEMBERS[kind]):
         budget[0] -= 1
@@ -5079,7 +5079,7 @@ def _unpack(data: bytes, at: int, depth: int, budget: list[int]) -> tuple[Value,
 
 
 def _make_map(members: list[Value]) -> dict[int | str, Value]:
-    """Return the map of these keys and values, which take turns."""
+    """Return the map of these members: key, value, key, value, and so on. ProtocolError 502."""
     keys = [key for key in members[::2] if isinstance(key, int | str)]
     if len(set(keys)) < len(members) // 2:
         raise ProtocolError(502, "a map with the same key twice, or a strange one", close=True)
@@ -5087,7 +5087,7 @@ def _make_map(members: list[Value]) -> dict[int | str, Value]:
 
 
 def _pack_fields(fields: Fields) -> dict[int | str, Value]:
-    """Return the original's map of fields: one value for each name, so several are joined; of Set-Cookie the first."""
+    """Return the map of fields. It has one value for each name: several are joined, of Set-Cookie the first is used."""
     joined: dict[str, str] = {}
     for name, value in fields:
         name = name.lower()
@@ -5099,29 +5099,29 @@ def _pack_fields(fields: Fields) -> dict[int | str, Value]:
 
 
 def _unpack_fields(value: Value) -> Fields:
-    """Return the fields of the original's map; whether they are valid shows when they are formatted."""
+    """Return the fields in the map. The caller formats them, which checks them. ProtocolError 502."""
     fields = []
     for name, data in value.items() if isinstance(value, dict) else [("", None)]:
         if not isinstance(name, str) or not isinstance(data, list):
-            raise ProtocolError(502, "not the original's form of header fields")
+            raise ProtocolError(502, "not header fields in Rust form")
         try:
             fields.append((name, bytes(data).decode("latin-1")))  # type: ignore[arg-type]  # this is the check
         except (TypeError, ValueError):
-            raise ProtocolError(502, "a header field with what is no byte") from None
+            raise ProtocolError(502, "a header field with a value that is not a byte") from None
     return fields
 
 
 def _unpack_choice(value: Value, choices: tuple[T, ...]) -> T:
-    """Return which of `choices` the original's {number: nil} means."""
+    """Return the one of `choices` that {number: nil} means. ProtocolError 502."""
     if isinstance(value, dict) and len(value) == 1:
         ((number, nothing),) = value.items()
         if isinstance(number, int) and number < len(choices) and nothing is None:
             return choices[number]
-    raise ProtocolError(502, "a method or status that the original does not have")
+    raise ProtocolError(502, "a method or status that the Rust form does not have")
 
 
 def pack_rust_request(head: bytes) -> Value:
-    """Return the original's form of a request that `pack_request` made; ProtocolError 405 for methods it lacks."""
+    """Return the Rust form of a request that `pack_request` made. ProtocolError 405 unless GET or HEAD."""
     ((request_id, request),) = unpack_requests(head)
     if isinstance(request, ProtocolError):
         raise request
@@ -5132,7 +5132,7 @@ def pack_rust_request(head: bytes) -> Value:
 
 
 def unpack_rust_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolError]]:
-    """Yield the (id, request) of each request in the original's P3, as `unpack_requests` does."""
+    """Yield the (id, request) of each request in a P3 of the Rust form, as `unpack_requests` does."""
     value = unpack_value(data)
     for item in value if isinstance(value, list) else [None]:
         if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str) or not _ID.fullmatch(item[0]):
@@ -5140,9 +5140,9 @@ def unpack_rust_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolE
         request_id, parts = item[0], item[1]
         try:
             if not isinstance(parts, list) or len(parts) != 3 or not isinstance(parts[1], str):
-                raise ProtocolError(400, "not the original's form of a request")
+                raise ProtocolError(400, "not a request in Rust form")
             fields = forwardable(Headers(_unpack_fields(parts[2])), _HOP_BY_HOP)
-            # Formatted and parsed: so it is checked as strictly as one that came as a head.
+            # Formatted and parsed again, so that it is checked like every other head.
             head = format_request_head(_unpack_choice(parts[0], RUST_METHODS), parts[1], fields)
             yield request_id, parse_request_head(head, MAX_INNER_FIELDS)
         except (ProtocolError, UnicodeEncodeError) as error:
@@ -5150,10 +5150,10 @@ def unpack_rust_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolE
 
 
 def pack_rust_response(response: Response) -> str:
-    """Return the value of the original's field of P5: status and fields.
+    """Return the value of RUST_FIELD in P5: status and fields.
 
-    The original has eleven statuses. A permanent redirect becomes a temporary one and 401 becomes 403, so that a
-    password of the server's own is of no use through an original relay; others become the 400 or 500 of their class.
+    The Rust form has eleven statuses. Redirects become 307, and 401 becomes 403: `auth` does not work through a relay
+    in Rust. Other statuses become the 200, 400 or 500 of their class.
     """
     status = response.status
     if status not in RUST_STATUSES:
@@ -5162,21 +5162,21 @@ def pack_rust_response(response: Response) -> str:
     fields = _pack_fields(response.headers)
     if response.body.length is not None and status not in (204, 304):
         fields["content-length"] = list(str(response.body.length).encode())
-    format_response_head(status, response.headers)  # refuses what may not be sent
+    format_response_head(status, response.headers)  # raises for invalid fields
     return base64.b64encode(pack_value([{RUST_STATUSES.index(status): None}, fields])).decode("ascii")
 
 
 def unpack_rust_response(text: str) -> tuple[int, Headers]:
-    """Parse the value of the original's field of P5; ProtocolError 502."""
+    """Parse the value of RUST_FIELD in P5. ProtocolError 502."""
     if len(text) > MAX_RUST_FIELD:
-        raise ProtocolError(502, f"the original's form of a head is larger than {MAX_RUST_FIELD} bytes")
+        raise ProtocolError(502, f"the head in Rust form is larger than {MAX_RUST_FIELD} bytes")
     try:
         value = unpack_value(base64.b64decode(text, validate=True))
         if not isinstance(value, list) or len(value) != 2:
-            raise ProtocolError(502, "not the original's form of a response")
+            raise ProtocolError(502, "not a response in Rust form")
         head = format_response_head(_unpack_choice(value[0], RUST_STATUSES), _unpack_fields(value[1]))
     except (ValueError, UnicodeEncodeError):
-        raise ProtocolError(502, "not the original's form of a response") from None
+        raise ProtocolError(502, "not a response in Rust form") from None
     return parse_inner_response(head)
 
 
