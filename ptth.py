@@ -8064,7 +8064,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     import secrets
 
     path = "/frontend/servers/demo/files/"
-    config = ServerConfig("", name="demo", app=args.app, site=SiteOptions(auth=find_auth()))
+    config = ServerConfig("", name="demo", app=args.app or "", site=SiteOptions(auth=find_auth()))
     config.site = replace(config.site, upload=args.upload, max_upload=args.max_upload)
     if args.app:
         if args.dir:
@@ -8097,102 +8097,120 @@ async def run_demo(args: argparse.Namespace) -> None:
     await running
 
 
+_Option: TypeAlias = tuple[list[str], dict[str, Any]]  # what `add_argument` of argparse takes
+
+
+def _option(names: str, value: str, text: str, **settings: Any) -> _Option:
+    """Return an option with its help; without the name of a `value` it is a switch."""
+    what = {"metavar": value} if value else {"action": "store_true"}
+    return names.split(), {"help": text, **what, **settings}
+
+
+def option_type(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """Return the function with which argparse parses a value, and shows the text of its ValueError."""
+
+    def convert(text: str) -> object:
+        import argparse
+
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def parse_port(text: str) -> int:
+    """Parse a port, 0 to 65535. Raises ValueError."""
+    if not (text.isascii() and text.isdigit()) or int(text[:6]) > 65535:
+        raise ValueError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
+
+
+def _config_option(name: str) -> _Option:
+    text = f"configuration file (default: ./{name}, else ./config/{name})"
+    return _option("--config --config-path", "FILE", text)
+
+
+def _port_option(text: str, **settings: Any) -> _Option:
+    return _option("--port", "N", f"port to listen on{text}", type=option_type(parse_port), **settings)
+
+
+_DIR = _option("dir", "DIR", "directory to serve (default: the current one; / and your home only when named)",
+               nargs="?", default="")  # fmt: skip
+_APP = _option("--app", "TARGET", "web app to serve instead: its port here, HOST:PORT, a URL, or unix:PATH")
+_QUIET = _option("-q --quiet", "", "do not write the access log to stderr")
+_UPLOADS = (
+    _option("--upload", "", "take new files, by PUT and by a form in the listing"),
+    _option("--max-upload", "SIZE", "most bytes of one uploaded file, for example 500M or 2G (default: no limit)",
+            type=option_type(parse_size), default=0),
+)  # fmt: skip
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, None]], str, tuple[_Option, ...]]] = {
+    "demo": (run_demo, "run a relay and a server on this machine, to see how it works", (
+        _DIR, _APP, _QUIET, *_UPLOADS, _port_option(" (default: 4000)", default=4000),
+    )),
+    "relay": (run_relay, "relay requests to servers behind firewalls; runs on a public host", (
+        _config_option("ptth_relay.toml"), _QUIET,
+        _option("--bind", "ADDR", "address to listen on; overrides the file (default: `bind` there, or 127.0.0.1)"),
+        _port_option("; overrides the file (default: `port` there, or 4000)"),
+        _option("--domain", "HOST", "give each server the host NAME.HOST; overrides the file"),
+        _option("--new-scraper-key", "NAME",
+                "print a [[scraper_keys]] block, valid 30 days, on stdout and its key on stderr, and exit"),
+    )),
+    "server": (run_server, "serve a directory or a web app through a relay; makes only outgoing connections", (
+        _config_option("ptth_server.toml"),
+        _option("--name", "NAME", "this server's name at the relay; overrides the file"),
+        _option("--relay-url", "URL", "for example https://relay.example.com; repeat it for several relays",
+                action="append"),
+        _option("--file-server-root", "DIR",
+                "directory to serve (default: file_server_root in the file, else the current one)"),
+        _APP,
+        _option("--print-tripcode", "", "print the relay's [[servers]] block, and exit"),
+        _option("--new-key", "", "print a ptth_server.toml with a new key on stdout and the relay's [[servers]] block "
+                "on stderr, and exit"),
+        _option("-q --quiet", "", ""),  # accepted, but there is no access log
+    )),
+    "file-server": (run_file_server, "serve a directory, without any relay", (
+        _DIR, _QUIET, *_UPLOADS, _port_option(" (default: 8000)", default=8000),
+        _option("--bind", "ADDR", "address to listen on (default: all)", default=""),
+        _option("--hidden", "", "list and serve names that begin with a dot, too"),
+        _option("--follow-symlinks", "", "follow links that leave the directory, too"),
+        _option("--no-listing", "", "no listings, no zip, no JSON: only files"),
+        _option("--cors", "", "send Access-Control-Allow-Origin: *"),
+        _option("--header", "'NAME: VALUE'", "add a field to every response; may be repeated",
+                action="append", default=[], type=option_type(parse_header_option)),
+        _option("--auth", "USER:PASSWORD", "ask for a password; or set PTTH_AUTH", default=""),
+        _option("--tls-cert", "FILE", "serve https with this certificate chain (PEM)"),
+        _option("--tls-key", "FILE", "private key (PEM), if the --tls-cert file does not contain it"),
+    )),
+}  # fmt: skip
+_EPILOG = (
+    "Environment: PTTH_AUTH=USER:PASSWORD and PTTH_API_KEY, if the file does not have them; HTTP_PROXY, HTTPS_PROXY, "
+    "NO_PROXY and SSL_CERT_FILE for a server's way to its relay. SIGHUP makes a relay or a server read its file again, "
+    "and a file server its certificate. SIGTERM and Ctrl-C stop within 30 seconds. Exit status: 0 stopped or printed, "
+    "1 not possible, 2 wrong usage."
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+            self.exit(2, f"{self.prog.replace('.py', '')}: {message}; see {self.prog} --help\n")
 
-    parser = Parser(
-        prog="ptth.py", description="An HTTP server that works behind a firewall, by way of a relay.",
-        epilog="Begin with: python3 ptth.py demo",
-    )  # fmt: skip
+    text = "An HTTP server that works behind a firewall, by way of a relay."
+    parser = Parser(prog="ptth.py", description=text, epilog=f"Begin with: python3 ptth.py demo. {_EPILOG}")
     parser.add_argument("--version", action="version", version=f"ptth {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[..., object], text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
-        made.set_defaults(run=run, parser=made)
-        made.add_argument("-q", "--quiet", action="store_true", help="no access log")
-        return made
-
-    demo = command("demo", run_demo, "run a relay and a server on this machine, to see how it works")
-    demo.add_argument("dir", nargs="?", default="", metavar="DIR", help="the directory to serve (default: this one)")
-    demo.add_argument("--port", type=port_number, default=4000, metavar="N", help="default: 4000")
-    app_help = "a web app to serve instead: its port here, HOST:PORT, a URL, or unix:PATH"
-    add_upload_options(demo)
-    demo.add_argument("--app", default="", metavar="TARGET", help=app_help)
-
-    relay = command("relay", run_relay, "relay requests to servers behind firewalls; runs on a public host")
-    relay.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_relay.toml")
-    relay.add_argument("--bind", metavar="ADDR", help="address to listen on (default: 127.0.0.1)")
-    relay.add_argument("--port", type=port_number, metavar="N", help="default: 4000")
-    relay.add_argument("--domain", metavar="HOST", help="give each server the host NAME.HOST")
-    relay.add_argument("--new-scraper-key", metavar="NAME", help="print a key for the scraper API, and exit")
-
-    server = command("server", run_server, "serve a directory through a relay; makes only outgoing connections")
-    server.add_argument("--config", "--config-path", metavar="FILE", help="default: ptth_server.toml")
-    server.add_argument("--name", metavar="N", help="the name at the relay")
-    url_help = "for example https://relay.example.com; may be given again, to be reached through several relays"
-    server.add_argument("--relay-url", action="append", metavar="URL", help=url_help)
-    server.add_argument("--file-server-root", metavar="DIR", help="the directory to serve (default: this one)")
-    server.add_argument("--app", metavar="TARGET", help=app_help)
-    server.add_argument("--print-tripcode", action="store_true", help="print the block for ptth_relay.toml, and exit")
-    server.add_argument("--new-key", action="store_true", help="print a ptth_server.toml with a fresh key, and exit")
-
-    files = command("file-server", run_file_server, "serve a directory, without any relay")
-    files.add_argument("dir", nargs="?", default="", metavar="DIR", help="the directory to serve (default: this one)")
-    files.add_argument("--bind", default="", metavar="ADDR", help="address to listen on (default: all)")
-    files.add_argument("--port", type=port_number, default=8000, metavar="N", help="default: 8000")
-    files.add_argument("--hidden", action="store_true", help="list and serve names that begin with a dot, too")
-    files.add_argument("--follow-symlinks", action="store_true", help="follow links that leave the directory, too")
-    files.add_argument("--no-listing", action="store_true", help="no listings, no zip, no JSON: only files")
-    files.add_argument("--cors", action="store_true", help="let scripts of other origins read everything")
-    add_upload_options(files)
-    files.add_argument("--header", action="append", default=[], type=header_option, metavar="'NAME: VALUE'",
-                       help="add a field to every response; may be given again")  # fmt: skip
-    files.add_argument("--auth", default="", metavar="USER:PASSWORD", help="ask for a password; or set PTTH_AUTH")
-    files.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
-    files.add_argument("--tls-key", metavar="FILE", help="its private key, when that is in a file of its own")
+    parser.set_defaults(parser=parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (run, text, options) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG)
+        command.set_defaults(run=run, parser=command)
+        for names, settings in options:
+            command.add_argument(*names, **settings | {"help": settings["help"] or argparse.SUPPRESS})
     return parser
-
-
-def add_upload_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of uploads to a command's parser."""
-    parser.add_argument("--upload", action="store_true", help="take new files, by PUT and by a form in the listing")
-    size_help = "most bytes of one uploaded file, for example 500M or 2G (default: no limit)"
-    parser.add_argument("--max-upload", type=size_option, default=0, metavar="SIZE", help=size_help)
-
-
-def size_option(text: str) -> int:
-    """Parse the value of --max-upload."""
-    import argparse
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def port_number(text: str) -> int:
-    """Parse a port, 0 to 65535."""
-    import argparse
-
-    if not (text.isascii() and text.isdigit()) or int(text[:6]) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
-    return int(text)
-
-
-def header_option(text: str) -> tuple[str, str]:
-    """Parse the value of --header."""
-    import argparse
-
-    try:
-        return parse_header_option(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def occupy_standard_descriptors() -> None:
@@ -8214,6 +8232,8 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = build_parser().parse_known_args(argv)
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")  # the main parser's --help does not know them
+    if not args.command:
+        args.parser.error(f"no command; one of {', '.join(_COMMANDS)}")
     try:
         asyncio.run(args.run(args))
     except UserError as error:
