@@ -3212,17 +3212,18 @@ border-bottom:1px solid var(--line)}
 # A page in a sandbox has no origin and can send forms only. There the script puts dropped files into the form.
 UPLOAD_SCRIPT = r"""
 const byId=id=>document.getElementById(id),form=byId("up"),input=form.elements.file,folder=byId("new");
-const boxed=self.origin==="null",units=["B","KiB","MiB","GiB","TiB"];let queue=Promise.resolve(),active=0,timer;
+const boxed=self.origin==="null",here=location.origin+location.pathname;  // without a password
+const units=["B","KiB","MiB","GiB","TiB"];let queue=Promise.resolve(),active=0,timer;
 const make=(tag,text="")=>Object.assign(document.createElement(tag),{textContent:text});
 const size=n=>{let u=0;for(;n>=999.5&&u<4;u++)n/=1024;return(u&&n<99.95?n.toFixed(1):Math.round(n))+" "+units[u]};
 const left=s=>s<90?Math.ceil(s)+" s":s<5400?Math.round(s/60)+" min":(s/3600).toFixed(1)+" h";
 const reason=(status,text)=>status?text.split("\n")[0]||"error "+status:"the connection broke";
 const refresh=async()=>{const word=byId("filter")?.value;
-const page=new DOMParser().parseFromString(await(await fetch("")).text(),"text/html");
+const page=new DOMParser().parseFromString(await(await fetch(here+location.search)).text(),"text/html");
 for(const part of [".bar","table"])document.querySelector(part).replaceWith(page.querySelector(part));
 setFilter();if(word){byId("filter").value=word;byId("filter").oninput()}};
 function add(file,why){
-const url=encodeURIComponent(file.name),row=make("li"),bar=make("progress"),note=make("span","waiting");
+const url=here+encodeURIComponent(file.name),row=make("li"),bar=make("progress"),note=make("span","waiting");
 const stop=make("button","Cancel");let request,over=false;
 row.append(make("b",file.name),bar,note,stop);byId("jobs").append(row);
 bar.max=file.size||1;bar.value=0;
@@ -3252,7 +3253,7 @@ const items=[...e.dataTransfer.items].filter(i=>i.kind==="file");
 if(!boxed){form.querySelector("button").replaceWith(make("span","or drop files on this page"));input.className="s";
 input.onchange=()=>{[...input.files].forEach(file=>add(file));input.value=""};
 folder.onsubmit=async e=>{e.preventDefault();const name=folder.elements.folder;
-const answer=await fetch(encodeURIComponent(name.value)+"/",{method:"PUT",headers:{"If-None-Match":"*"}});
+const answer=await fetch(here+encodeURIComponent(name.value)+"/",{method:"PUT",headers:{"If-None-Match":"*"}});
 if(answer.ok){name.value="";return refresh()}add({name:name.value},reason(answer.status,await answer.text()))}}
 """
 
@@ -4557,16 +4558,15 @@ class Uploads:
             except ProtocolError as error:
                 if error.close:
                     raise
-                reason = "the name is taken" if error.status == 412 else error.reason
-                failed.append(
-                    ProtocolError(409 if error.status == 412 else error.status, f"{show_name(name)}: {reason}")
-                )
+                taken = error.status == 412
+                reason = f"{show_name(name)} ({'the name is taken' if taken else error.reason})"
+                failed.append(ProtocolError(409 if taken else error.status, reason))
             else:
                 stored += [show_name(name)] if name else []
         if failed or not stored:
-            whole = f"; stored were: {', '.join(stored[:100])}" if stored else ""
-            reasons = "; ".join(error.reason for error in failed[:100])
-            raise ProtocolError(failed[0].status if failed else 400, (reasons or "no file was chosen") + whole)
+            lists = {"not stored": [error.reason for error in failed[:100]], "stored": stored[:100]}
+            reason = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+            raise ProtocolError(failed[0].status if failed else 400, reason or "no file was chosen")
         location = "./" if directory or not segments else redirect_below(segments[-1], "")
         fields = [("Location", location)]
         return text_response(303, "".join(f"{name}\n" for name in stored), fields)
