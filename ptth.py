@@ -5181,7 +5181,7 @@ def unpack_rust_response(text: str) -> tuple[int, Headers]:
 
 
 # -- 13. Relay state --
-# What a relay knows of its servers and of the requests on their way. Answers nobody.
+# A relay's configuration, its servers, and the requests in flight. Sends no responses.
 
 NAME = r"[A-Za-z0-9._-]{1,64}"
 _NAME = re.compile(rf"(?!\.\.?\Z){NAME}")
@@ -5199,7 +5199,7 @@ class ServerEntry(NamedTuple):
 
 
 class ScraperKey(NamedTuple):
-    """One [[scraper_keys]] block: who may use the scraper API, and when (POSIX times)."""
+    """One [[scraper_keys]] block: a key of the scraper API, and when it is valid (POSIX times)."""
 
     name: str
     hash: str
@@ -5209,7 +5209,7 @@ class ScraperKey(NamedTuple):
 
 @dataclass
 class RelayConfig:
-    """What ptth_relay.toml says."""
+    """The content of ptth_relay.toml."""
 
     port: int = 4000
     bind: str = "127.0.0.1"
@@ -5224,7 +5224,7 @@ class RelayConfig:
     audit_log_public: bool = False
 
     def hosts_of(self, entry: ServerEntry) -> list[str]:
-        """Return the hosts of a server, its own before the one below `domain`, which only a DNS label has."""
+        """Return the hosts of a server: its `host`, then NAME.domain if the name is a valid DNS label."""
         is_label = re.fullmatch(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)", entry.name)
         below = f"{entry.name.lower()}.{self.domain}" if self.domain and is_label else ""
         return list(filter(None, (entry.host, below)))
@@ -5247,7 +5247,7 @@ NO_BODIES = "this server is too old to take request bodies"
 
 
 class Exchange:
-    """One client's request on its way: waiting, then offered in a P3, then claimed by the P5 that answers it."""
+    """One client's request in flight: it waits, is offered in a P3, and is claimed by the P5 with its response."""
 
     def __init__(self, route: Route, request: Request, now: float, inline: bytes | None, trusted: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -5255,46 +5255,46 @@ class Exchange:
         self.server = route.server
         self.own_host = not route.prefix
         self.method = request.method
-        self.body = request.body if inline is None else None  # to be fetched
+        self.body = request.body if inline is None else None  # the body that the server fetches
         self.was_fetched = False
         self.fetching: asyncio.Task[object] | None = None
         self.fetch_sink: Sink | None = None  # the connection on which it was fetched
-        self.fetch_broke: float | None = None  # when that connection ended too early
-        self._fetched = 0  # bytes written there
+        self.fetch_broke: float | None = None  # when that connection ended before the body did
+        self._fetched = 0  # bytes written to it
         self.inline_size = len(inline or b"")
         framing: Fields = [("Content-Length", str(len(inline)))] if inline else []
         if self.body:
             framing = [("PTTH-Body-Length", "chunked" if self.body.length is None else str(self.body.length))]
             framing += [("Expect", "100-continue")] if self.body.expects else []
         head = pack_request(self.request_id, request, route.target, framing, prefix=route.prefix, trusted=trusted)
-        self.head = head + (inline or b"")  # with the body, if that travels with it
+        self.head = head + (inline or b"")  # with the body, if that is sent in P3
         self.has_content = bool(framing)
         self.client = request.connection
         self.on_leave: Callable[[], object] = int
-        self.address = ""  # of the client, for the bound on requests of one address
-        self.moved = now  # when the request arrived, or a byte of its body moved
+        self.address = ""  # of the client, for the limit of requests from one address
+        self.moved = now  # when the request arrived, or a byte of its body was sent
         self.offers = 0
-        self.instance = ""  # the server that it was handed to
+        self.instance = ""  # the server that it was offered to
         self.connection: Peer | None = None  # of the P5 that has claimed it
-        self.responding = 0  # P5 that have begun
+        self.responding = 0  # P5 in flight for it
         self.response: asyncio.Future[Response] = loop.create_future()
-        self.delivered: asyncio.Future[bool] | None = None  # for a P5 that waits: whether the client has it all
+        self.delivered: asyncio.Future[bool] | None = None  # P5 waits for it: whether the client has the whole response
 
     def set_delivered(self, whole: bool, size: int = 0) -> None:
-        """Note the end, the first time that it is told, and the bytes that the client got."""
+        """Resolve `delivered`; later calls do nothing. `size` is there for the signature of `on_sent`."""
         if self.delivered and not self.delivered.done():
             self.delivered.set_result(whole)
         self.leave()
 
     def is_late(self, now: float, response_timeout: float) -> bool:
-        """Return whether the response's head is overdue. The time begins anew with each byte of the request's body."""
+        """Return whether the response's head is overdue. The time starts again with each byte of the request's body."""
         if self.fetch_sink and self.fetch_sink.written != self._fetched:
             self._fetched = self.fetch_sink.written
             self.moved = now
         return now - self.moved >= (max(response_timeout, RELAY_STALL_TIMEOUT) if self.fetching else response_timeout)
 
     async def write_body_to(self, sink: Sink) -> None:
-        """Send the request's body to the server that fetches it; a fault of the client's is told to the client."""
+        """Send the request's body to the server that fetches it. If the client causes an error, the client gets it."""
         assert self.body
         self.fetching, self.fetch_sink = asyncio.current_task(), sink
         self._fetched = sink.written
@@ -5302,26 +5302,26 @@ class Exchange:
             await self.body.write_to(sink)
         except IncompleteBody as error:
             if not self.response.done():
-                self.response.set_exception(error)  # the client has left
+                self.response.set_exception(error)  # the client has closed the connection
                 self.response.exception()
             raise
         except ProtocolError as error:
             self.fail(error.status, error.reason)
             raise
         except (OSError, asyncio.CancelledError):
-            self.fetch_broke = asyncio.get_running_loop().time()  # perhaps since the response is coming: see `_sweep`
+            self.fetch_broke = asyncio.get_running_loop().time()  # a response may still arrive: see `_sweep`
             raise
         finally:
             self.fetching = None
 
     async def end_fetch(self) -> None:
-        """End the fetch of the body: the client's connection is then free to be read by the HTTP server."""
+        """End the fetch of the body, so that the HTTP server can read the client's connection again."""
         if task := self.fetching:
             task.cancel()
             await asyncio.wait({task})
 
     def leave(self) -> None:
-        """Give back the place among the server's requests."""
+        """Free this request's place among those of the server."""
         self.on_leave()
         if self.server.exchanges.pop(self.request_id, None):
             self.server.addresses[self.address] -= 1
@@ -5329,24 +5329,24 @@ class Exchange:
                 del self.server.addresses[self.address]
 
     def break_off(self, reason: str) -> None:
-        """Answer the client with 502; if its response has begun, end that where it is."""
+        """Answer the client with 502. If its response has begun, close its P5: the client sees it incomplete."""
         self.fail(502, reason)
         if isinstance(self.connection, Connection):
             try:
-                self.connection.sock.shutdown(socket.SHUT_RDWR)  # a splice has a duplicate of it, so closing is no end
+                self.connection.sock.shutdown(socket.SHUT_RDWR)  # not close: a splice may hold a duplicate of it
             except OSError:
                 pass
 
     def fail(self, status: int, reason: str) -> None:
-        """Answer the client with an error, if nothing else has been answered yet."""
+        """Answer the client with an error, if there is no response yet."""
         if not self.response.done():
             headers = [("Retry-After", "5")] if status == 503 else []
             self.response.set_exception(ProtocolError(status, reason, headers=headers))
-            self.response.exception()  # looked at, so that nobody complains when the client has gone
+            self.response.exception()  # retrieved, so that asyncio logs nothing if the client is gone
 
 
 class UploadBody(Body):
-    """A request's body as the server fetches it, from the client's connection."""
+    """A request's body, sent from the client's connection to the server that fetches it."""
 
     complete = False
 
@@ -5359,7 +5359,7 @@ class UploadBody(Body):
 
 
 class LastBody(Body):
-    """A response's body whose end is also that of the request's body."""
+    """A response's body. When it is closed, the fetch of the request's body ends."""
 
     def __init__(self, exchange: Exchange, body: Body) -> None:
         self._exchange = exchange
@@ -5378,54 +5378,54 @@ class LastBody(Body):
 
 
 class ParkedPoll(NamedTuple):
-    """A P1 that waits for work."""
+    """A P1 that waits for a request."""
 
     batch: asyncio.Future[list[Exchange]]
     connection: Peer | None
-    instance: str  # which of the servers of this name
+    instance: str  # which server of this name sent it
     features: set[str]
     since: float
     until: float
 
     def is_stale(self) -> bool:
-        """Return whether nobody would get the work any more."""
+        """Return whether requests sent in answer to it would not arrive."""
         return self.batch.done() or self.connection is not None and self.connection.at_eof()
 
     def answer_empty(self) -> None:
-        """Answer it with nothing."""
+        """Answer it without a request."""
         if not self.batch.done():
             self.batch.set_result([])
 
 
 class RegisteredServer:
-    """A server from the configuration, and what is known of it now."""
+    """A server in the configuration, and its state."""
 
     def __init__(self, entry: ServerEntry) -> None:
         self.entry = entry
         self.name = entry.name
         self.waiting: dict[str, Exchange] = {}
-        self.offered: dict[str, Exchange] = {}  # handed over, not yet claimed
-        self.exchanges: dict[str, Exchange] = {}  # all whose clients do not have their whole response yet
-        self.addresses: Counter[str] = Counter()  # how many of them each client's address has
+        self.offered: dict[str, Exchange] = {}  # sent in a P3, not yet claimed
+        self.exchanges: dict[str, Exchange] = {}  # all whose clients do not have the whole response yet
+        self.addresses: Counter[str] = Counter()  # how many of these each client address has
         self.parked: deque[ParkedPoll] = deque()
-        self.responding = 0  # P5 under way
-        self.batch_bytes = 0  # of batches that are being read
-        self.in_flight = 0  # clients that are being served
-        self.statuses: dict[int, int] = {}  # how many requests were answered with each
+        self.responding = 0  # P5 in flight
+        self.batch_bytes = 0  # bytes of batches that are being read
+        self.in_flight = 0  # requests in flight
+        self.statuses: dict[int, int] = {}  # number of responses by status
         self.body_bytes = 0
         self.last_seen: float | None = None  # in the loop's time
-        self.features = {"body"}  # what its last P1 said that it can do
+        self.features = {"body"}  # PTTH-Features of its last P1
         self.instances: dict[str, float] = {}  # when each server of this name was last seen
-        self.connected = False  # as people are told: a moment between two P1 is no absence
+        self.connected = False  # as pages and the log show it: stays True for DISCONNECTED_AFTER between two P1
         self.dispatch_scheduled = False
 
     @property
     def has_connection(self) -> bool:
-        """Whether a backend connection is open: a parked P1, a P3 whose answers are to come, a P5 under way."""
+        """Whether a connection of the server is known: a waiting P1, a P3 without its responses yet, or a P5."""
         return bool(self.parked or self.offered or self.responding)
 
     def admit(self, exchange: Exchange) -> None:
-        """Give a request a place; ProtocolError 503 when there is none, or its client's address has too many."""
+        """Add a request. ProtocolError 503 if the server or the client's address has too many."""
         being_sent = len(self.exchanges) - len(self.waiting) - len(self.offered)
         why = ""
         if max(len(self.waiting), len(self.offered)) >= MAX_WAITING:
@@ -5440,7 +5440,7 @@ class RegisteredServer:
         self.addresses[exchange.address] += 1
 
     def see(self, instance: str, now: float) -> None:
-        """Note that a server of this name is there."""
+        """Record that a server of this name has sent a P1."""
         self.last_seen = now
         self.instances.pop(instance, None)
         self.instances[instance] = now
@@ -5448,7 +5448,7 @@ class RegisteredServer:
             del self.instances[next(iter(self.instances))]
 
     def next_requests(self, instance: str, features: set[str]) -> list[Exchange]:
-        """Take what goes into one P3 for a server with these features."""
+        """Return the requests for one P3, and move them from `waiting` to `offered`."""
         self.features = features
         batch: list[Exchange] = []
         size = 0
@@ -5470,7 +5470,7 @@ class RegisteredServer:
         return batch
 
     def dispatch(self) -> None:
-        """Hand what waits to parked P1: at the end of the loop's turn, so that what came in one turn goes in one P3."""
+        """Answer waiting P1 with waiting requests. Called at the end of a turn, to send all in one P3."""
         self.dispatch_scheduled = False
         while self.waiting and self.parked:
             if self.parked[0].is_stale():
@@ -5480,13 +5480,13 @@ class RegisteredServer:
                 parked.batch.set_result(self.next_requests(parked.instance, parked.features))
 
     def answer_empty(self, which: Callable[[ParkedPoll], bool] = lambda parked: True) -> None:
-        """Answer parked P1 with nothing: all, or those that `which` picks."""
+        """Answer waiting P1 without a request: all, or those for which `which` is true."""
         for parked in list(filter(which, self.parked)):
             self.parked.remove(parked)
             parked.answer_empty()
 
     def offer(self, exchange: Exchange) -> None:
-        """Let a request wait for the next P1."""
+        """Add a request to those that wait, and dispatch them at the end of this turn of the loop."""
         self.waiting[exchange.request_id] = exchange
         if not self.dispatch_scheduled and self.parked:
             self.dispatch_scheduled = True
@@ -5499,19 +5499,19 @@ def parse_ids(text: str) -> list[str]:
 
 
 class HashQueue:
-    """Hashes keys for a share of the time, so that a flood of wrong keys delays nobody whose key is known.
+    """Hashes keys for at most a `share` of the time, so that many wrong keys do not delay other requests.
 
-    Groups take turns: one that floods the relay delays each of the others by one hash, and itself by the rest.
+    Groups take turns: a group with many keys delays each of the others by one hash only.
     """
 
     def __init__(self, share: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._share = share
         self._groups: OrderedDict[str, deque[tuple[str, asyncio.Future[str]]]] = OrderedDict()
-        self._used_until = -math.inf  # the share is used up until this time
+        self._used_until = -math.inf  # in the loop's time: no hash before that
 
     async def hash(self, key: str, group: str) -> str:
-        """Return the tripcode of a key when it is its turn; ProtocolError 503 after HASH_WAIT."""
+        """Wait for the key's turn, and return its tripcode. ProtocolError 503 after HASH_WAIT seconds."""
         if not self._groups and self._used_until <= self._loop.time():
             return self._hash(key)
         if not self._groups:
@@ -5526,7 +5526,7 @@ class HashQueue:
             raise ProtocolError(503, reason, headers=[NO_STORE, ("Retry-After", "1")]) from None
 
     def _hash(self, key: str) -> str:
-        """Hash a key at the cost of the share; what was not used in the last second is lost."""
+        """Hash a key, and count its time against the share. Unused time of more than a second ago does not count."""
         begin = time.thread_time()
         code = tripcode(key)
         cost = (time.thread_time() - begin) / self._share
@@ -5534,13 +5534,13 @@ class HashQueue:
         return code
 
     def _work(self) -> None:
-        """Hash the next key of the next group; one in each turn of the loop, so that all else goes on."""
+        """Hash the next key of the next group: one in each turn of the loop, so as not to block it."""
         while self._groups:
             group, waiting = self._groups.popitem(last=False)
             key, result = waiting.popleft()
             if waiting:
-                self._groups[group] = waiting  # behind the others
-            if not result.done():  # otherwise its client has gone
+                self._groups[group] = waiting  # after the other groups
+            if not result.done():  # otherwise its request has timed out, or its client is gone
                 result.set_result(self._hash(key))
                 break
         if self._groups:
@@ -5548,18 +5548,17 @@ class HashQueue:
 
 
 class Verdict(NamedTuple):
-    """What `Keys` says of a key."""
+    """The result of `Keys.find`."""
 
     tripcode: str
-    right: bool  # it is one of those that were asked for
-    is_new: bool = False  # and shown for the first time
+    right: bool  # the tripcode is one of those that were asked for
+    is_new: bool = False  # the key is right, and is shown for the first time
 
 
 class Keys:
     """Verifies API keys by their tripcodes, in constant time.
 
-    That a key belongs to its tripcode stays true for ever, so it is remembered: one key for each configured tripcode.
-    Such a key costs no hash and never waits.
+    For each configured tripcode, the right key is remembered. That key needs no hash and never waits.
     """
 
     def __init__(self) -> None:
@@ -5568,14 +5567,14 @@ class Keys:
         self._strangers = HashQueue(STRANGER_SHARE)
 
     def configure(self, codes: Iterable[str]) -> None:
-        """Forget the keys whose tripcodes are not configured any more."""
+        """Forget the keys whose tripcodes are no longer configured."""
         configured = set(codes)
         self._known = {code: key for code, key in self._known.items() if code in configured}
 
     async def find(self, key: str, codes: Iterable[str], group: str) -> Verdict:
-        """Return the tripcode of `key`, and whether it is one of `codes`; ProtocolError 503 when that takes too long.
+        """Return the tripcode of `key`, and whether it is one of `codes`. ProtocolError 503 when that takes too long.
 
-        A key that is not known waits behind those of its group; without `codes`, behind those of all strangers.
+        A key that is not known waits in its group; without `codes`, in the queue for unregistered names.
         """
         wanted = tuple(codes)
         shown = key.encode("utf-8", "surrogateescape")
@@ -5587,15 +5586,15 @@ class Keys:
         matches = [is_same_secret(found.encode(), code.encode()) for code in wanted]
         if not any(matches):
             return Verdict(found, False)
-        is_new = found not in self._known  # not so if the same key was shown twice at once
+        is_new = found not in self._known  # False for the second of two requests at the same time
         self._known[found] = shown
         return Verdict(found, True, is_new)
 
 
 class TunnelBody(Body):
-    """The body of P5 as it becomes the client's: nothing of it is kept here, so a slow client slows the server.
+    """The body of P5 as the body of the client's response. Nothing is stored, so a slow client slows the server.
 
-    The connection of P5 belongs to its own exchange, so there is nothing to close.
+    `aclose` does nothing: the HTTP server closes the connection of P5.
     """
 
     def __init__(self, body: IncomingBody, length: int | None) -> None:
@@ -5621,7 +5620,7 @@ class TunnelBody(Body):
 
 
 class Route(NamedTuple):
-    """Where a request goes: its server, the target there, and the path in front of that ("" on a host of its own)."""
+    """A request's destination: the server, the target there, and the path before that ("" on a host of its own)."""
 
     server: RegisteredServer
     target: str
@@ -5629,28 +5628,29 @@ class Route(NamedTuple):
 
 
 class RelayState:
-    """What a relay knows: its configuration, its servers, and the requests that are not answered yet."""
+    """The state of a relay: its configuration, its servers, and the requests in flight."""
 
     def __init__(self, config: RelayConfig) -> None:
         self.loop = asyncio.get_running_loop()
         self.started = self.loop.time()
         self.servers: dict[str, RegisteredServer] = {}
-        self.hosts: dict[str, RegisteredServer] = {}  # by the host that is a server's own
-        self.exchanges: dict[str, Exchange] = {}  # all that is not claimed
-        self.uploads: dict[str, Exchange] = {}  # those whose body can be fetched
+        self.hosts: dict[str, RegisteredServer] = {}  # servers by their own hosts
+        self.exchanges: dict[str, Exchange] = {}  # requests that no P5 has claimed, by id
+        self.uploads: dict[str, Exchange] = {}  # requests whose body can be fetched, by id
         self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
-        self.refused = {"backend": 0, "scraper": 0}  # keys
+        self.refused = {"backend": 0, "scraper": 0}  # number of refused keys
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
-        self.connection_count: Callable[[], int] = int  # how many are open: the HTTP server knows
+        self.connection_count: Callable[[], int] = int  # returns the number of open connections
         self.stopping = False
-        self.draining = False  # it works, but balancers are told to send nothing more
-        self.checks: deque[float] = deque(maxlen=3)  # when balancers asked for its health
+        self.draining = False  # the health check fails, requests are still served
+        self.checks: deque[float] = deque(maxlen=3)  # times of the last health checks
         self.configure(config)
 
     def configure(self, config: RelayConfig) -> None:
-        """Take over a configuration: servers come, go and change without touching the others.
+        """Apply a new configuration; servers that do not change are not affected.
 
-        One that went or changed its key loses its parked P1; what it is sending finishes.
+        A removed server: its waiting requests get 503. A removed server or a changed tripcode: its waiting P1 get an
+        empty P3, so the server must show its key again. Responses in flight finish.
         """
         import ipaddress
 
@@ -5675,7 +5675,7 @@ class RelayState:
         self.events.append(AuditEvent(time.time(), event, server, **details))
 
     def trusts(self, address: str) -> bool:
-        """Return whether an address is that of a proxy which is believed what it says of its clients."""
+        """Return whether an address is that of a trusted proxy, whose X-Forwarded-* are used."""
         if is_loopback(address):
             return True
         if not self._trusted:
@@ -5688,7 +5688,7 @@ class RelayState:
             return False
 
     def client_address(self, request: Request) -> str:
-        """Return the client's address: the peer's, or what trusted proxies say in X-Forwarded-For, the nearest last."""
+        """Return the client's address: the peer's, or the last one in X-Forwarded-For that is not a trusted proxy."""
         address = request.peer
         for said in request.headers.get("x-forwarded-for", "").rsplit(",", 8)[:-9:-1]:
             if not said or not self.trusts(address):
@@ -5697,14 +5697,14 @@ class RelayState:
         return address
 
     def find_server(self, name: str) -> RegisteredServer:
-        """Return the server of that name; ProtocolError 404."""
+        """Return the server with that name. ProtocolError 404."""
         server = self.servers.get(name)
         if server is None:
             raise ProtocolError(404, "there is no server of that name here")
         return server
 
     def forget(self, exchange: Exchange) -> None:
-        """Take a request out of all lists of what is to be answered."""
+        """Remove a request from the lists of those without a response."""
         request_id = exchange.request_id
         self.exchanges.pop(request_id, None)
         exchange.server.waiting.pop(request_id, None)
@@ -5712,7 +5712,7 @@ class RelayState:
 
 
 class Gate:
-    """Tells whether a request shows a valid key, and keeps account of those that do not."""
+    """Checks the keys of requests; counts and logs those that it refuses."""
 
     def __init__(self, state: RelayState) -> None:
         self.state = state
@@ -5722,12 +5722,16 @@ class Gate:
         self.configure()
 
     def configure(self) -> None:
-        """Forget what is not in the configuration any more."""
+        """Forget keys that are no longer in the configuration."""
         self._server_keys.configure(entry.tripcode for entry in self.state.config.servers)
         self._scraper_keys.configure(key.hash for key in self.state.config.scraper_keys)
 
     async def is_server(self, request: Request, server: RegisteredServer | None, name: str) -> bool:
-        """Return whether the request shows the server's key; remember who asks in vain."""
+        """Return whether X-ApiKey is the server's key; False for a missing or overlong one.
+
+        Counts and logs a wrong key, and lists an unknown name on the page of unregistered servers. ProtocolError 503 if
+        the key waits for its hash for more than HASH_WAIT seconds.
+        """
         key = request.headers.get("x-apikey", "")
         if not key or len(key) > MAX_KEY:
             return False
@@ -5737,7 +5741,7 @@ class Gate:
             if verdict.is_new:
                 self._warn_of_weakness("server", name, key)
             if verdict.right:
-                return verdict.tripcode == server.entry.tripcode  # which a reload may have changed
+                return verdict.tripcode == server.entry.tripcode  # a reload may have changed it meanwhile
         else:
             verdict = await self._server_keys.find(key, [], address)
         self._record_refused_key("backend", request, name, "wrong key" if server else "unknown name")
@@ -5749,7 +5753,7 @@ class Gate:
         return False
 
     async def is_scraper(self, request: Request) -> bool:
-        """Return whether the request shows a scraper's key that is valid now; only the log learns why it is not."""
+        """Return whether X-ApiKey is a scraper's key that is valid now. The log has the reason. ProtocolError 503."""
         key = request.headers.get("x-apikey")
         why, name, now = "no key", "-", time.time()
         if key and len(key) > MAX_KEY:
@@ -5771,13 +5775,13 @@ class Gate:
 
     @staticmethod
     def _warn_of_weakness(kind: str, name: str, key: str) -> None:
-        """Tell the operator of a key that can be guessed: the original's servers do not refuse one."""
+        """Warn the operator of a key that can be guessed: the server in Rust accepts such keys."""
         if weakness := key_weakness(key):
             why = weakness.partition(";")[0].removeprefix("api_key ")
             log_line(f"ptth relay: warning: the key of the {kind} {name!r} {why}; give it a better one")
 
     def _record_refused_key(self, api: str, request: Request, name: str, why: str) -> None:
-        """Keep account of a key that was refused; tell it once a minute for each name, and for all that nobody has."""
+        """Count a refused key. Log it at most once in 60 s for each name, and for all unregistered names together."""
         self.state.refused[api] += 1
         now = self.state.loop.time()
         known = name if name in self.state.servers or api == "scraper" else ""
@@ -5790,17 +5794,17 @@ class Gate:
 
 
 # -- 14. Relay desk --
-# What a relay shows: pages, scraper API, metrics, audit log. Only reads.
+# The relay's own pages, scraper API, metrics and audit log. Only reads the state.
 
 
 class Desk:
-    """Shows a relay's state: its pages, the audit log, metrics and the rest of the scraper API. Changes nothing."""
+    """Answers requests for the relay's own pages, the audit log, metrics and the rest of the scraper API."""
 
     def __init__(self, state: RelayState, gate: Gate) -> None:
         self.state = state
         self.gate = gate
         with open(__file__, "rb") as file:
-            self._source = file.read()  # now: the file may be replaced while the program runs
+            self._source = file.read()  # now, because the file may be replaced while the program runs
         self._pages: dict[str, Callable[[Request], Response]] = {
             "/": lambda request: text_response(302, "see frontend/servers/\n", [("Location", "./frontend/servers/")]),
             "/frontend/servers": lambda request: text_response(301, "see servers/\n", [("Location", "./servers/")]),
@@ -5823,7 +5827,7 @@ class Desk:
         }
 
     async def show(self, request: Request, path: str) -> Response:
-        """Answer a request for a page of the relay's; ProtocolError 404, 405."""
+        """Answer a request for one of the relay's own pages. ProtocolError 404, 405."""
         show = self._pages.get(path)
         if show is None:
             raise ProtocolError(404, "there is nothing here")
@@ -5833,14 +5837,14 @@ class Desk:
         return show(request)
 
     async def _may_see_clients(self, request: Request) -> bool:
-        """Return whether the addresses of clients and what they asked for may be shown to who sends this request."""
+        """Return whether this request may see the addresses of clients and the paths of their requests."""
         config = self.state.config
         if config.audit_log_public or is_local(request):
             return True
         return config.enable_scraper_api and "x-apikey" in request.headers and await self.gate.is_scraper(request)
 
     def show_scraper(self, request: Request, what: str) -> Response:
-        """Answer the part of the scraper API that does not go to a server; ProtocolError 404, 405."""
+        """Answer the part of the scraper API that is not forwarded to a server. ProtocolError 404, 405."""
         self._check_method(request)
         show = self._scraper_pages.get(what)
         if show is None:
@@ -5858,7 +5862,7 @@ class Desk:
     # the scraper API
 
     def _server_info(self, server: RegisteredServer) -> dict[str, object]:
-        """Return what the scraper API tells of a server."""
+        """Return a server's entry in the server list of the scraper API."""
         seen = None
         if server.last_seen is not None:
             seen = format_time(time.time() - (0 if server.connected else self.state.loop.time() - server.last_seen))
@@ -5875,7 +5879,7 @@ class Desk:
         return response
 
     def _metrics(self) -> str:
-        """Return what is counted, in Prometheus' text format; labels are of registered servers only."""
+        """Return all counters in Prometheus' text format. Labels name registered servers only."""
         servers = self._servers()
 
         def each(value: Callable[[RegisteredServer], float]) -> list[tuple[str, float]]:
@@ -5909,21 +5913,21 @@ class Desk:
     # pages
 
     def _up_check(self, request: Request) -> Response:
-        """Tell monitors and balancers whether to send requests here."""
+        """Answer a health check: 200, or 503 while the relay is about to stop."""
         self.state.checks.append(self.state.loop.time())
         if self.state.draining:
             raise ProtocolError(503, "the relay is stopping", headers=[NO_STORE])
         return text_response(200, "Relay is up\n", [NO_STORE])
 
     def _tls_check(self, request: Request) -> Response:
-        """Tell a proxy whether `?domain=HOST` is a server's host, for which it should get a certificate."""
+        """Answer 200 if `?domain=HOST` is a server's host, else 404. Caddy asks before it gets a certificate."""
         query = urllib.parse.parse_qs(request.target.partition("?")[2])
         if request_host(query.get("domain", [""])[-1]) not in self.state.hosts:
             raise ProtocolError(404, "this is not the host of a server", headers=[NO_STORE])
         return text_response(200, "this is the host of a server\n", [NO_STORE])
 
     def _server_list(self, request: Request) -> Response:
-        """Show the servers: whether they are connected, and what they have done."""
+        """Show the registered servers: their state, requests, and bytes sent."""
         now = self.state.loop.time()
         port = re.search(r"(?::[0-9]+)?\Z", request.headers.get("host", ""))
         rows = []
@@ -5949,7 +5953,7 @@ class Desk:
         return self._page("Servers", content, "../../")
 
     def _page(self, title: str, content: str, top: str) -> Response:
-        """Make a page of the relay's; `top` leads from it to the root."""
+        """Make a page of the relay; `top` is the relative URL of the root."""
         links = [("servers/", "Servers"), ("unregistered_servers", "Unregistered servers"), ("audit_log", "Audit log")]
         links += [("debug/", "Debug")] if self.state.config.dev_mode else []
         ways = " &middot; ".join(f'<a href="{top}frontend/{path}">{text}</a>' for path, text in links)
@@ -5957,7 +5961,7 @@ class Desk:
         return html_response(200, page(title, f"<main>\n{content}\n</main>\n{footer}"), [NO_STORE])
 
     def _audit_log(self, request: Request) -> Response:
-        """Show who came, was refused and was served, the newest first; as JSON for whoever asks for that."""
+        """Show the audit log, the newest event first, as a page or as JSON."""
         if wants_json(request.headers):
             names = ("time", "event", "server", "client", "method", "path", "status", "bytes")
             newest_first = ((format_time(event[0]), *event[1:]) for event in reversed(self.state.events))
@@ -5974,7 +5978,7 @@ class Desk:
         return self._page("Audit log", content, "../")
 
     def _audit_counts(self, request: Request) -> Response:
-        """Show of the audit log how often each server had which event, for those who may not see more."""
+        """Show how often each event occurred for each server, to clients that may not see the audit log itself."""
         counts: dict[tuple[str, str], int] = {}
         for event in self.state.events:
             server = event.server if event.server in self.state.servers else ""
@@ -5989,7 +5993,7 @@ class Desk:
         return self._page("Audit log", content, "../")
 
     def _debug(self, request: Request) -> Response:
-        """Show build and state, in dev mode."""
+        """Show version and state, in dev mode; otherwise ProtocolError 404."""
         if not self.state.config.dev_mode:
             raise ProtocolError(404, "there is nothing here")
         values = {
@@ -6004,7 +6008,7 @@ class Desk:
         return self._page("Debug", "<h1>Debug</h1>\n" + html_table({"Name": "", "Value": "b"}, rows), "../../")
 
     def _unregistered_servers(self, request: Request) -> Response:
-        """Show who tried to connect under a name that nobody has, with the block that would register them."""
+        """Show the names of unregistered servers that tried to connect, with the block that would register them."""
         now = time.time()
         rows = [
             (f'<pre>[[servers]]\nname = "{escape(name)}"\ntripcode = "{code}"</pre>', format_age(now - seen))
@@ -6017,7 +6021,7 @@ class Desk:
 
 
 # -- 15. Relay --
-# P2 to P1 and P5 to P6. Sees heads and forwards bodies; does not read files.
+# Forwards P2 in answer to P1, and P5 as P6. Does not use files.
 
 _BACKEND_ACTIONS = {
     "http_listen": ("GET", _NAME),
@@ -6029,15 +6033,15 @@ _GONE = (410, "nobody waits for this response")
 
 
 class Backend:
-    """Serves the tunnel's servers: P1 and P3, the bodies of requests, P5 and P7."""
+    """Answers requests from servers: P1 (with P3), fetches of bodies, and P5 (with P7)."""
 
     def __init__(self, state: RelayState, gate: Gate) -> None:
         self.state = state
         self.gate = gate
-        self._offered_on: dict[Peer, list[Exchange]] = {}  # by the connection that took the P3
+        self._offered_on: dict[Peer, list[Exchange]] = {}  # requests by the connection of their P3
 
     async def handle(self, request: Request, path: str) -> Response:
-        """Answer a server: every request shows its key anew, since a proxy may mix connections."""
+        """Answer a server. Each request must show its key, because a proxy may mix connections."""
         action, _, rest = path.partition("/")
         method, form = _BACKEND_ACTIONS.get(action, ("", _NAME))
         if not method or not form.fullmatch(rest):
@@ -6060,7 +6064,7 @@ class Backend:
         return await (self._listen if method == "GET" else self._receive_batch)(request, server)
 
     async def _listen(self, request: Request, server: RegisteredServer) -> Response:
-        """P1: answer with what waits, or wait for it."""
+        """Answer a P1 with the waiting requests, or wait for one."""
         now = self.state.loop.time()
         if not server.connected:
             server.connected = True
@@ -6077,8 +6081,8 @@ class Backend:
         if not batch and self.state.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
-            # A proxy may hold a dead server's P1 open, and a request handed to that would be lost: those that live ask
-            # again.
+            # `wait=0` means that a server has just connected. A proxy may hold open a P1 of its dead predecessor, and
+            # requests sent there would be lost. So end all waiting P1: living servers poll again.
             for parked in server.parked:
                 self.state.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.answer_empty)
             server.parked.clear()
@@ -6096,7 +6100,7 @@ class Backend:
                 if parked in server.parked:
                     server.parked.remove(parked)
         sent = (lambda whole, size: self._p3_sent(request.connection, batch, whole)) if batch else None
-        if "application/http" not in request.headers.get("accept", ""):  # the original's server says */*
+        if "application/http" not in request.headers.get("accept", ""):  # a server in Rust sends */*
             data = self._pack_for_rust(batch)
             return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, close=self.state.stopping)
         body = BytesBody(b"".join([exchange.head for exchange in batch]))
@@ -6106,7 +6110,7 @@ class Backend:
 
     @staticmethod
     def _give_body(exchange: Exchange) -> Response:
-        """Give the server the body of a request that did not fit into P3, straight from the client, once."""
+        """Answer a fetch with the body of a request, from the client's connection. ProtocolError 410 if repeated."""
         if exchange.body is None or exchange.was_fetched:
             raise ProtocolError(410, "the body was fetched before", headers=[NO_STORE])
         exchange.was_fetched = True
@@ -6115,15 +6119,15 @@ class Backend:
 
     @staticmethod
     def _take_losses(server: RegisteredServer, headers: Headers) -> None:
-        """Answer the clients whose responses were refused on their way from the server."""
+        """Answer 502 to the clients whose responses did not arrive: the ids in PTTH-Lost."""
         for request_id in parse_ids(headers.get("ptth-lost", "")):
             if exchange := server.exchanges.get(request_id):
                 exchange.break_off("the server's response did not get through; the server's log says why")
 
     def _renew(self, server: RegisteredServer, instance: str, headers: Headers) -> None:
-        """Offer again what a server was handed that now says hello, but for what it is at work on.
+        """Offer a server's requests again when it connects again, except those in PTTH-At-Work.
 
-        It has new connections, so what was sent to it on the old ones may not have arrived.
+        Requests that were sent on its old connections may not have arrived.
         """
         at_work = set(parse_ids(headers.get("ptth-at-work", "")))
         for exchange in list(server.offered.values()):
@@ -6132,7 +6136,7 @@ class Backend:
 
     @staticmethod
     def _pack_for_rust(batch: list[Exchange]) -> bytes:
-        """Format P3 for a server of the original; what it cannot take is answered here."""
+        """Format a P3 in Rust form. A request that this form cannot express gets its error response."""
         requests: list[Value] = []
         for exchange in batch:
             try:
@@ -6142,7 +6146,7 @@ class Backend:
         return pack_value(requests)
 
     def _p3_sent(self, connection: Peer | None, batch: list[Exchange], whole: bool) -> None:
-        """Note the end of a P3: requests that it may not have brought are offered once more."""
+        """After a P3 was written: if it is incomplete, offer its requests again; else remember its connection."""
         if not whole or connection is None:
             for exchange in batch:
                 self._offer_again(exchange, "the connection to the server broke")
@@ -6153,15 +6157,15 @@ class Backend:
         self._offered_on[connection] = [one for one in under_way if one.request_id in self.state.exchanges]
 
     def _on_connection_close(self, connection: Peer) -> None:
-        """A connection that brought a P3 has ended: a plain close that was announced loses nothing."""
+        """Offer the requests of a connection's last P3 again, unless it ended after `Connection: close`."""
         for exchange in self._offered_on.pop(connection, ()):
             if not connection.must_close:
                 self._offer_again(exchange, "")
 
     def _offer_again(self, exchange: Exchange, reason: str) -> None:
-        """Offer a GET or HEAD again, once; anything else might have been done already, and gets 502."""
+        """Offer a GET or HEAD again, once. Other requests may have had their effect already, and get 502."""
         if exchange.responding or exchange.server.offered.pop(exchange.request_id, None) is None:
-            return  # its P5 has begun, or it is over
+            return  # its P5 has begun, or it has its response
         if exchange.method in ("GET", "HEAD") and exchange.offers < 2 and not exchange.was_fetched:
             exchange.server.offer(exchange)
         elif reason:
@@ -6169,15 +6173,15 @@ class Backend:
 
     @staticmethod
     async def _settle(request: Request) -> bool:
-        """Discard what is left of an original's P5, before P7; return whether its connection can be used further.
+        """Before P7, discard the rest of a P5 in Rust form. Return whether its connection can be reused.
 
-        When P7 comes early, the original's server sends no more of the body, but does use the connection for its next
-        P5, whose first bytes would then be taken for that body.
+        After an early P7 the server in Rust sends no more of the body, but reuses the connection for its next P5. The
+        relay would take the first bytes of that for the body.
         """
         return RUST_FIELD.lower() not in request.headers or await request.body.drain()
 
     async def _receive_response(self, request: Request, exchange: Exchange) -> Response:
-        """P5 and P7."""
+        """Receive a P5; return P7."""
         try:
             response = await self._deliver(request, exchange)
         except ProtocolError as error:
@@ -6186,7 +6190,10 @@ class Backend:
         return response
 
     async def _deliver(self, request: Request, exchange: Exchange) -> Response:
-        """Give a P5's body to the client as its response; return P7: the client has it all, or has gone."""
+        """Forward a P5 to the client as its response. Return P7: 200 when the client has all of it, else ProtocolError.
+
+        ProtocolError 410 when no client waits for it, 400 when the P5 is invalid; its client gets 502.
+        """
         server = exchange.server
         incoming = request.body
         server.responding += 1
@@ -6194,8 +6201,8 @@ class Backend:
         try:
             original = request.headers.get(RUST_FIELD.lower())
             if original is not None:
-                # What its file server gets wrong stays its own: an unquoted ETag, which its If-None-Match wants back,
-                # or the body that it sends with 304, which nobody gets.
+                # Faults of the server in Rust are forwarded, such as an ETag without quotes, which it wants back in
+                # If-None-Match. Its body after 304 is discarded.
                 status, headers = unpack_rust_response(original)
                 content = incoming if has_body(exchange.method, status) else EMPTY
                 response = self._make_response(exchange, status, headers, content)
@@ -6206,7 +6213,7 @@ class Backend:
             else:
                 response = await self._read_response(incoming, exchange)
             if self.state.exchanges.pop(exchange.request_id, None) is None or exchange.response.done():
-                raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client's time is over
+                raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client got 504
             server.offered.pop(exchange.request_id, None)
             exchange.delivered = self.state.loop.create_future()
             exchange.connection = request.connection
@@ -6227,7 +6234,7 @@ class Backend:
         return text_response(200, "StreamFinished\n", [NO_STORE])
 
     async def _read_response(self, incoming: IncomingBody, exchange: Exchange) -> Response:
-        """Read the inner head of P5, and make the client's response of it."""
+        """Read the inner head of P5, and make the client's response from it. ProtocolError 502."""
         data = b""
         while (end := data.find(b"\r\n\r\n") + 4) < 4:
             piece = await incoming.read()
@@ -6241,7 +6248,7 @@ class Backend:
 
     @staticmethod
     def _make_response(exchange: Exchange, status: int, headers: Headers, content: Body) -> Response:
-        """Make the client's response of the server's; ProtocolError 502 when its lengths contradict each other."""
+        """Make the client's response from the server's. ProtocolError 502 when its lengths contradict each other."""
         server = exchange.server
         if exchange.own_host:
             fields = own_host_fields(headers)
@@ -6259,9 +6266,9 @@ class Backend:
         return Response(status, fields, content, exchange.set_delivered)
 
     async def _receive_batch(self, request: Request, server: RegisteredServer) -> Response:
-        """P5 of several small responses: each goes to its client by itself, so that a slow one holds up nobody.
+        """Receive a batch, a P5 with several small responses. Each is sent to its client independently.
 
-        What is foreign or was answered before is passed over: a repeat does no harm.
+        Unknown ids, and those with a response already, are ignored, so a server may send a batch again.
         """
         data = await self._read_batch(request.body, server)
         server.last_seen = self.state.loop.time()
@@ -6279,7 +6286,7 @@ class Backend:
         return Response(200, [NO_STORE])
 
     async def _read_batch(self, body: Body, server: RegisteredServer) -> bytes:
-        """Return a batch's bytes, which must come before its clients have got 504, and fit in the server's share."""
+        """Read a batch. ProtocolError 408 after the response timeout, 503 above MAX_BATCHES_BYTES, 502 if too large."""
         if not isinstance(body, IncomingBody):
             return b""
         most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL_BODY
@@ -6299,26 +6306,26 @@ class Backend:
 
 
 class Relay:
-    """Tells clients and servers apart, and brings them together.  `handle` is its handler."""
+    """Forwards clients' requests to servers. `handle` is its handler, for requests of both."""
 
     def __init__(self, config: RelayConfig) -> None:
         self.state = RelayState(config)
         self.gate = Gate(self.state)
         self.desk = Desk(self.state, self.gate)
         self.backend = Backend(self.state, self.gate)
-        self._inline = 0  # bytes of requests' bodies that wait here
+        self._inline = 0  # bytes of requests' bodies in memory
         self._sweeper = self.state.loop.create_task(self._sweep())
 
     def configure(self, config: RelayConfig) -> None:
-        """Take over a configuration: servers come, go and change without touching the others."""
+        """Apply a new configuration, as `RelayState.configure` does."""
         self.state.configure(config)
         self.gate.configure()
 
     async def handle(self, request: Request) -> Response:
         """Answer any request to the relay.
 
-        The prefixes and the name are matched on the raw target, not decoded, not normalised: what a proxy in front of
-        us allows by its prefix must not become something else here.
+        Prefixes and names are compared with the raw target, not decoded and not normalised. So what a proxy in front of
+        the relay allows by a prefix means the same here.
         """
         if self.state.hosts or self.state.config.domain:
             host = request_host(request.headers.get("host", ""))
@@ -6347,10 +6354,10 @@ class Relay:
         return await self.desk.show(request, path)
 
     async def _forward(self, request: Request, route: Route) -> Response:
-        """Have the server answer a client's request, and keep account of it.
+        """Forward a client's request to its server; count it, and add it to the audit log.
 
-        A target that climbs above the server's own prefix is refused: a proxy in front may have normalised the path,
-        and then its rule for the other path, perhaps without a password, let this request through.
+        A target that leads above the server's prefix gets 404. A proxy in front may have normalised such a path, and
+        let it through by its rule for another path, perhaps one without a password.
         """
         server, target = route.server, route.target
         if route.prefix and climbs(target.partition("?")[0]):
@@ -6386,7 +6393,7 @@ class Relay:
         return response
 
     async def _ask(self, request: Request, route: Route, client: str) -> Response:
-        """Let a request wait for a P1, and for the P5 that answers it."""
+        """Offer a request to its server, and wait for the response. ProtocolError 501, 502, 503, 504."""
         server, now = route.server, self.state.loop.time()
         if self.state.stopping:
             raise ProtocolError(503, "the relay is stopping", headers=[("Retry-After", "5")])
@@ -6419,14 +6426,14 @@ class Relay:
         return response
 
     async def _read_inline(self, request: Request, server: RegisteredServer) -> bytes | None:
-        """Return a request's body if it is small enough to travel with its head; None if it is to be fetched."""
+        """Return a request's body if it is small enough for P3; None if the server is to fetch it."""
         body = request.body
         if body is EMPTY:
             return b""
         if "body" not in server.features:
             if request.method not in ("GET", "HEAD"):
                 raise ProtocolError(501, NO_BODIES, close=True)
-            await body.drain()  # as it was before: it means nothing
+            await body.drain()  # the body of a GET has no meaning (RFC 9110, 9.3.1)
             return b""
         size = MAX_INLINE + 1 if body.known_length is None else body.known_length
         if body.expects or size > MAX_INLINE or self._inline + size > MAX_INLINE_TOTAL:
@@ -6434,7 +6441,7 @@ class Relay:
         return await body.read_all(MAX_INLINE)
 
     async def _scrape(self, request: Request, path: str) -> Response:
-        """Answer the scraper API: as the frontend, for programs with a key."""
+        """Answer the scraper API: the same as the frontend, for programs with a key. ProtocolError 403, 404."""
         version, _, rest = path.partition("/")
         if not self.state.config.enable_scraper_api or version not in ("v1", "api"):
             raise ProtocolError(404, "there is nothing here")
@@ -6451,7 +6458,7 @@ class Relay:
         )
 
     async def _sweep(self) -> NoReturn:
-        """End, for ever, what has waited for too long."""
+        """Every SWEEP_INTERVAL, for ever, end requests and P1 that have waited for too long."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
             now = self.state.loop.time()
@@ -6464,7 +6471,7 @@ class Relay:
                     exchange.fail(502, "the server stopped reading the request")
 
     def _sweep_server(self, server: RegisteredServer, now: float) -> None:
-        """Answer parked P1 whose time is over or whose server has gone; give up on a server that does not return."""
+        """End P1 whose time is over or whose connection is at eof; answer 503 if the server stays disconnected."""
         was_connected = server.has_connection
         server.answer_empty(lambda parked: parked.is_stale() or now >= parked.until)
         parked_now = {parked.instance for parked in server.parked}
@@ -6478,21 +6485,21 @@ class Relay:
         absent_since = server.last_seen or self.state.started
         if server.connected and now - absent_since >= DISCONNECTED_AFTER:
             server.connected = False
-            log_line(f"ptth relay: {server.name} went away")
-            self.state.audit("went away", server.name)
+            log_line(f"ptth relay: {server.name} is disconnected")
+            self.state.audit("disconnected", server.name)
         for exchange in list(server.waiting.values()):
             if now - max(exchange.moved, absent_since) >= RECONNECT_WAIT:
                 exchange.fail(503, f"the server {server.name} is not connected")
 
     async def drain(self) -> None:
-        """Fail the health check, and work on for DRAIN_TIME if a balancer makes it: no client will meet the stop."""
+        """Let the health check fail. If a balancer checks it, wait DRAIN_TIME: then no more clients come."""
         state = self.state
         state.draining = True
         if len(state.checks) == 3 and state.loop.time() - state.checks[0] < MAX_CHECK_AGE:
             await asyncio.sleep(DRAIN_TIME)
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
-        """Take no new work; what was accepted is finished, since the servers' P5 are still taken."""
+        """Answer new requests with 503, and wait up to `grace` seconds for the responses to those in flight."""
         self.state.stopping = True
         for server in self.state.servers.values():
             server.answer_empty()

@@ -7860,7 +7860,7 @@ class TestFaults:
             relay.wait_for("n is connected")
             subprocess.run(["ip", "-n", space, "link", "set", far, "down"], check=True)
             begin = time.monotonic()
-            relay.wait_for("n went away", patience=60)
+            relay.wait_for("n is disconnected", patience=60)
             eventually(
                 lambda: b"no connection" in (tmp_path / "log").read_bytes(), patience=60 - (time.monotonic() - begin)
             )
