@@ -72,7 +72,7 @@ import time
 import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
@@ -161,7 +161,7 @@ APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response, then 
 APP_WAIT = 2.0  # seconds in which a connection to an app is tried again, because it may be restarting
 CONNECT_TIMEOUT = 10.0  # seconds to open a connection
 CONNECT_DELAY = 0.25  # seconds before the next address of a name is tried, too (RFC 8305, 5)
-BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0  # seconds between two attempts to reach the relay
+BACKOFF_MIN, BACKOFF_MAX = 0.1, 3.0  # seconds between two attempts to reach the relay, at most: the first, any
 REFUSED_DELAY = 5.0  # seconds before the next attempt when a key or a proxy's settings must be changed first
 NEAR_ROUND_TRIP = 0.005  # seconds to the relay; if it is nearer, one P1 is best, otherwise FAR_P1
 SAMPLES = 3  # round trips measured; the shortest counts
@@ -1204,13 +1204,20 @@ async def linger(connection: Connection) -> None:
         pass
 
 
+def due(items: Collection[T], turn: int) -> list[T]:
+    """Return those that a sweep checks in this turn: all of a thousand, but of four thousand a quarter."""
+    parts = min(1 + len(items) // 1000, 4)
+    return list(itertools.islice(items, turn % parts, None, parts))
+
+
 async def sweep(connections: set[Connection]) -> NoReturn:
-    """Check all deadlines every SWEEP_INTERVAL, for ever."""
+    """Check all deadlines every SWEEP_INTERVAL, and every second when there are thousands, for ever."""
     loop = asyncio.get_running_loop()
+    turns = itertools.count()
     while True:
         await asyncio.sleep(SWEEP_INTERVAL)
         now = loop.time()
-        for connection in list(connections):
+        for connection in due(connections, next(turns)):
             connection.sweep(now)
 
 
@@ -1758,7 +1765,7 @@ class HTTPServer:
             ssl_shutdown_timeout=timeout,
         )
         self._servers.append(server)
-        sock.listen(1024)  # again: for asyncio, the backlog is also the number of accepts in one turn
+        sock.listen(4096)  # again: for asyncio, the backlog is also the number of accepts in one turn
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log a failed accept, at most once in 60 seconds; pass other errors to the loop's default handler."""
@@ -5563,6 +5570,7 @@ class Keys:
 
     def __init__(self) -> None:
         self._known: dict[str, bytes] = {}  # a key by its tripcode
+        self._tried: set[str] = set()  # tripcodes for which a key was hashed already
         self._registered = HashQueue(HASH_SHARE)
         self._strangers = HashQueue(STRANGER_SHARE)
 
@@ -5570,11 +5578,13 @@ class Keys:
         """Forget the keys whose tripcodes are no longer configured."""
         configured = set(codes)
         self._known = {code: key for code, key in self._known.items() if code in configured}
+        self._tried &= configured
 
     async def find(self, key: str, codes: Iterable[str], group: str) -> Verdict:
         """Return the tripcode of `key`, and whether it is one of `codes`. ProtocolError 503 when that takes too long.
 
-        A key that is not known waits in its group; without `codes`, in the queue for unregistered names.
+        A key that is not known waits in its group; without `codes`, in the queue for unregistered names. The first key
+        for a tripcode does not wait: after a restart of the relay the keys of all servers come at once.
         """
         wanted = tuple(codes)
         shown = key.encode("utf-8", "surrogateescape")
@@ -5582,7 +5592,11 @@ class Keys:
             known = self._known.get(code)
             if known is not None and is_same_secret(known, shown):
                 return Verdict(code, True)
-        found = await (self._registered if wanted else self._strangers).hash(key, group)
+        if self._tried.issuperset(wanted):
+            found = await (self._registered if wanted else self._strangers).hash(key, group)
+        else:
+            self._tried.update(wanted)
+            found = tripcode(key)
         matches = [is_same_secret(found.encode(), code.encode()) for code in wanted]
         if not any(matches):
             return Verdict(found, False)
@@ -5738,7 +5752,7 @@ class Gate:
         address = outer_address(self.state.client_address(request))
         if server:
             verdict = await self._server_keys.find(key, [server.entry.tripcode], f"{name} {address}")
-            if verdict.is_new:
+            if verdict.is_new and "ptth-instance" not in request.headers:
                 self._warn_of_weakness("server", name, key)
             if verdict.right:
                 return verdict.tripcode == server.entry.tripcode  # a reload may have changed it meanwhile
@@ -5775,7 +5789,10 @@ class Gate:
 
     @staticmethod
     def _warn_of_weakness(kind: str, name: str, key: str) -> None:
-        """Warn the operator of a key that can be guessed: the server in Rust accepts such keys."""
+        """Warn the operator of a key that can be guessed: the server in Rust accepts such keys.
+
+        This takes ten times as long as the hash, so the keys of servers that check them before are not checked here.
+        """
         if weakness := key_weakness(key):
             why = weakness.partition(";")[0].removeprefix("api_key ")
             log_line(f"ptth relay: warning: the key of the {kind} {name!r} {why}; give it a better one")
@@ -6087,9 +6104,9 @@ class Backend:
                 self.state.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.answer_empty)
             server.parked.clear()
         if not batch and wait:
-            parked = ParkedPoll(
-                self.state.loop.create_future(), request.connection, instance, features, now, now + wait
-            )
+            # A tenth less for some, so that the P1 of thousands of servers do not end together for ever.
+            until = now + wait * (1 - os.urandom(1)[0] / 2560)
+            parked = ParkedPoll(self.state.loop.create_future(), request.connection, instance, features, now, until)
             server.parked.append(parked)
             if len(server.parked) > MAX_PARKED:
                 server.parked.popleft().answer_empty()
@@ -6459,10 +6476,11 @@ class Relay:
 
     async def _sweep(self) -> NoReturn:
         """Every SWEEP_INTERVAL, for ever, end requests and P1 that have waited for too long."""
+        turns = itertools.count()
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
             now = self.state.loop.time()
-            for server in self.state.servers.values():
+            for server in due(self.state.servers.values(), next(turns)):
                 self._sweep_server(server, now)
             for exchange in list(self.state.exchanges.values()):
                 if exchange.is_late(now, self.state.config.response_timeout):
@@ -6820,6 +6838,19 @@ class FetchedBody(Body):
             await body.aclose()
 
 
+def backoff() -> Iterator[float]:
+    """Return the pauses before further attempts to reach a relay, in seconds; the first is short.
+
+    They are spread widely, so that thousands of servers do not all come back to a restarted relay in the same second.
+    """
+    import random
+
+    limit = BACKOFF_MIN
+    while True:
+        yield random.uniform(0.1, 1) * limit
+        limit = min(limit * 4, BACKOFF_MAX)
+
+
 class Link:
     """Attends to one relay: says hello, and asks it for requests by P1."""
 
@@ -6844,10 +6875,8 @@ class Link:
 
     async def run(self) -> None:
         """Stay connected until the stop: try again for ever, at first quickly."""
-        import random
-
         loop = asyncio.get_running_loop()
-        backoff = BACKOFF_MIN
+        pauses = backoff()
         try:
             while not self._stopping.is_set():
                 try:
@@ -6860,7 +6889,7 @@ class Link:
                         self._spawn(self._look(took, failure))
                     error = await self._unless_stopped(failure)
                     if loop.time() - began > BACKOFF_MAX:  # it was good for a while, not just for a hello
-                        backoff = BACKOFF_MIN
+                        pauses = backoff()
                     raise error
                 except Refused as error:
                     self._log_change(
@@ -6873,8 +6902,7 @@ class Link:
                     self._log_change(
                         f"no connection to {self.client.origin.authority}: {format_error(error)}; trying again"
                     )
-                    pause = backoff * random.uniform(0.5, 0.95)
-                    backoff = min(backoff * 2, BACKOFF_MAX)
+                    pause = next(pauses)
                 self.connected.clear()
                 self.on_change()
                 await self._unless_stopped(asyncio.sleep(pause))

@@ -43,6 +43,7 @@ except ImportError:
 import ast
 import asyncio
 import base64
+import bisect
 import concurrent.futures
 import contextlib
 import errno
@@ -5162,6 +5163,32 @@ class TestKeys:
 
         background.run(work())
 
+    def test_the_first_key_for_a_tripcode_does_not_wait(self, background: Background, counted: list[str]) -> None:
+        async def work() -> None:
+            keys = ptth.Keys()
+            keys.configure([f"code of {i}" for i in range(3000)])
+            for wrong in ("first", "dear"):  # the second one uses up the share for seconds
+                await keys.find(wrong, ["code of 0"], "attacker")
+            for i in range(1, 3000):
+                coroutine = keys.find(str(i), [f"code of {i}"], "")
+                with pytest.raises(StopIteration) as end:
+                    coroutine.send(None)
+                assert end.value.value.right
+            with pytest.raises(TimeoutError):  # but the second one does, also after the configuration was read again
+                keys.configure([f"code of {i}" for i in range(3000)])
+                await asyncio.wait_for(keys.find("0", ["code of 0"], ""), 0.01)
+
+        background.run(work())
+
+    def test_a_key_that_its_server_has_checked_is_not_checked_again(
+        self, bare_relay: Tunnel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checked = []
+        monkeypatch.setattr(ptth, "key_weakness", checked.append)
+        hand = Hand(bare_relay.port)
+        hand.send("GET", "http_listen/n", b"", "Accept: application/http", "Prefer: wait=0", "PTTH-Instance: a")
+        assert hand.answer()[0] == 200 and not checked
+
     def test_a_weak_key_of_an_original_peer_is_told_once(
         self, bare_relay: Tunnel, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -6648,6 +6675,28 @@ class TestSeveralRelays:
         assert len(near.relay.state.servers["n"].parked) <= 1
         background.run(self.end(server, running))
 
+    def test_servers_come_back_to_a_restarted_relay_soon_but_not_in_the_same_second(self) -> None:
+        rng = random.Random(7)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(random, "uniform", rng.uniform)
+            for away in (0.5, 1, 3, 20):
+                times = []
+                for _ in range(2000):
+                    when, pauses = 0.0, ptth.backoff()
+                    while when < away:
+                        when += next(pauses)
+                    times.append(when - away)
+                times.sort()
+                assert times[-1] <= ptth.BACKOFF_MAX
+                assert max(bisect.bisect(times, one_ + 1) - i for i, one_ in enumerate(times)) < 1700
+        assert next(ptth.backoff()) <= 0.1
+
+    def test_a_sweep_checks_few_each_time_and_thousands_each_second(self) -> None:
+        for count, turns in ((0, 1), (1, 1), (999, 1), (1500, 2), (5000, 4), (100_000, 4)):
+            parts = [ptth.due(range(count), turn) for turn in range(7, 7 + turns)]
+            assert sorted(itertools.chain(*parts)) == list(range(count))
+            assert max(map(len, parts)) <= count / turns + 1
+
     CHECK = get("/frontend/relay_up_check")
 
     @pytest.mark.parametrize(("checks", "drains"), [(3, True), (9, True), (2, False), (0, False)])
@@ -6686,7 +6735,7 @@ class TestSeveralRelays:
         with open(tmp_path / "files" / "big", "wb") as file:
             file.truncate(size)
         write_configs(tmp_path, 0, str(tmp_path / "files"))
-        relays = [start("relay", cwd=tmp_path).listening() for _ in range(3)]
+        relays = [start("relay", cwd=tmp_path).listening() for _ in range(2)]
         urls = [f"--relay-url=http://127.0.0.1:{relay.port}" for relay in relays]
         server = start("server", *urls, cwd=tmp_path)
         for _ in relays:
