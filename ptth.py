@@ -128,6 +128,10 @@ MAX_INLINE = 64 * 1024  # bytes of a request's body that is sent inside P3; the 
 MAX_INLINE_TOTAL = 16 * 1024 * 1024  # bytes of all such bodies that wait at the relay
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
+MAX_STREAMS = 1000  # WebSockets and event streams of one server; the next gets 503
+MIN_PART = 64 * 1024  # bytes; parts of a response are not made smaller than that for a proxy that limits bodies
+PART_TIMEOUT = 35.0  # seconds without a part after which the relay ends a response in parts
+PART_TRIES = 8  # attempts to send one part
 MAX_FROM_ADDRESS = 500  # requests from one client address waiting or in flight at one server; the next gets 503
 MAX_LOST = 200  # ids in one PTTH-Lost: 6.6 KiB, and nginx accepts 8 KiB for one field
 MAX_INSTANCES = 64  # servers of one name that are counted
@@ -490,6 +494,10 @@ class Body:
             self._pieces = aiter(self)
         return await anext(self._pieces, b"")
 
+    def unread(self, data: bytes) -> None:
+        """Give back bytes that the next `read` returns again, where that is possible."""
+        raise NotImplementedError
+
     async def read_all(self, limit: int) -> bytes:
         """Return the whole body; ProtocolError 502 when it is larger than `limit` bytes."""
         pieces = []
@@ -499,6 +507,13 @@ class Body:
             if limit < 0:
                 raise ProtocolError(502, "the body is too large", close=True)
         return b"".join(pieces)
+
+    def part(self, offset: int, count: int) -> Body | None:
+        """Return a part of the body as one of its own, `count` bytes at most; None if the body can only be read once.
+
+        It ends with the body, and needs no `aclose`.
+        """
+        return None
 
     async def write_to(self, sink: Sink) -> None:
         """Send the whole body.
@@ -528,6 +543,9 @@ class BytesBody(Body):
     def __init__(self, data: bytes = b"") -> None:
         self.data: bytes = data
         self.length = len(data)
+
+    def part(self, offset: int, count: int) -> Body:
+        return BytesBody(self.data[offset : offset + count])
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for start in range(0, len(self.data), READ_SIZE):
@@ -1326,7 +1344,6 @@ class IncomingBody(Body):
         return data
 
     def unread(self, data: bytes) -> None:
-        """Give back bytes that the next `read` returns again."""
         self.unread_data = data + self.unread_data
 
     async def _read_chunks(self) -> bytes:
@@ -3085,6 +3102,11 @@ class FileBody(Body):
         self.length = length
         self.replayable = length is not None
 
+    def part(self, offset: int, count: int) -> Body | None:
+        if self.length is None:
+            return None
+        return FileBody(self._fd, self._opened, self._offset + offset, min(count, self.length - offset))
+
     def slices(self, size: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, count) of each part to send; before each, check that the file has not changed.
 
@@ -4816,7 +4838,7 @@ def server_handler(site: Site, name: str) -> Handler:
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
-FEATURES = ("PTTH-Features", "body")  # what this program can do, said in P1 and in the answer to it
+FEATURES = ("PTTH-Features", "body, upgrade, parts")  # what this program can do, said in P1 and in the answer to it
 MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST
 
 
@@ -4860,11 +4882,17 @@ def pack_request(
     return format_head(f"{request.method} {target} HTTP/1.1", fields, parsed=True)
 
 
+def without_upgrade(head: bytes) -> bytes:
+    """Return a request's head as `pack_request` makes it, without what it says of an upgrade."""
+    return head.replace(b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", b"\r\n")
+
+
 _REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IGNORECASE)
-Fetch = Callable[[str, "int | None"], Body]  # makes the body of a request from its id and length (None: unknown)
+# Makes the body of a request from its id and framing: a number of bytes, CHUNKED, or None for a stream behind a 101.
+Fetch = Callable[[str, "int | None"], Body]
 
 
-def no_fetch(request_id: str, length: int | None) -> Body:
+def no_fetch(request_id: str, framing: int | None) -> Body:
     """Raise ProtocolError 400: the default, for callers that cannot fetch a body."""
     raise ProtocolError(400, "a body that cannot be fetched")
 
@@ -4914,10 +4942,11 @@ def _unpack_request(
         request.body = BytesBody(content)
     elif lengths and lengths[0][0].lower() != b"content-length":
         value = lengths[0][1]
-        request.body = fetch(request_id, None if value == b"chunked" else int(value))
+        request.body = fetch(request_id, CHUNKED if value == b"chunked" else int(value))
         request.body.expects = "expect" in request.headers
-    if "upgrade" in request.headers:
-        request.upgrade = request.headers["upgrade"]
+    elif "websocket" in request.headers.tokens("upgrade"):
+        request.upgrade = "websocket"
+        request.body = fetch(request_id, None)
     return request
 
 
@@ -4977,14 +5006,43 @@ def unpack_responses(data: bytes) -> Iterator[BatchedResponse]:
             yield BatchedResponse(request_id.decode("ascii"), 0, Headers(), b"", error)
 
 
-def parse_inner_response(head: bytes) -> tuple[int, Headers]:
-    """Parse a response's head from the tunnel. ProtocolError 502 if a client must not get it."""
+def parse_inner_response(head: bytes, upgrade: str = "") -> tuple[int, Headers]:
+    """Parse a response's head from the tunnel. ProtocolError 502 if a client must not get it.
+
+    101 is for a client that asked for that `upgrade`.
+    """
     if len(head) > MAX_INNER_HEAD:
         raise ProtocolError(502, "its head is too large")
     status, headers = parse_response_head(head, MAX_INNER_FIELDS)
+    if status == 101 and upgrade and upgrade in headers.tokens("upgrade"):
+        return status, Headers([(name, value) for name, value in headers.pairs if name.lower() != "content-length"])
     if status < 200 or "transfer-encoding" in headers:
         raise ProtocolError(502, "an interim response, or one with a transfer coding of its own")
     return status, headers
+
+
+_STREAM_TYPES = {"text/event-stream", "application/x-ndjson"}
+
+
+def is_stream(response: Response) -> bool:
+    """Return whether a response may stay open without an end, and what comes of it is wanted at once."""
+    headers = Headers(response.headers)
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    unbuffered = headers.get("x-accel-buffering", "").strip().lower() == "no"
+    return response.status == 101 or kind in _STREAM_TYPES or unbuffered
+
+
+def part_fields(offset: int, more: bool) -> Fields:
+    """Return the fields of a part of a response's body: the bytes before it, and whether it is not the last one."""
+    return [("PTTH-Offset", str(offset)), *([("PTTH-More", "1")] if more else [])]
+
+
+def parse_offset(headers: Headers) -> int:
+    """Return the number in PTTH-Offset, 0 without one; ProtocolError 400."""
+    offset = headers.get("ptth-offset", "0")
+    if not re.fullmatch("[0-9]{1,18}", offset):
+        raise ProtocolError(400, "PTTH-Offset is not one number", close=True)
+    return int(offset)
 
 
 def parse_wait(prefer: str) -> float:
@@ -5276,6 +5334,9 @@ class Exchange:
         head = pack_request(self.request_id, request, route.target, framing, prefix=route.prefix, trusted=trusted)
         self.head = head + (inline or b"")  # with the body, if that is sent in P3
         self.has_content = bool(framing)
+        self.upgrade = request.upgrade
+        self.client_stream = ClientStream(request.body) if request.upgrade else None
+        self.tunnel_body: TunnelBody | None = None  # of a response that has begun
         self.client = request.connection
         self.on_leave: Callable[[], object] = int
         self.address = ""  # of the client, for the limit of requests from one address
@@ -5326,18 +5387,27 @@ class Exchange:
         if task := self.fetching:
             task.cancel()
             await asyncio.wait({task})
+        if self.client_stream:
+            await self.client_stream.end()
 
     def leave(self) -> None:
         """Free this request's place among those of the server."""
         self.on_leave()
+        self.server.streams.discard(self.request_id)
         if self.server.exchanges.pop(self.request_id, None):
             self.server.addresses[self.address] -= 1
             if not self.server.addresses[self.address]:
                 del self.server.addresses[self.address]
 
+    def is_left(self) -> bool:
+        """Return whether the client of a silent stream has ended its side: what still reads does not do that."""
+        return self.upgrade == "" and self.client is not None and self.client.at_eof()
+
     def break_off(self, reason: str) -> None:
         """Answer the client with 502. If its response has begun, close its P5: the client sees it incomplete."""
         self.fail(502, reason)
+        if self.tunnel_body:
+            self.tunnel_body.give_up()
         if isinstance(self.connection, Connection):
             try:
                 self.connection.sock.shutdown(socket.SHUT_RDWR)  # not close: a splice may hold a duplicate of it
@@ -5363,6 +5433,42 @@ class UploadBody(Body):
 
     async def write_to(self, sink: Sink) -> None:
         await self._exchange.write_body_to(sink)
+
+
+class ClientStream:
+    """What a client sends after a 101, for a server that asks for it by one poll after another."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._position = 0  # bytes that were handed over
+        self._reading: asyncio.Task[bytes] | None = None  # goes on from one poll to the next
+        self._latest: object = None  # the poll that gets what comes: the connection of an earlier one may be dead
+
+    async def poll(self, offset: int, wait: float) -> bytes | None:
+        """Return what has come, or None when nothing has come for `wait` seconds; b"" after the end.
+
+        IncompleteBody when the server does not have all that was handed over.
+        """
+        if offset != self._position:
+            raise IncompleteBody("bytes of the client's were lost on their way to the server")
+        self._latest = poll = object()
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._body.read())
+        await asyncio.wait({self._reading}, timeout=wait)
+        if self._latest is not poll or not self._reading.done():
+            return None
+        if self._reading.cancelled() or self._reading.exception():
+            return b""
+        if data := self._reading.result():
+            self._reading = None
+            self._position += len(data)
+        return data
+
+    async def end(self) -> None:
+        """Read no more of the client's connection, which is the HTTP server's now; further polls get b""."""
+        self._reading = self._reading or asyncio.create_task(self._body.read())
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
 
 
 class LastBody(Body):
@@ -5415,6 +5521,7 @@ class RegisteredServer:
         self.exchanges: dict[str, Exchange] = {}  # all whose clients do not have the whole response yet
         self.addresses: Counter[str] = Counter()  # how many of these each client address has
         self.parked: deque[ParkedPoll] = deque()
+        self.streams: set[str] = set()  # ids of the exchanges whose responses have no end
         self.responding = 0  # P5 in flight
         self.batch_bytes = 0  # bytes of batches that are being read
         self.in_flight = 0  # requests in flight
@@ -5433,7 +5540,7 @@ class RegisteredServer:
 
     def admit(self, exchange: Exchange) -> None:
         """Add a request. ProtocolError 503 if the server or the client's address has too many."""
-        being_sent = len(self.exchanges) - len(self.waiting) - len(self.offered)
+        being_sent = len(self.exchanges) - len(self.waiting) - len(self.offered) - len(self.streams)
         why = ""
         if max(len(self.waiting), len(self.offered)) >= MAX_WAITING:
             why = f"too many requests wait for {self.name}"
@@ -5445,6 +5552,13 @@ class RegisteredServer:
             raise ProtocolError(503, why, headers=[("Retry-After", "5")])
         self.exchanges[exchange.request_id] = exchange
         self.addresses[exchange.address] += 1
+
+    def add_stream(self, exchange: Exchange) -> None:
+        """Give a response without an end a place of its own; ProtocolError 503 when there is none."""
+        if len(self.streams) >= MAX_STREAMS:
+            exchange.fail(503, f"too many streams of {self.name} are open")
+            raise ProtocolError(410, "too many streams are open", headers=[NO_STORE])
+        self.streams.add(exchange.request_id)
 
     def see(self, instance: str, now: float) -> None:
         """Record that a server of this name has sent a P1."""
@@ -5470,6 +5584,8 @@ class RegisteredServer:
             if exchange.has_content and "body" not in features:
                 exchange.fail(501, NO_BODIES)
                 continue
+            if exchange.upgrade and "upgrade" not in features:
+                exchange.head = without_upgrade(exchange.head)
             exchange.offers += 1
             exchange.instance = instance
             self.offered[exchange.request_id] = exchange
@@ -5605,32 +5721,94 @@ class Keys:
         return Verdict(found, True, is_new)
 
 
-class TunnelBody(Body):
-    """The body of P5 as the body of the client's response. Nothing is stored, so a slow client slows the server.
+class Part(NamedTuple):
+    """What one P5 brings of a response's body."""
 
-    `aclose` does nothing: the HTTP server closes the connection of P5.
+    body: Body
+    connection: Peer | None
+    offset: int  # bytes of the response's body before it
+    more: bool  # it is not the last one
+    taken: asyncio.Future[bool]  # the client has been sent all of it, and more will come
+
+
+class TunnelBody(Body):
+    """The body of a response as P5 brings it, whole or in parts: nothing is kept here, a slow client slows the server.
+
+    After what broke off, and after each part, the next one may come for `patience` seconds; what the client has of it
+    is passed over. The connection of a P5 belongs to its own exchange, so there is nothing to close.
     """
 
-    def __init__(self, body: IncomingBody, length: int | None) -> None:
-        self._body = body
+    def __init__(self, part: Part, length: int | None, patience: float) -> None:
         self.length = length
+        self._patience = patience
+        self._position = 0  # bytes that the client was sent
+        self._more = True
+        self._current = part
+        self._parts: asyncio.Queue[Part | None] = asyncio.Queue()
+        self.add(part)
+
+    def add(self, part: Part) -> None:
+        """Go on with this part; one that is being read ends, as its connection may be dead."""
+        if part is not self._current and not self._current.taken.done() and self._current.connection:
+            self._current.connection.abort()
+        if part.more:
+            self._patience = PART_TIMEOUT
+        self._current = part
+        self._parts.put_nowait(part)
+
+    def give_up(self) -> None:
+        """End the response where it is."""
+        self._parts.put_nowait(None)
+
+    async def _next_part(self) -> Part:
+        """Wait for the next part; IncompleteBody when it does not come, or bytes are missing before it."""
+        try:
+            async with asyncio.timeout(self._patience):
+                part = await self._parts.get()
+        except TimeoutError:
+            part = None
+        if part is None or part.offset > self._position:
+            raise IncompleteBody("the server's response broke off")
+        return part
+
+    async def _read(self, part: Part) -> AsyncIterator[bytes]:
+        """Yield what is new in a part."""
+        known = self._position - part.offset
+        try:
+            while piece := await part.body.read():
+                if known < len(piece):
+                    yield piece[known:]
+                known = max(known - len(piece), 0)
+            self._more = part.more
+            if part.more and not part.taken.done():
+                part.taken.set_result(True)
+        except (OSError, ProtocolError) as error:
+            if not part.taken.done():
+                broken = ProtocolError(400, f"the response broke off: {format_error(error)}", close=True)
+                part.taken.set_exception(broken)
+                part.taken.exception()  # looked at: who brought the part may have gone
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        left = self.length
-        async for piece in self._body:
-            if left is not None:
-                left -= len(piece)
-                if left < 0:
+        while self._more:
+            async for piece in self._read(await self._next_part()):
+                self._position += len(piece)
+                if self.length is not None and self._position > self.length:
                     raise IncompleteBody("the server sent more than it announced")
-            yield piece
-        if left:
+                yield piece
+        if self.length not in (None, self._position):
             raise IncompleteBody("the server sent less than it announced")
 
     async def write_to(self, sink: Sink) -> None:
-        if self._body.length == self.length:
-            await self._body.write_to(sink)
-        else:
-            await super().write_to(sink)
+        whole = self._current
+        if self.length is not None and whole.body.length == self.length and not whole.more:
+            self._parts.get_nowait()
+            begun = sink.written
+            try:
+                await whole.body.write_to(sink)  # perhaps from socket to socket
+                return
+            except IncompleteBody:
+                self._position = sink.written - begun
+        await super().write_to(sink)
 
 
 class Route(NamedTuple):
@@ -5651,6 +5829,7 @@ class RelayState:
         self.hosts: dict[str, RegisteredServer] = {}  # servers by their own hosts
         self.exchanges: dict[str, Exchange] = {}  # requests that no P5 has claimed, by id
         self.uploads: dict[str, Exchange] = {}  # requests whose body can be fetched, by id
+        self.responses: dict[str, Exchange] = {}  # requests whose response has begun, by id; it may go on in parts
         self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
         self.refused = {"backend": 0, "scraper": 0}  # number of refused keys
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
@@ -5723,6 +5902,11 @@ class RelayState:
         self.exchanges.pop(request_id, None)
         exchange.server.waiting.pop(request_id, None)
         exchange.server.offered.pop(request_id, None)
+
+    def leave(self, exchange: Exchange) -> None:
+        """Note the end of an exchange with its client."""
+        self.uploads.pop(exchange.request_id, None)
+        self.responses.pop(exchange.request_id, None)
 
 
 class Gate:
@@ -6049,6 +6233,11 @@ _BACKEND_ACTIONS = {
 _GONE = (410, "nobody waits for this response")
 
 
+def _has_head(request: Request) -> bool:
+    """Return whether a P5 begins with the response's head."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/http"
+
+
 class Backend:
     """Answers requests from servers: P1 (with P3), fetches of bodies, and P5 (with P7)."""
 
@@ -6065,9 +6254,9 @@ class Backend:
             raise ProtocolError(404, "there is nothing here")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
-        by_id = {"http_response": self.state.exchanges, "http_request": self.state.uploads}.get(action)
-        exchange = by_id.get(rest) if by_id is not None else None
-        if exchange is None and by_id is not None:
+        by_id = {"http_response": [self.state.exchanges, self.state.responses], "http_request": [self.state.uploads]}
+        exchange = next((held[rest] for held in by_id.get(action, ()) if rest in held), None)
+        if exchange is None and action in by_id:
             raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self._settle(request))
         server = exchange.server if exchange else self.state.servers.get(rest)
         verified = await self.gate.is_server(request, server, server.name if server else rest)
@@ -6077,7 +6266,10 @@ class Backend:
             challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
             raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, challenge])
         if exchange:
-            return self._give_body(exchange) if method == "GET" else await self._receive_response(request, exchange)
+            if method == "POST":
+                return await self._receive_response(request, exchange)
+            stream = exchange.client_stream
+            return await self._give_stream(request, exchange, stream) if stream else self._give_body(exchange)
         return await (self._listen if method == "GET" else self._receive_batch)(request, server)
 
     async def _listen(self, request: Request, server: RegisteredServer) -> Response:
@@ -6133,6 +6325,24 @@ class Backend:
         exchange.was_fetched = True
         fields = [("Content-Type", "application/octet-stream"), ("Cache-Control", "no-store, no-transform")]
         return Response(200, fields, UploadBody(exchange, exchange.body))
+
+    @staticmethod
+    async def _give_stream(request: Request, exchange: Exchange, stream: ClientStream) -> Response:
+        """Give the server what the client has sent since its last poll: 204 when that is nothing, 410 after the end."""
+        offset, wait = parse_offset(request.headers), parse_wait(request.headers.get("prefer", ""))
+        await asyncio.wait({exchange.response}, timeout=wait)
+        data: bytes | None = b""
+        if not exchange.response.done():
+            data = None
+        elif not exchange.response.exception() and exchange.response.result().status == 101:
+            try:
+                data = await stream.poll(offset, wait)
+            except IncompleteBody as error:
+                exchange.break_off(format_error(error))
+        if data == b"":
+            raise ProtocolError(*_GONE, headers=[NO_STORE])
+        fields = [("Content-Type", "application/octet-stream"), ("Cache-Control", "no-store, no-transform")]
+        return Response(200, fields, BytesBody(data)) if data else Response(204, [NO_STORE])
 
     @staticmethod
     def _take_losses(server: RegisteredServer, headers: Headers) -> None:
@@ -6198,45 +6408,38 @@ class Backend:
         return RUST_FIELD.lower() not in request.headers or await request.body.drain()
 
     async def _receive_response(self, request: Request, exchange: Exchange) -> Response:
-        """Receive a P5; return P7."""
-        try:
-            response = await self._deliver(request, exchange)
-        except ProtocolError as error:
-            response = error_response(request, error)
-        response.close = response.close or not await self._settle(request)
-        return response
+        """Receive a P5, or a part of one; return P7.
 
-    async def _deliver(self, request: Request, exchange: Exchange) -> Response:
-        """Forward a P5 to the client as its response. Return P7: 200 when the client has all of it, else ProtocolError.
-
-        ProtocolError 410 when no client waits for it, 400 when the P5 is invalid; its client gets 502.
+        200 when the client has all of it, 410 when no client waits for it, 400 when it is invalid; its client gets 502.
         """
         server = exchange.server
-        incoming = request.body
         server.responding += 1
         exchange.responding += 1
         try:
-            original = request.headers.get(RUST_FIELD.lower())
-            if original is not None:
-                # Faults of the server in Rust are forwarded, such as an ETag without quotes, which it wants back in
-                # If-None-Match. Its body after 304 is discarded.
-                status, headers = unpack_rust_response(original)
-                content = incoming if has_body(exchange.method, status) else EMPTY
-                response = self._make_response(exchange, status, headers, content)
-            elif not isinstance(incoming, IncomingBody):
-                raise ProtocolError(502, "a response without head")
-            elif request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/http":
-                raise ProtocolError(502, "the response is not application/http")
-            else:
-                response = await self._read_response(incoming, exchange)
+            await (self._go_on if exchange.tunnel_body else self._begin)(request, exchange)
+            response = text_response(200, "StreamFinished\n", [NO_STORE])
+        except ProtocolError as error:
+            response = error_response(request, error)
+        finally:
+            if exchange.connection is request.connection:
+                exchange.connection = None  # it may go on with other responses
+            server.responding -= 1
+            server.last_seen = self.state.loop.time()
+        response.close = response.close or not await self._settle(request)
+        return response
+
+    async def _begin(self, request: Request, exchange: Exchange) -> None:
+        """Give a P5 to the client as its response, and wait until it is there."""
+        try:
+            status, headers, content = await self._read_response(request, exchange)
             if self.state.exchanges.pop(exchange.request_id, None) is None or exchange.response.done():
                 raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client got 504
-            server.offered.pop(exchange.request_id, None)
+            exchange.server.offered.pop(exchange.request_id, None)
+            part = Part(content, request.connection, 0, "ptth-more" in request.headers, self.state.loop.create_future())
+            response = self._make_response(exchange, status, headers, content, part)
             exchange.delivered = self.state.loop.create_future()
             exchange.connection = request.connection
             exchange.response.set_result(response)
-            if not await exchange.delivered:
-                raise ProtocolError(*_GONE, headers=[NO_STORE])
         except (ConnectionError, TimeoutError) as error:
             exchange.fail(502, f"the server's response broke off: {format_error(error)}")
             raise
@@ -6245,41 +6448,80 @@ class Backend:
                 raise
             exchange.fail(502, f"the server's response cannot be used: {error.reason}")
             raise ProtocolError(400, error.reason, close=True, headers=[NO_STORE]) from None
-        finally:
-            server.responding -= 1
-            server.last_seen = self.state.loop.time()
-        return text_response(200, "StreamFinished\n", [NO_STORE])
+        await self._wait_for_client(exchange, part)
 
-    async def _read_response(self, incoming: IncomingBody, exchange: Exchange) -> Response:
-        """Read the inner head of P5, and make the client's response from it. ProtocolError 502."""
+    async def _go_on(self, request: Request, exchange: Exchange) -> None:
+        """Go on with a response by a further part, or one that is repeated, and wait until the client has it."""
+        body, headers = exchange.tunnel_body, request.headers
+        if body is None or not {"ptth-offset", "ptth-more"} & set(headers):
+            raise ProtocolError(*_GONE, headers=[NO_STORE])  # a P5 that is repeated as a whole
+        content = request.body
+        if _has_head(request):
+            _, _, content = await self._read_response(request, exchange)
+        part = Part(
+            content, request.connection, parse_offset(headers), "ptth-more" in headers, self.state.loop.create_future()
+        )
+        if part.more and content is EMPTY and exchange.is_left():
+            exchange.break_off("the client has left")
+        exchange.connection = request.connection
+        body.add(part)
+        await self._wait_for_client(exchange, part)
+
+    @staticmethod
+    async def _wait_for_client(exchange: Exchange, part: Part) -> None:
+        """Wait until the client has a part, and all with the last one; ProtocolError 410 when it has gone."""
+        assert exchange.delivered
+        await asyncio.wait({exchange.delivered, part.taken}, return_when=asyncio.FIRST_COMPLETED)
+        if not (part.taken if part.taken.done() else exchange.delivered).result():
+            raise ProtocolError(*_GONE, headers=[NO_STORE])
+
+    async def _read_response(self, request: Request, exchange: Exchange) -> tuple[int, Headers, Body]:
+        """Read the inner head of P5; return status, fields and what follows. ProtocolError 502."""
+        original, content = request.headers.get(RUST_FIELD.lower()), request.body
+        if original is not None:
+            # Faults of the server in Rust are forwarded, such as an ETag without quotes, which it wants back in
+            # If-None-Match. Its body after 304 is discarded.
+            status, headers = unpack_rust_response(original)
+            return status, headers, content if has_body(exchange.method, status) else EMPTY
+        if not _has_head(request):
+            raise ProtocolError(502, "the response is not application/http")
         data = b""
         while (end := data.find(b"\r\n\r\n") + 4) < 4:
-            piece = await incoming.read()
+            piece = await content.read()
             if not piece or len(data) > MAX_INNER_HEAD:
                 raise ProtocolError(502, "its head is too large, or has no end")
             data += piece
-        status, headers = parse_inner_response(data[:end])
         if end < len(data):
-            incoming.unread(data[end:])
-        return self._make_response(exchange, status, headers, incoming)
+            content.unread(data[end:])
+        return *parse_inner_response(data[:end], exchange.upgrade), content
 
-    @staticmethod
-    def _make_response(exchange: Exchange, status: int, headers: Headers, content: Body) -> Response:
+    def _make_response(
+        self, exchange: Exchange, status: int, headers: Headers, content: Body, part: Part | None = None
+    ) -> Response:
         """Make the client's response from the server's. ProtocolError 502 when its lengths contradict each other."""
-        server = exchange.server
+        server, more = exchange.server, part is not None and part.more
         if exchange.own_host:
             fields = own_host_fields(headers)
         else:
             fields = shared_origin_fields(status, headers, sandbox=server.entry.sandbox, server=server.name)
-        told, length = parse_framing(headers), content.length
+        if status in (101, 426) and "upgrade" in headers:
+            fields.append(("Upgrade", headers["upgrade"]))
+        if more:
+            fields.append(("X-Accel-Buffering", "no"))  # a proxy in front passes it on as it comes
+        told, length = parse_framing(headers), None if more else content.length
         if not has_body(exchange.method, status):
             if length:
                 raise ProtocolError(502, "a body where none may be")
             return Response(status, fields, AbsentBody(told), exchange.set_delivered)
         if told is not None and length not in (None, told):
             raise ProtocolError(502, "its Content-Length is not the length of its body")
-        if isinstance(content, IncomingBody):
-            content = TunnelBody(content, length if told is None else told)
+        if part:
+            length = length if told is None else told
+            if more and length is None:
+                server.add_stream(exchange)
+            patience = FETCH_GRACE if "parts" in server.features else 0
+            content = exchange.tunnel_body = TunnelBody(part, length, patience)
+            self.state.responses[exchange.request_id] = exchange
         return Response(status, fields, content, exchange.set_delivered)
 
     async def _receive_batch(self, request: Request, server: RegisteredServer) -> Response:
@@ -6425,9 +6667,9 @@ class Relay:
         server.admit(exchange)
         self.state.exchanges[exchange.request_id] = exchange
         self._inline += exchange.inline_size
-        if exchange.body:
+        exchange.on_leave = lambda: self.state.leave(exchange)
+        if exchange.body or exchange.upgrade:
             self.state.uploads[exchange.request_id] = exchange
-            exchange.on_leave = lambda: self.state.uploads.pop(exchange.request_id, None)
         server.offer(exchange)
         try:
             response = await exchange.response
@@ -6438,14 +6680,14 @@ class Relay:
         finally:
             self._inline -= exchange.inline_size
             self.state.forget(exchange)
-        if exchange.body:
+        if exchange.body or exchange.upgrade:
             response.body = LastBody(exchange, response.body)
         return response
 
     async def _read_inline(self, request: Request, server: RegisteredServer) -> bytes | None:
         """Return a request's body if it is small enough for P3; None if the server is to fetch it."""
         body = request.body
-        if body is EMPTY:
+        if body is EMPTY or request.upgrade:
             return b""
         if "body" not in server.features:
             if request.method not in ("GET", "HEAD"):
@@ -6518,16 +6760,19 @@ class Relay:
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Answer new requests with 503, and wait up to `grace` seconds for the responses to those in flight."""
-        self.state.stopping = True
-        for server in self.state.servers.values():
+        state, servers = self.state, self.state.servers.values()
+        state.stopping = True
+        for server in servers:
             server.answer_empty()
         try:
             async with asyncio.timeout(grace):
-                while self.state.exchanges or any(server.responding for server in self.state.servers.values()):
+                while state.exchanges or len(state.responses) > sum(len(server.streams) for server in servers):
                     await asyncio.sleep(0.02)
         except TimeoutError:
             for exchange in list(self.state.exchanges.values()):
                 exchange.fail(503, "the relay is stopping")
+        for exchange in list(state.responses.values()):
+            exchange.break_off("the relay is stopping")
         self._sweeper.cancel()
 
 
@@ -6683,6 +6928,54 @@ class Workers:
         self._look_for_room()
 
 
+class PartReader:
+    """Cuts a body into parts. Its end is known with the last one."""
+
+    def __init__(self, body: Body) -> None:
+        self.offset = 0  # bytes before the next part
+        self.ended = False
+        self._body = body
+        self._pieces = aiter(body)
+        self._size = 0  # bytes of the last part
+        self._held = b""  # bytes that were read, and are in no part yet
+        self._reading: asyncio.Task[bytes | None] | None = None
+
+    async def next(self, size: int) -> Body:
+        """Return the next `size` bytes at most; none after POLL_WAIT seconds of silence, or at the end."""
+        self.offset += self._size
+        length = self._body.length
+        part = self._body.part(self.offset, size)
+        if part is None:
+            if not self._held:
+                self._held = await self._read()
+            part = BytesBody(self._held[:size])
+            self._held = self._held[size:]
+        self._size = part.length or 0
+        self.ended = self.ended or length is not None and self.offset + self._size >= length
+        return part
+
+    async def _read(self) -> bytes:
+        """Return what there is to read, when there is something."""
+        self._reading = self._reading or asyncio.create_task(self._next_piece())
+        await asyncio.wait({self._reading}, timeout=POLL_WAIT)
+        if not self._reading.done():
+            return b""
+        reading, self._reading = self._reading, None
+        piece = reading.result()
+        self.ended = piece is None
+        return piece or b""
+
+    async def _next_piece(self) -> bytes | None:
+        """Return the next bytes, or None at the end."""
+        return await anext(self._pieces, None)
+
+    async def aclose(self) -> None:
+        """End reading."""
+        if self._reading:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+
 class Sender:
     """Sends responses to one relay: P5 and P7."""
 
@@ -6690,6 +6983,8 @@ class Sender:
         self.client = client
         self.name = name
         self.rust_relay = False  # the relay speaks the original's form
+        self.features: set[str] = set()  # of the relay
+        self._part_size = 0  # bytes that a proxy in front of it lets through in one POST; 0 is any number
         self.most_batches = 1  # under way at once
         self._key = key
         self._workers = workers
@@ -6748,9 +7043,58 @@ class Sender:
             return
         try:
             sent = body if has_body(method, response.status) else EMPTY
-            await self._post([request_id], f"http_response/{request_id}", PrefixedBody(head, sent), kind)
+            if "parts" in self.features and (self._is_too_large(sent) or sent is body and is_stream(response)):
+                await self._send_parts(request_id, head, body)
+            else:
+                await self._post([request_id], f"http_response/{request_id}", PrefixedBody(head, sent), kind)
         finally:
             await body.aclose()
+
+    def _is_too_large(self, body: Body) -> bool:
+        """Return whether a proxy would not let a response through as a whole."""
+        return bool(self._part_size) and (body.length is None or body.length > self._part_size)
+
+    async def _send_parts(self, request_id: str, head: bytes, body: Body) -> None:
+        """Post a response in parts, as soon as there is something, and every POLL_WAIT seconds at least.
+
+        The head travels alone, so that the client has it at once.
+        """
+        delivered = False
+        parts = PartReader(body)
+        try:
+            content: Body = BytesBody(head)
+            fields = [("Content-Type", RESPONSE_TYPE), *part_fields(0, True)]
+            while await self._post_part(request_id, content, fields) and not parts.ended:
+                content = await parts.next(self._part_size or READ_SIZE)
+                fields = [("Content-Type", "application/octet-stream"), *part_fields(parts.offset, not parts.ended)]
+            delivered = True
+        except (OSError, ProtocolError) as error:
+            self._log_change(f"P5 broke off: {format_error(error)}")
+        finally:
+            await parts.aclose()
+            if not delivered:
+                self._lose(request_id)
+
+    async def _post_part(self, request_id: str, content: Body, fields: Fields) -> bool:
+        """Post one part, again when that fails; return whether the relay wants more. ConnectionError at the end."""
+        headers = Headers([("X-ApiKey", self._key), *fields])
+        request = Request("POST", f"{BACKEND}http_response/{request_id}", headers, body=content)
+        why = ""
+        for attempt in range(PART_TRIES):
+            await asyncio.sleep(min(BACKOFF_MIN * 2**attempt, BACKOFF_MAX) if attempt else 0)
+            try:
+                response = await self.client.handle(request, repeatable=True)
+                await response.body.drain()
+                await response.body.aclose()
+            except (OSError, ProtocolError) as error:
+                why = format_error(error)
+                continue
+            if response.status in (200, 410):
+                return response.status == 200
+            why = f"{response.status}{_REFUSALS.get(response.status, '')}"
+            if response.status < 500 and response.status != 408:
+                break
+        raise ConnectionError(f"a part of the response was refused: {why}")
 
     async def _post(
         self, request_ids: list[str], path: str, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
@@ -6766,8 +7110,12 @@ class Sender:
             self._log_change(f"sending a response to the relay failed: {format_error(error)}")
         finally:
             if not (delivered or self.rust_relay):
-                self.lost.extend(request_ids)
-                self.on_loss()
+                self._lose(*request_ids)
+
+    def _lose(self, *request_ids: str) -> None:
+        """Tell the relay which responses did not get through."""
+        self.lost.extend(request_ids)
+        self.on_loss()
 
     async def _post_once(self, path: str, body: Body, kind: tuple[str, str]) -> bool:
         """Post a body; return whether it got through, and log who refused it if not."""
@@ -6849,6 +7197,43 @@ def backoff() -> Iterator[float]:
     while True:
         yield random.uniform(0.1, 1) * limit
         limit = min(limit * 4, BACKOFF_MAX)
+
+
+class PolledBody(FetchedBody):
+    """What a client sends after a 101: each poll asks the relay for what has come."""
+
+    def __init__(self, client: HTTPClient, key: str, request_id: str) -> None:
+        super().__init__(client, key, request_id, None)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        offset = failures = 0
+        while True:
+            try:
+                status, data = await self._poll(offset)
+            except (OSError, ProtocolError):
+                status, data = 0, b""
+            if status == 410:
+                return
+            offset += len(data)
+            failures = 0 if status in (200, 204) else failures + 1
+            if failures == PART_TRIES:
+                raise IncompleteBody("the relay cannot be asked for what the client sends")
+            if data:
+                yield data
+            elif failures:
+                await asyncio.sleep(min(BACKOFF_MIN * 2**failures, BACKOFF_MAX))
+
+    async def _poll(self, offset: int) -> tuple[int, bytes]:
+        """Ask for what came after the first `offset` bytes; return the answer's status and content."""
+        fields = [("PTTH-Offset", str(offset)), ("Prefer", f"wait={POLL_WAIT:.0f}"), *self._request.headers.pairs]
+        response = await self._client.handle(replace(self._request, headers=Headers(fields)), timeout=P1_TIMEOUT)
+        try:
+            return response.status, await response.body.read_all(4 * READ_SIZE) if response.status == 200 else b""
+        finally:
+            await response.body.aclose()
+
+    async def write_to(self, sink: Sink) -> None:
+        await Body.write_to(self, sink)
 
 
 class Link:
@@ -7064,6 +7449,7 @@ class Link:
             finally:
                 await response.body.aclose()
             self._host = headers.get("ptth-host", "")
+            self._sender.features = set(headers.tokens("ptth-features"))
             self.accept(body)
         except BaseException:
             self._sender.lost.extend(lost)
@@ -7072,12 +7458,17 @@ class Link:
             self._parked.discard(connection)
         return bool(body)
 
+    def _fetch(self, request_id: str, framing: int | None) -> Body:
+        """Make the body of a request that did not come with it."""
+        if framing is None:
+            return PolledBody(self.client, self._key, request_id)
+        return FetchedBody(self.client, self._key, request_id, None if framing == CHUNKED else framing)
+
     def accept(self, data: bytes) -> None:
         """P3: let its requests be handled."""
         original = self._sender.rust_relay and data
-        fetch = functools.partial(FetchedBody, self.client, self._key)
         try:
-            for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, fetch):
+            for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, self._fetch):
                 if request_id in self._sender.lost:  # offered again before the relay was told: this time it may arrive
                     self._sender.lost.remove(request_id)
                 self._workers.add(request_id, request, self._sender)

@@ -3848,10 +3848,10 @@ class TestTunnelMessages:
 
     P3 = [  # what follows the id in an inner head: the body, or the error
         (b"Content-Length: 5\r\n\r\nhello", b"hello"), (b"content-length: 05\r\n\r\nhello", b"hello"),
-        (b"PTTH-Body-Length: 7\r\n\r\n", 7), (b"PTTH-Body-Length: chunked\r\n\r\n", None),
+        (b"PTTH-Body-Length: 7\r\n\r\n", 7), (b"PTTH-Body-Length: chunked\r\n\r\n", ptth.CHUNKED),
         (b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", OSError), (b"Content-Length: 5\r\n\r\nhell", OSError),
         (b"Content-Length: 5\r\nPTTH-Body-Length: 5\r\n\r\nhello", OSError), (b"Content-Length: +5\r\n\r\nhello", OSError),
-        (b"Transfer-Encoding: chunked\r\n\r\n", None), (b"PTTH-Body-Length: x\r\n\r\n", OSError),
+        (b"Transfer-Encoding: chunked\r\n\r\n", ptth.CHUNKED), (b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", None), (b"PTTH-Body-Length: x\r\n\r\n", OSError),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("rest", "expected"), P3)
@@ -5507,7 +5507,7 @@ class Visitor:
         self.sock.close()
 
 
-WAYS = pytest.mark.parametrize("way", ["direct"])
+WAYS = pytest.mark.parametrize("way", ["direct", "tunnel"])
 
 
 class TestUpgrades:
@@ -5614,6 +5614,274 @@ class TestUpgrades:
         visitor.sock.sendall(b"still here")
         assert visitor.read(10) == b"still here"
         visitor.close()
+
+
+class Parts:
+    """A response in parts, played by hand: a client, and the server's end of its exchange."""
+
+    EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    SWITCH = b"HTTP/1.1 101 X\r\nUpgrade: websocket\r\n\r\n"
+
+    def __init__(self, relay: Tunnel, *fields: str, features: str = "body, upgrade, parts") -> None:
+        self.port = relay.port
+        self.hand = Hand(relay.port)
+        self.hand.listen(20, f"PTTH-Features: {features}")
+        self.client = socket.create_connection(("127.0.0.1", relay.port), timeout=20)
+        lines = ["GET /x HTTP/1.1", "Host: n.example.com", *(fields or ["Connection: close"]), "", ""]
+        self.client.sendall("\r\n".join(lines).encode())
+        self.p3 = self.hand.answer()[2]
+        self.identity = re.search(rb"PTTH-Request-Id: (\w+)", self.p3)[1].decode()
+        self.head, self.data = b"", b""
+
+    def send(
+        self, data: bytes, offset: int, *, more: bool = True, first: bool = False, hand: Hand | None = None
+    ) -> None:
+        fields = [f"PTTH-Offset: {offset}", f"Content-Type: application/{'http' if first else 'octet-stream'}"]
+        (hand or self.hand).send(
+            "POST", f"http_response/{self.identity}", data, *fields, *(["PTTH-More: 1"] if more else [])
+        )
+
+    def post(self, data: bytes, offset: int, **options: bool) -> int:
+        """Send a part, and return the status of its answer."""
+        self.send(data, offset, **options)
+        status = self.hand.answer()[0]
+        if status >= 400:
+            self.hand.close()
+            self.hand = Hand(self.port)
+        return status
+
+    def poll(self, offset: int, wait: int = 20) -> tuple[int, bytes]:
+        """Ask for what the client sent."""
+        self.hand.send("GET", f"http_request/{self.identity}", b"", f"PTTH-Offset: {offset}", f"Prefer: wait={wait}")
+        while b"\r\n\r\n" not in self.hand.data:
+            self.hand.data += self.hand.sock.recv(1 << 16)
+        if self.hand.data.startswith(b"HTTP/1.1 204"):
+            return self.hand.answer_without_length()[0], b""
+        status, _, body = self.hand.answer()
+        return status, body if status == 200 else b""
+
+    def read(self, count: int = 1 << 40) -> bytes:
+        """What the client gets: `count` bytes of the body, or all until the end."""
+        while not self.head or len(self.data) < count:
+            piece = b""
+            with contextlib.suppress(ConnectionResetError):
+                piece = self.client.recv(1 << 16)
+            if not piece:
+                break
+            self.data += piece
+            if not self.head and b"\r\n\r\n" in self.data:
+                self.head, _, self.data = self.data.partition(b"\r\n\r\n")
+                self.head += b"\r\n"
+        data, self.data = self.data[:count], self.data[count:]
+        return data
+
+    def close(self) -> None:
+        self.client.close()
+        self.hand.close()
+
+
+@pytest.fixture
+def parts(bare_relay: Tunnel) -> object:
+    """Make a `Parts` with these fields of the client's request."""
+    made = []
+
+    def make(*fields: str, **options: str) -> Parts:
+        made.append(Parts(bare_relay, *fields, **options))
+        return made[-1]
+
+    yield make
+    for one_of in made:
+        one_of.close()
+
+
+class TestParts:
+    """Responses in parts and polls for what a client sends, at the relay."""
+
+    def test_each_part_is_with_the_client_before_the_next(self, parts: object) -> None:
+        stream = parts()
+        assert stream.post(Parts.EVENTS + b"one", 0, first=True) == 200
+        assert stream.read(8) == b"3\r\none\r\n"
+        assert b"\r\nX-Accel-Buffering: no\r\n" in stream.head
+        assert stream.post(b"two", 3) == 200
+        assert stream.read(8) == b"3\r\ntwo\r\n"
+        stream.send(b"", 6, more=False)
+        assert stream.read(5) == b"0\r\n\r\n"
+        assert stream.hand.answer()[0] == 200
+        assert stream.post(b"more", 6) == 410
+
+    REPEATS = [  # [(offset, data, status)], what the client gets
+        ([(3, b"two", 200), (3, b"two", 200)], b"two"), ([(0, b"onetwo", 200), (5, b"othree", 200)], b"twothree"), ([(3, b"", 200), (0, b"", 200), (3, b"x", 200)], b"x"),
+        ([(3, b"two", 200), (7, b"!", 410)], b"two"), ([(4, b"wo", 410)], b""), ([(4, b"", 410)], b""), ([(3, b"two", 200), ("x", b"!", 400), (6, b"!", 200)], b"two!"),
+        ([(10**20, b"", 400), (3, b"!", 200)], b"!"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("sent", "got"), REPEATS)
+    def test_what_is_known_is_passed_over_and_a_gap_is_the_end(self, sent: object, got: bytes, parts: object) -> None:
+        stream = parts("Upgrade: websocket", "Connection: Upgrade")
+        assert stream.post(Parts.SWITCH + b"one", 0, first=True) == 200
+        assert stream.read(3) == b"one"
+        for offset, data, status in sent:
+            assert stream.post(data, offset) == status
+        assert stream.read(len(got)) == got
+        if sent[-1][2] == 410:
+            assert stream.read() == b""
+            assert stream.post(b"x", 3) == 410
+        else:
+            assert stream.post(Parts.SWITCH + b"one", 0, first=True) == 200  # the first one, once more
+            stream.send(b"", 3 + len(got), more=False)
+            assert stream.read() == b""
+
+    def test_a_part_that_breaks_off_is_repeated_and_each_byte_arrives_once(self, parts: object) -> None:
+        stream = parts("Upgrade: websocket", "Connection: Upgrade")
+        assert stream.post(Parts.SWITCH, 0, first=True) == 200
+        for reset in (False, True):
+            broken = Hand(stream.port)
+            begin = f"POST /7ZSFUKGV/http_response/{stream.identity} HTTP/1.1\r\nHost: r\r\nX-ApiKey: {KEY}\r\nPTTH-More: 1\r\n"
+            broken.sock.sendall(f"{begin}PTTH-Offset: {10 * reset}\r\nContent-Length: 10\r\n\r\n12345".encode())
+            assert stream.read(5) == b"12345"
+            if not reset:
+                broken.close()  # the other one stays open, without a further byte
+            assert stream.post(b"1234567890", 10 * reset) == 200
+            assert stream.read(5) == b"67890"
+            broken.close()
+
+    def test_a_silent_stream_lives_by_its_empty_parts(self, parts: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ptth, "PART_TIMEOUT", 0.5)
+        stream = parts("Upgrade: websocket", "Connection: Upgrade")
+        assert stream.post(Parts.SWITCH, 0, first=True) == 200
+        begin = time.monotonic()
+        while time.monotonic() < begin + 0.7:
+            assert stream.post(b"", 0) == 200
+        assert stream.read() == b""
+        assert stream.post(b"", 0) == 410
+
+    @pytest.mark.parametrize("data", [b"", b"event"])
+    def test_a_client_that_has_left_is_410(self, data: bytes, parts: object) -> None:
+        stream = parts()
+        assert stream.post(Parts.EVENTS + b"one", 0, first=True) == 200
+        stream.read(8)
+        stream.client.close()
+        offsets = itertools.count(3, len(data))
+        eventually(lambda: stream.post(data, next(offsets)) == 410)
+
+    @pytest.mark.parametrize("sent", [8, 9, 10])
+    def test_a_length_that_was_told_is_kept(self, sent: int, parts: object) -> None:
+        stream = parts()
+        assert stream.post(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n1234", 0, first=True) == 200
+        stream.send(b"5678901234"[: sent - 4], 4, more=False)
+        assert (stream.read() == b"123456789") == (sent == 9)
+        assert b"\r\nContent-Length: 9\r\n" in stream.head
+        assert stream.hand.answer()[0] == (200 if sent == 9 else 410)
+
+    def test_a_response_that_broke_off_goes_on_in_parts(self, parts: object) -> None:
+        data = random.Random(5).randbytes(600_000)
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 600000\r\n\r\n"
+        for framing in ("Transfer-Encoding: chunked", f"Content-Length: {600_000 + len(head)}"):
+            stream = parts()
+            broken = Hand(stream.port)
+            begin = [f"POST /7ZSFUKGV/http_response/{stream.identity} HTTP/1.1", "Host: r", f"X-ApiKey: {KEY}"]
+            begin += ["Content-Type: application/http", framing, "", ""]
+            sent = head + data[:400_000]
+            broken.sock.sendall(
+                "\r\n".join(begin).encode() + (ptth.format_chunk(sent) if "chunked" in framing else sent)
+            )
+            got = stream.read(300_000)
+            broken.close()
+            for offset in range(0, 600_000, 150_000):
+                first = head if not offset else b""
+                more = offset < 450_000
+                stream.send(first + data[offset : offset + 150_000], offset, more=more, first=not offset)
+                got += stream.read(offset + 150_000 - len(got))
+                assert stream.hand.answer()[0] == 200
+            assert got == data
+
+    @pytest.mark.parametrize(("features", "patience"), [("body", 0), ("parts", 0.2)])
+    def test_a_response_that_does_not_go_on_breaks_off(
+        self, features: str, patience: float, parts: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "FETCH_GRACE", 0.2 if patience else 20)
+        stream = parts(features=features)
+        stream.hand.respond(stream.identity, ptth.format_chunk(Parts.EVENTS + b"x"), "Transfer-Encoding: chunked")
+        assert stream.read(6) == b"1\r\nx\r\n"
+        stream.hand.close()
+        begin = time.monotonic()
+        assert stream.read() == b""
+        assert patience <= time.monotonic() - begin < 10
+
+    def test_streams_have_places_of_their_own(self, parts: object, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ptth, "MAX_STREAMS", 2)
+        monkeypatch.setattr(ptth, "MAX_SENDING", 1)
+        streams = [parts(), parts(), parts()]
+        assert [stream.post(Parts.EVENTS, 0, first=True) for stream in streams] == [200, 200, 410]
+        assert streams[2].read() and streams[2].head.startswith(b"HTTP/1.1 503 ")
+        streams[0].send(b"", 0, more=False)
+        assert streams[0].hand.answer()[0] == 200
+        assert parts().post(Parts.EVENTS, 0, first=True) == 200
+
+    def test_a_wrong_key_adds_no_part_and_gets_nothing(self, parts: object) -> None:
+        stream = parts("Upgrade: websocket", "Connection: Upgrade")
+        stream.post(Parts.SWITCH, 0, first=True)
+        stream.hand.key = "a-wrong-key-of-some-length"
+        assert stream.post(b"forged", 0) == 401
+        stream.hand.key = "a-wrong-key-of-some-length"
+        assert stream.poll(0)[0] == 401
+
+    # what a client sends after a 101
+
+    def test_polls_bring_what_the_client_sends(self, parts: object) -> None:
+        stream = parts("Upgrade: websocket", "Connection: Upgrade")
+        assert b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" in stream.p3
+        assert stream.poll(0, 0) == (204, b"")  # before the 101
+        stream.client.sendall(b"early")
+        assert stream.post(Parts.SWITCH, 0, first=True) == 200
+        assert stream.poll(0) == (200, b"early")
+        assert stream.poll(5, 0) == (204, b"")
+        stream.client.sendall(b"hello")
+        assert stream.poll(5) == (200, b"hello")
+        stream.client.shutdown(socket.SHUT_WR)
+        assert stream.poll(10) == (410, b"")
+        assert stream.post(b"last word", 0, more=False) == 200
+        assert stream.read() == b"last word"
+
+    @pytest.mark.parametrize("offset", [0, 4, 6, 999])
+    def test_lost_bytes_close_the_stream(self, offset: int, parts: object) -> None:
+        stream = parts("Upgrade: websocket", "Connection: Upgrade")
+        stream.post(Parts.SWITCH, 0, first=True)
+        stream.client.sendall(b"hello")
+        assert stream.poll(0) == (200, b"hello")
+        assert stream.poll(offset)[0] == 410
+        assert stream.read() == b""
+        assert stream.post(b"x", 0) == 410
+
+    def test_the_latest_poll_gets_what_comes(self, parts: object) -> None:
+        stream = parts("Upgrade: websocket", "Connection: Upgrade")
+        stream.post(Parts.SWITCH, 0, first=True)
+        old, stream.hand = stream.hand, Hand(stream.port)
+        old.send("GET", f"http_request/{stream.identity}", b"", "PTTH-Offset: 0", "Prefer: wait=20")
+        old.sock.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            old.sock.recv(1)
+        later = threading.Timer(0.1, stream.client.sendall, (b"hello",))
+        later.start()
+        assert stream.poll(0) == (200, b"hello")
+        old.sock.settimeout(20)
+        assert old.answer_without_length()[0] == 204
+
+    NO_SWITCH = [
+        b"HTTP/1.1 101 X\r\n\r\n", b"HTTP/1.1 101 X\r\nUpgrade: h2c\r\n\r\n", b"HTTP/1.1 100 X\r\nUpgrade: websocket\r\n\r\n",
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("inner", NO_SWITCH)
+    def test_only_a_websocket_that_was_asked_for_is_a_switch(self, inner: bytes, parts: object) -> None:
+        for fields, reply in ((("Upgrade: websocket", "Connection: Upgrade"), inner), ((), Parts.SWITCH)):
+            stream = parts(*fields)
+            assert stream.post(reply, 0, first=True) == 400
+            stream.read(1)
+            assert stream.head.startswith(b"HTTP/1.1 502 ")
+
+    def test_a_server_without_the_feature_gets_no_upgrade(self, parts: object) -> None:
+        stream = parts("Upgrade: websocket", "Connection: Upgrade", features="body")
+        assert not re.search(rb"(?i)upgrade", stream.p3)
 
 
 class TestHosts:
