@@ -8199,12 +8199,22 @@ def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
     return [f"{scheme}://{bracket(host)}:{port}/" for host in hosts]
 
 
+def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Report what nobody has handled, but for a connection's end: it is in a future of asyncio's own.
+
+    That comes here when the garbage collector happens to take the future before the stream that it belongs to.
+    """
+    if not isinstance(context.get("exception"), OSError) or isinstance(context.get("future"), asyncio.Task):
+        loop.default_exception_handler(context)
+
+
 def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
     """Return an event that SIGINT and SIGTERM set. A second SIGINT ends the program at once.
 
     SIGHUP calls `hang_up`, which reads the configuration again. If the terminal was closed, SIGHUP sets the event, too.
     """
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(report)
     event = asyncio.Event()
     number = getattr(signal, "SIGHUP", None)
     if number:
