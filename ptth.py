@@ -3604,13 +3604,13 @@ _NOTHING_THERE = {
 def file_error(error: OSError, place: bytes = b"") -> ProtocolError:
     """Return the client's error for one of the file system: 403, 404, 503, or 500, which is logged with the path."""
     if isinstance(error, PermissionError):
-        return ProtocolError(403, "this cannot be read")
+        return ProtocolError(403, "no permission to read this")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return ProtocolError(503, "too many open files", headers=[("Retry-After", "1")])
     if error.errno in (errno.EAGAIN, errno.ENOMEM):
         return ProtocolError(503, "this cannot be read now", headers=[("Retry-After", "1")])
     if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _NOTHING_THERE:
-        return ProtocolError(404, "there is nothing here")
+        return ProtocolError(404, "not found")
     log_line(f"cannot read {os.fsdecode(error.filename or place)}: {format_error(error)}")
     return ProtocolError(500, "the file system failed; the server's log has the details")
 
@@ -3685,12 +3685,12 @@ class Site:
             return Response(204, [self._allow, NOSNIFF])
         check = _is_short_path_refused if len(segments) < 32 else is_refused
         if check(segments, self.options.hidden):
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         found = self.open(segments)
         if found.fd is not None:
             if directory:
                 os.close(found.fd)
-                raise ProtocolError(404, "there is nothing here")
+                raise ProtocolError(404, "not found")
             return self._respond_file(request, found, segments)
         if not directory and segments:
             location = redirect_below(segments[-1], request.target)
@@ -3700,7 +3700,7 @@ class Site:
             if index is not None:
                 return self._respond_file(request, index, (*segments, b"index.html"))
         if not self.options.listing:
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         as_json = as_json or wants_json(request.headers)
         try:  # resolve links once: if a link to the root changes meanwhile, two directories must not be mixed
             found = found._replace(place=self._follow(found.place))
@@ -4554,7 +4554,7 @@ class Uploads:
         """Answer PROPFIND (RFC 4918, 9.1) for a file, or a folder and its files: rclone sends it before it copies."""
         options = self._site.options
         if is_refused(segments, options.hidden) or not options.listing:
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         found = self._site.open(segments)
         path = request.headers.get("x-forwarded-prefix", "") + request.target.partition("?")[0]
         path = urllib.parse.quote(path.encode("latin-1"), safe="/%")
@@ -4763,7 +4763,7 @@ def with_site_options(handler: Handler, options: SiteOptions, realm: str, *, app
         return handler
     secret = options.auth.encode("utf-8", "surrogateescape")
     challenge = ProtocolError(
-        401, "a password is needed", headers=[("WWW-Authenticate", f'Basic realm="{realm}", charset="UTF-8"')]
+        401, "password required", headers=[("WWW-Authenticate", f'Basic realm="{realm}", charset="UTF-8"')]
     )
 
     allow = ("Allow", ", ".join((*METHODS, "POST", "PUT", "PATCH", "DELETE") if app else METHODS))
@@ -4829,7 +4829,7 @@ def server_handler(site: Site, name: str) -> Handler:
                     location = redirect_below(prefix[-1], request.target)
                     return text_response(301, "it is a directory\n", [("Location", location)])
                 return await site.respond(request, segments[len(prefix) :], directory, as_json=as_json)
-        raise ProtocolError(404, "there is nothing here; the files are below files/")
+        raise ProtocolError(404, "not found; the files are below files/")
 
     return with_site_options(handle, site.options, name)
 
@@ -5251,7 +5251,7 @@ def unpack_rust_response(text: str) -> tuple[int, Headers]:
 
 NAME = r"[A-Za-z0-9._-]{1,64}"
 _NAME = re.compile(rf"(?!\.\.?\Z){NAME}")
-NAME_RULE = "must be 1 to 64 of A-Z a-z 0-9 . _ - and neither . nor .."
+NAME_RULE = "is not valid: 1 to 64 characters of A-Z a-z 0-9 . _ -, but not . or .."
 
 
 class ServerEntry(NamedTuple):
@@ -5991,7 +5991,10 @@ class Gate:
             return
         self._refusal_logged[known] = now
         client = self.state.client_address(request)
-        log_line(f"ptth relay: {api} key refused: {why} for {name!r} from {client}; not told again for a minute")
+        who, status = ("server", 401) if api == "backend" else ("scraper", 403)
+        log_line(
+            f"ptth relay: {who} {name!r}: {why} from {client}, {status}; further ones are not logged for 60 seconds"
+        )
         self.state.audit(f"{api} key refused: {why}", name, client=client)
 
 
@@ -6032,7 +6035,7 @@ class Desk:
         """Answer a request for one of the relay's own pages. ProtocolError 404, 405."""
         show = self._pages.get(path)
         if show is None:
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         self._check_method(request)
         if path == "/frontend/audit_log" and await self._may_see_clients(request):
             return self._audit_log(request)
@@ -6050,7 +6053,7 @@ class Desk:
         self._check_method(request)
         show = self._scraper_pages.get(what)
         if show is None:
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         return show()
 
     @staticmethod
@@ -6197,7 +6200,7 @@ class Desk:
     def _debug(self, request: Request) -> Response:
         """Show version and state, in dev mode; otherwise ProtocolError 404."""
         if not self.state.config.dev_mode:
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         values = {
             "Version": __version__,
             "Python": sys.version,
@@ -6252,7 +6255,7 @@ class Backend:
         action, _, rest = path.partition("/")
         method, form = _BACKEND_ACTIONS.get(action, ("", _NAME))
         if not method or not form.fullmatch(rest):
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
         by_id = {"http_response": [self.state.exchanges, self.state.responses], "http_request": [self.state.uploads]}
@@ -6704,7 +6707,7 @@ class Relay:
         """Answer the scraper API: the same as the frontend, for programs with a key. ProtocolError 403, 404."""
         version, _, rest = path.partition("/")
         if not self.state.config.enable_scraper_api or version not in ("v1", "api"):
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         if not await self.gate.is_scraper(request):
             raise ProtocolError(403, "this needs a valid X-ApiKey", headers=[NO_STORE])
         what = rest.partition("?")[0]
@@ -6712,7 +6715,7 @@ class Relay:
             return self.desk.show_scraper(request, what)
         name, slash, below = rest.removeprefix("server/").partition("/")
         if not slash or "?" in name:
-            raise ProtocolError(404, "there is nothing here")
+            raise ProtocolError(404, "not found")
         return await self._forward(
             request, Route(self.state.find_server(name), f"/{below}", f"/scraper/{version}/server/{name}")
         )
@@ -7284,13 +7287,12 @@ class Link:
                     self._log_change(
                         self._registration_needed()
                         if isinstance(error, KeyRefused)
-                        else f"{error}; trying again every {REFUSED_DELAY:.0f} seconds"
+                        else f"{error}; retrying every {REFUSED_DELAY:.0f} seconds"
                     )
                     pause = REFUSED_DELAY
                 except (OSError, ProtocolError) as error:
-                    self._log_change(
-                        f"no connection to {self.client.origin.authority}: {format_error(error)}; trying again"
-                    )
+                    host = self.client.origin.authority
+                    self._log_change(f"cannot reach the relay at {host}: {format_error(error)}; retrying")
                     pause = next(pauses)
                 self.connected.clear()
                 self.on_change()
@@ -7321,8 +7323,8 @@ class Link:
 
     def _registration_needed(self) -> str:
         return (
-            f"the relay refuses the name {self.name} with this key (401). If the key is right, add this to the relay's "
-            f"ptth_relay.toml and restart it, or send it SIGHUP; trying again:\n"
+            f"the relay does not know server {self.name} with this key (401). Add these lines to its ptth_relay.toml "
+            f"and send it SIGHUP; retrying every {REFUSED_DELAY:.0f} seconds:\n"
             f"{format_server_block(self.name, self._key)}"
         )
 
@@ -7584,7 +7586,7 @@ def _refusal_of_p1(status: int, headers: Headers, client: HTTPClient) -> Excepti
     advice = _NO_RELAY.get(status, "a wrong relay_url, or a captive portal: log in to this network in a browser")
     scheme = headers.get("www-authenticate", "").partition(" ")[0]
     what = f"{status}, {scheme or headers.get('content-type') or 'no type'}"[:80]
-    return Refused(f"what answers at {client.origin.url}{through} is no relay ({what}): {advice}")
+    return Refused(f"{client.origin.url}{through} is not a PTTH relay ({what}): {advice}")
 
 
 _NO_RELAY = {
@@ -7871,7 +7873,7 @@ def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
     block.allow_only(["name", "tripcode", "display_name", "sandbox", "host"])
     name, code = block.text("name"), block.text("tripcode")
     if block.is_text("name") and not _NAME.fullmatch(name):
-        block.problem(f"name = {name!r} {NAME_RULE}")
+        block.problem(f"name {name!r} {NAME_RULE}")
     elif name and name in names:
         block.problem(f"name = {name!r}: there are two servers named {name}")
     names.add(name)
@@ -7923,7 +7925,7 @@ def check_secrecy(path: str, table: TOMLTable) -> None:
     if foreign or mounted:
         log_line(f"ptth server: others can read {path} (mode {mode}); accepted, since a secrets mount looks like that")
     else:
-        table.problem(f"holds a secret and has mode {mode}, others can read it; do: chmod 600 {path}")
+        table.problem(f"other users can read it (mode {mode}), and it holds the key; run: chmod 600 {path}")
 
 
 def find_key(table: TOMLTable) -> str:
@@ -7974,7 +7976,7 @@ def load_server_config(
     if not config.name:
         table.problem('name is missing: set name = "..." or give --name')
     elif not _NAME.fullmatch(config.name):
-        table.problem(f"name = {config.name!r} {NAME_RULE}")
+        table.problem(f"name {config.name!r} {NAME_RULE}")
     config.api_key = find_key(table)
     if to_connect:
         read_relays(config, table)
@@ -8113,7 +8115,7 @@ def check_root(root: str, how: str) -> str:
     if not root:
         root = path
         if os.path.realpath(root) in (os.path.realpath(os.sep), os.path.realpath(os.path.expanduser("~"))):
-            raise UserError(f"will not serve {root} by accident; if you mean it, name it: {how}")
+            raise UserError(f"not serving {root} unless it is named; to serve it: {how}")
     try:
         is_directory = stat.S_ISDIR(os.stat(root).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -8121,10 +8123,12 @@ def check_root(root: str, how: str) -> str:
     except OSError as error:
         raise UserError(f"cannot serve {root}: {format_error(error)}") from None
     if not is_directory:
-        hint = f"; for a port give --port {root}" if root.isdigit() else ""
+        hint = f" (port? use --port {root})" if root.isdigit() else ""
         if not root.isprintable():
             hint = "; in double quotes a backslash begins an escape, so write it in single quotes"
-        raise UserError(f"{root} is no directory{hint}")
+        raise UserError(
+            f"{root} is not a directory{hint}" if os.path.lexists(root) or hint else f"there is no directory {root}"
+        )
     return root
 
 
@@ -8314,7 +8318,7 @@ def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
 def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | None) -> None:
     """Load the certificate again, for new connections. If that fails, keep the old one."""
     if not context:
-        log_line("ptth file-server: there is nothing to read again; what its flags say changes with a restart only")
+        log_line("ptth file-server: there is nothing to read again; changed flags take effect after a restart")
         return
     try:
         fresh = load_certificate(cert, key)
@@ -8340,7 +8344,7 @@ async def run_relay(args: argparse.Namespace) -> None:
     path = find_config(args.config, "ptth_relay.toml")
     if args.config is None and not os.path.exists(path):
         config = RelayConfig()
-        log_line("ptth relay: there is no ptth_relay.toml, so no server is registered")
+        log_line("ptth relay: no ptth_relay.toml found: using defaults, no server registered")
     else:
         config = load_relay_config(path)
     if args.domain is not None:
@@ -8367,7 +8371,7 @@ def reload(relay: Relay, path: str, domain: str | None) -> None:
     if domain is not None:
         config.domain = relay.state.config.domain
     if (config.port, config.bind) != (relay.state.config.port, relay.state.config.bind):
-        log_line("ptth relay: port and bind change with a restart only")
+        log_line("ptth relay: a changed port or bind takes effect after a restart")
     relay.configure(config)
     counts = format_count(len(config.servers), "server"), format_count(len(config.scraper_keys), "scraper key")
     log_line(f"ptth relay: read {path} again: {', '.join(counts)}")
@@ -8378,7 +8382,7 @@ def print_scraper_key(name: str) -> None:
     import secrets
 
     if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} {NAME_RULE}", status=2)
+        raise UserError(f"name {name!r} {NAME_RULE}", status=2)
     key = secrets.token_urlsafe(32)
     now = time.time()
     print_output(
@@ -8457,7 +8461,7 @@ def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[],
     keys = ("name", "api_key", "relay_url", "proxy_url", "throttle_upload")
     changed = [key for key in keys if getattr(fresh, key) != getattr(config, key)]
     if changed:
-        log_line(f"ptth server: these change with a restart only: {', '.join(changed)}")
+        log_line(f"ptth server: these changes take effect after a restart: {', '.join(changed)}")
     fresh.name = config.name
     server.workers.handler = make_content(fresh)
     log_line(f"ptth server: read {config.path} again: serving {describe_content(fresh)}")
@@ -8469,7 +8473,7 @@ def print_server_config(name: str, relay_urls: list[str]) -> None:
     import secrets
 
     if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} {NAME_RULE}", status=2)
+        raise UserError(f"name {name!r} {NAME_RULE}", status=2)
     try:
         for url in relay_urls:
             parse_relay_url(url)
@@ -8480,7 +8484,7 @@ def print_server_config(name: str, relay_urls: list[str]) -> None:
     while key_weakness(key):  # a token could begin like the placeholder
         key = secrets.token_urlsafe(32)
     print_output(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(shown)}')
-    write_stderr(format_server_block(name, key) + "\n")
+    write_stderr(f"# for ptth_relay.toml on the relay:\n{format_server_block(name, key)}\n")
 
 
 def local_names_only(handler: Handler) -> Handler:

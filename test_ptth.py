@@ -6109,7 +6109,7 @@ class TestOperator:
         assert (status, body) == (403, b"this needs a valid X-ApiKey\n")
         assert one(tunnel.fetch(get("/scraper/v1/test")))[::2] == (403, b"this needs a valid X-ApiKey\n")
         told = capfd.readouterr().err
-        assert "scraper key refused" in told and self.SCRAPER not in told
+        assert "ptth relay: scraper " in told and self.SCRAPER not in told
         self.configure(tunnel, self.key())
         metrics = one(tunnel.fetch(get("/scraper/v1/metrics", f"X-ApiKey: {self.SCRAPER}")))[2].decode()
         assert 'keys_refused_total{api="scraper"} 2' in metrics
@@ -6328,7 +6328,7 @@ class TestServer:
         (401, {"www-authenticate": 'Basic realm="front"'}, "https://r.example", "(401, Basic): it asks for a login; let /7ZSFUKGV/ pass"), (401, {"www-authenticate": "Bearer"}, "https://r.example", "login"),
         (401, {"content-type": "text/html"}, "https://r.example", "login"), (403, {"content-type": "text/html"}, "https://r.example", "forbids /7ZSFUKGV/"), (404, {}, "https://r.example/frontend", "without /frontend/"),
         (407, {}, "http://r.example", "proxy_url"), (429, {}, "http://r.example", "limits"), (400, {"content-type": "text/html"}, "http://r.example:443", "https://"), (511, {}, "http://r.example", "log in"),
-        (200, {"content-type": "text/html"}, "http://r.example", "portal"), (206, {"content-type": "application/http"}, "http://r.example", "no relay"), (101, {}, "http://r.example", "no relay"),
+        (200, {"content-type": "text/html"}, "http://r.example", "portal"), (206, {"content-type": "application/http"}, "http://r.example", "not a PTTH relay"), (101, {}, "http://r.example", "not a PTTH relay"),
         (200, {"content-type": "application/http", "content-encoding": "gzip"}, "http://r.example", "compresses"), (302, {"location": "https://r.example/" + "x" * 9000}, "https://s.example", "no relay"),
     ]  # fmt: skip
 
@@ -6358,7 +6358,7 @@ class TestServer:
         assert not isinstance(caught.value, ptth.Refused)  # tried again soon: a relay that is started again
         with pytest.raises(ptth.Refused, match="the proxy at p:3128 answers 407: it wants a login"):
             ptth.check_p3(407, ptth.Headers(), client)
-        with pytest.raises(ptth.Refused, match=r"http://r\.example, or the proxy at p:3128, is no relay"):
+        with pytest.raises(ptth.Refused, match=r"http://r\.example, or the proxy at p:3128, is not a PTTH relay"):
             ptth.check_p3(403, ptth.Headers(), client)
 
     REFUSING = [  # (answer, scheme of relay_url, whether by a proxy, words)
@@ -6395,7 +6395,7 @@ class TestServer:
         assert (
             words in told
             and here in told
-            and "trying again every 3600 seconds" in told
+            and "retrying every 3600 seconds" in told
             and (scheme == "http" or "r.example" not in told.split("CONNECT")[0])
         )
 
@@ -6914,8 +6914,8 @@ class TestSeveralRelays:
         assert self.reach(good) == 200 and server.connected.is_set()
         states = dict(re.findall("ptth server: http://127.0.0.1:([0-9]+): (.*)", told))
         assert "connected to the relay" in states[str(good.port)]
-        assert "refuses the name n with this key (401)" in states[str(refusing.port)]
-        assert "no connection to" in states[str(away)]
+        assert "does not know server n with this key (401)" in states[str(refusing.port)]
+        assert "cannot reach the relay at" in states[str(away)]
         background.loop.call_soon_threadsafe(refusing.relay.configure, good.relay.state.config)
         eventually(lambda: refusing.relay.state.servers["n"].connected)  # it was let in later, by itself
         assert self.reach(refusing) == 200
@@ -7027,7 +7027,7 @@ class TestSeveralRelays:
         server.wait_for("again: serving")
         server.process.send_signal(signal.SIGTERM)
         assert all(read_to_end(sock) > size for sock in socks)
-        assert server.process.wait(20) == 0 and "restart only" not in "".join(server.told)
+        assert server.process.wait(20) == 0 and "after a restart" not in "".join(server.told)
 
 
 class TestConfiguration:
@@ -7247,7 +7247,7 @@ class TestConfiguration:
             "api_key is missing",
             "relay_url is missing",
             "proxy_url",
-            "/nowhere is no",
+            "no directory /nowhere",
         ]
         assert all(word in line for word, line in zip(words, caught.value.args, strict=True))
 
@@ -7337,7 +7337,7 @@ class TestConfiguration:
     ) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ptth.UserError, match="name it"):
+        with pytest.raises(ptth.UserError, match="to serve it"):
             ptth.check_root("", "DIR")
         assert ptth.check_root(str(tmp_path), "DIR") == str(tmp_path)
         with pytest.raises(ptth.UserError, match="--port 8000"):
@@ -7657,7 +7657,7 @@ class TestCommandLine:
         assert again("again: serving")[0] == 404
         status, fields, body = again("again: serving", hidden=True, headers=["X-Own: yes"])
         assert (status, fields["x-own"], body) == (200, "yes", b"secret\n")
-        assert again("with a restart only: name, throttle_upload", name="m", throttle_upload=5, hidden=True)[0] == 200
+        assert again("after a restart: name, throttle_upload", name="m", throttle_upload=5, hidden=True)[0] == 200
         assert again("keeping the old configuration: ptth_server.toml: auth", auth="x")[0] == 200
         assert again("again: serving", auth="u:p", hidden=True)[0] == 401
         server.end()
@@ -7855,7 +7855,7 @@ class TestRealProcesses:
         sock = pair.download("/big")
         pair.relay.end(signal.SIGKILL)
         assert read_to_end(sock) < self.SIZE
-        pair.server.wait_for("no connection")
+        pair.server.wait_for("cannot reach the relay")
         pair.start_relay()
         pair.server.wait_for("connected to the relay")
         assert one(pair.get("/hello.txt"))[2] == HELLO
@@ -8124,7 +8124,7 @@ class TestFaults:
         threads = [threading.Thread(target=flood, args=(i,)) for i in range(24)]
         for thread in threads:
             thread.start()
-        refused = lambda: len([line for line in relay.told if "refused" in line])  # noqa: E731
+        refused = lambda: len([line for line in relay.told if "wrong key" in line or "unknown name" in line])  # noqa: E731
         eventually(lambda: refused() == 3)  # one line for each name, and one for those that nobody has
         fresh = Hand(port, "fresh", "the-second-key-of-this-test")
         for _ in range(2):
@@ -8201,7 +8201,8 @@ class TestFaults:
             begin = time.monotonic()
             relay.wait_for("n is disconnected", patience=60)
             eventually(
-                lambda: b"no connection" in (tmp_path / "log").read_bytes(), patience=60 - (time.monotonic() - begin)
+                lambda: b"cannot reach the relay" in (tmp_path / "log").read_bytes(),
+                patience=60 - (time.monotonic() - begin),
             )
             for command in (
                 f"addr del 198.18.77.2/24 dev {far}",
