@@ -116,8 +116,7 @@ WRITE_HIGH_WATER = 64 * 1024  # bytes; with more in a connection's buffer, `send
 READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
 MAX_PART_HEAD = 8 * 1024  # bytes of the head of one part of a form; a name has 255
 MAX_PARTS = 1000  # of one form
-WRITE_SIZE = 1024 * 1024  # bytes of an upload that a thread writes at a time: 256 KiB take a third more CPU time
-SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload between two calls of fsync, so that the last one is short
+SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload after which they are written to the disk
 SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
 SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile, which blocks the loop for about half a millisecond
 MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.2)
@@ -1310,6 +1309,11 @@ class IncomingBody(Body):
     def known_length(self) -> int | None:
         """The same, but known also for a chunked body that has arrived completely."""
         return len(self.unread_data) if self.complete else self.length
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether all of a body with a length can be read without waiting."""
+        return not (self.chunked or self.until_close) and len(self.connection.buffer) >= self.remaining
 
     async def read(self) -> bytes:
         """Return the next bytes, or b"" at the end. IncompleteBody; ProtocolError 400, 408 or 431."""
@@ -4697,7 +4701,7 @@ class Uploads:
                 await asyncio.shield(asyncio.to_thread(partial.discard))
 
     async def _receive(self, partial: PartialFile, read: Callable[[], Awaitable[bytes]]) -> None:
-        """Write the bytes that `read` returns, in pieces of about WRITE_SIZE."""
+        """Write the bytes that `read` returns, in pieces of about READ_SIZE."""
         size = waiting = 0
         pieces: list[bytes] = []
         while data := await read():
@@ -4706,7 +4710,7 @@ class Uploads:
                 raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
             pieces.append(data)
             waiting += len(data)
-            if waiting >= WRITE_SIZE:
+            if waiting >= READ_SIZE:
                 await in_thread(partial.write, b"".join(pieces))
                 pieces, waiting = [], 0
         await in_thread(partial.write, b"".join(pieces))
@@ -4839,7 +4843,8 @@ def server_handler(site: Site, name: str) -> Handler:
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
-FEATURES = ("PTTH-Features", "body, upgrade, parts")  # what this program can do, said in P1 and in the answer to it
+# What this program can do, said in P1 and in P3. `listen`: a P5 with Prefer: wait is the next P1, too.
+FEATURES = ("PTTH-Features", "body, upgrade, parts, listen")
 MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST
 
 
@@ -5517,6 +5522,7 @@ class RegisteredServer:
     def __init__(self, entry: ServerEntry) -> None:
         self.entry = entry
         self.name = entry.name
+        self.hosts: list[str] = []  # that are its own
         self.waiting: dict[str, Exchange] = {}
         self.offered: dict[str, Exchange] = {}  # sent in a P3, not yet claimed
         self.exchanges: dict[str, Exchange] = {}  # all whose clients do not have the whole response yet
@@ -5861,7 +5867,9 @@ class RelayState:
             else:
                 server.entry = new
         self.servers |= {name: RegisteredServer(entry) for name, entry in entries.items()}
-        self.hosts = {host: server for server in self.servers.values() for host in config.hosts_of(server.entry)}
+        for server in self.servers.values():
+            server.hosts = config.hosts_of(server.entry)
+        self.hosts = {host: server for server in self.servers.values() for host in server.hosts}
         self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
 
     def audit(self, event: str, server: str, **details: Any) -> None:
@@ -6318,7 +6326,7 @@ class Backend:
             return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, close=self.state.stopping)
         body = BytesBody(b"".join([exchange.head for exchange in batch]))
         fields = [("Content-Type", REQUESTS_TYPE), NO_STORE, FEATURES]
-        fields += [("PTTH-Host", host) for host in self.state.config.hosts_of(server.entry)[:1]]
+        fields += [("PTTH-Host", host) for host in server.hosts[:1]]
         return Response(200, fields, body, sent, close=self.state.stopping)
 
     @staticmethod
@@ -6531,10 +6539,17 @@ class Backend:
     async def _receive_batch(self, request: Request, server: RegisteredServer) -> Response:
         """Receive a batch, a P5 with several small responses. Each is sent to its client independently.
 
-        Unknown ids, and those with a response already, are ignored, so a server may send a batch again.
+        Unknown ids, and those with a response already, are ignored, so a server may send a batch again. With Prefer:
+        wait=N it is also a P1, and its answer a P3.
         """
-        data = await self._read_batch(request.body, server)
+        self._deliver_batch(await self._read_batch(request.body, server), server)
         server.last_seen = self.state.loop.time()
+        if "prefer" in request.headers and not self.state.stopping:
+            return await self._listen(request, server)
+        return Response(200, [NO_STORE])
+
+    def _deliver_batch(self, data: bytes, server: RegisteredServer) -> None:
+        """Give each response of a batch to the client that waits for it."""
         for request_id, status, headers, content, error in unpack_responses(data):
             exchange = self.state.exchanges.get(request_id)
             if exchange is None or exchange.server is not server or exchange.response.done():
@@ -6546,7 +6561,6 @@ class Backend:
             except ProtocolError as problem:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
             self.state.forget(exchange)
-        return Response(200, [NO_STORE])
 
     async def _read_batch(self, body: Body, server: RegisteredServer) -> bytes:
         """Read a batch. ProtocolError 408 after the response timeout, 503 above MAX_BATCHES_BYTES, 502 if too large."""
@@ -6559,6 +6573,8 @@ class Backend:
             raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
         server.batch_bytes += size
         try:
+            if body.has_arrived:
+                return await body.read_all(most)
             async with asyncio.timeout(self.state.config.response_timeout):
                 return await body.read_all(most)
         except TimeoutError:
@@ -6781,7 +6797,7 @@ class Relay:
 
 
 # -- 16. Server --
-# P1, P4 and P5: gets requests from a relay, calls a handler, sends its responses. Does not use clients' connections.
+# P1, P4 and P5: brings a relay's requests to a handler, and its responses back. Does not see clients' connections.
 
 
 class KeyRefused(Refused):
@@ -6789,7 +6805,7 @@ class KeyRefused(Refused):
 
 
 def log_fault() -> None:
-    """Log the traceback of the current exception."""
+    """Write the traceback of the exception that is being handled on stderr."""
     import traceback
 
     for line in traceback.format_exc().splitlines():
@@ -6797,23 +6813,23 @@ def log_fault() -> None:
 
 
 class Workers:
-    """Calls a handler for the requests from all relays of a server. `group` has all tasks of the server."""
+    """A handler, and the budget of work that all relays of a server share.  `group` has every task of the server."""
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
         self.group: asyncio.TaskGroup | None = None  # while the server runs
         self.stopping = asyncio.Event()
-        self.room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are handled or queued
+        self.room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are at a handler, or wait for one
         self.room.set()
-        self.request_ids: dict[str, Sender] = {}  # ids of all requests without a response
+        self.request_ids: dict[str, Sender] = {}  # of all requests that came and are not answered
         self.sending: Counter[str] = Counter()  # large responses that are being sent, by the client's address
-        self.most_sending = file_limit() // 4  # each needs two descriptors: half of all
+        self.most_sending = file_limit() // 4  # half of the descriptors: each takes one, and one for its file
         self._queue: deque[tuple[str, Request | ProtocolError, Sender]] = deque()
-        self._count = 0  # worker tasks
-        self._batched = 0  # small responses that wait for a batch, or are in one in flight
+        self._count = 0  # tasks that handle them
+        self._batched = 0  # small responses that wait for their batch
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run `work` as a task. An exception in it ends the server."""
+        """Run `work` until it ends. What it raises ends the server."""
         try:
             assert self.group
             self.group.create_task(work)
@@ -6821,19 +6837,19 @@ class Workers:
             work.close()
 
     def add(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
-        """Queue a request for `start`. One that is queued or handled already is ignored."""
+        """Let `start` handle a request, and its response be sent; one that is worked on already is ignored."""
         if request_id in self.request_ids:
             return
         self.request_ids[request_id] = sender
         self._queue.append((request_id, request, sender))
 
     def start(self) -> None:
-        """Handle the queued requests."""
+        """Begin to work on the requests that were added."""
         self._look_for_room()
         self._start_worker()
 
     def _look_for_room(self) -> None:
-        """Set or clear `room`, on which each link waits before it polls again."""
+        """Let the relays be asked for more, or not."""
         if len(self._queue) + self._count < MAX_HANDLERS and self._batched < MAX_HANDLERS:
             self.room.set()
         else:
@@ -6850,7 +6866,7 @@ class Workers:
             asyncio.get_running_loop().call_soon(self._start_worker)
 
     async def _work(self) -> None:
-        """Handle queued requests, one after the other, until there are none."""
+        """Handle what is queued, one request after the other."""
         try:
             while self._queue:
                 await self._handle(*self._queue.popleft())
@@ -6860,9 +6876,9 @@ class Workers:
             self._look_for_room()
 
     async def _call_handler(self, request: Request) -> Response:
-        """Return the handler's response. ProtocolError 504 for its TimeoutError, 502 for its IncompleteBody.
+        """Return the handler's response.
 
-        The request has arrived completely, so that both are errors of the handler.
+        No part of a request is still to come through the tunnel, so a time-out and a broken body are the handler's own.
         """
         try:
             response = await self.handler(request)
@@ -6879,7 +6895,7 @@ class Workers:
             raise RuntimeError("the handler was cancelled by its own work") from error
 
     async def _handle(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
-        """Call the handler for one request, and start to send its response, without waiting for a slow client."""
+        """Have one request handled, and let its response be sent: a client that reads slowly keeps no handler."""
         try:
             if isinstance(request, ProtocolError):
                 response = error_response(_NO_REQUEST, request)
@@ -6902,7 +6918,7 @@ class Workers:
             self.done(request_id)
 
     def _may_send(self, address: str) -> bool:
-        """Return whether another large response may be sent. One client address may have half of the places."""
+        """Return whether another large response may be sent; one address has half of the places at most."""
         places = self.most_sending
         return self.sending.total() < places and not (address and self.sending[address] >= places // 2)
 
@@ -6910,25 +6926,25 @@ class Workers:
         """Send one large response."""
         try:
             await sender.send(request_id, response, method)
-        except Exception:  # an error in a body: its response is incomplete, the server continues
+        except Exception:  # a fault in a body: its response broke off, the server goes on
             log_fault()
         finally:
             self.sending -= Counter((address,))
             self.done(request_id)
 
     def ids_from(self, sender: Sender) -> list[str]:
-        """Return the ids of the requests from the sender's relay without a response, MAX_LOST at most."""
-        return list(itertools.islice((key for key, value in self.request_ids.items() if value is sender), MAX_LOST))
+        """Return the newest ids of requests from the sender's relay that are not answered, MAX_LOST at most."""
+        found = (key for key, value in reversed(self.request_ids.items()) if value is sender)
+        return list(itertools.islice(found, MAX_LOST))
 
     def done(self, *request_ids: str) -> None:
-        """Record that responses to these requests were sent."""
+        """Note that requests have been answered."""
         for request_id in request_ids:
             self.request_ids.pop(request_id, None)
 
-    def batch_done(self, request_ids: list[str]) -> None:
-        """Record that a batch of small responses was sent."""
-        self._batched -= len(request_ids)
-        self.done(*request_ids)
+    def batch_taken(self, count: int) -> None:
+        """Note that so many small responses wait no more for their batch."""
+        self._batched -= count
         self._look_for_room()
 
 
@@ -6980,13 +6996,20 @@ class PartReader:
             await asyncio.gather(self._reading, return_exceptions=True)
 
 
+class Batch(NamedTuple):
+    """Small responses that leave together."""
+
+    request_ids: list[str] = []
+    data: bytes = b""
+
+
 class Sender:
     """Sends responses to one relay: P5 and P7."""
 
     def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers, log: Callable[[str], None]) -> None:
         self.client = client
         self.name = name
-        self.rust_relay = False  # the relay uses the Rust form
+        self.rust_relay = False  # the relay speaks the original's form
         self.features: set[str] = set()  # of the relay
         self._part_size = 0  # bytes that a proxy in front of it lets through in one POST; 0 is any number
         self.most_batches = 1  # under way at once
@@ -6996,45 +7019,73 @@ class Sender:
         self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach the relay
         self.on_loss: Callable[[], object] = int
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
-        self._sending = 0  # batches in flight
+        self._sending = 0  # batches under way
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether small responses have gathered."""
+        return bool(self._batch)
 
     def can_batch(self, response: Response) -> bool:
-        """Return whether a response is small enough to be sent in a batch."""
+        """Return whether a response is small enough to leave together with others."""
         data = response.body.data
         return data is not None and len(data) <= MAX_BATCHED_BODY and not (self.client.limiter or self.rust_relay)
 
     def batch(self, request_id: str, response: Response, method: str) -> None:
-        """Queue a small response for the next batch, which has all that were queued during the last one."""
+        """Let a small response leave with those of this turn of the loop, and of the time that the last batch took."""
         body = response.body.data or b"" if has_body(method, response.status) else b""
         try:
             self._batch.append((request_id, pack_batched(request_id, response, body)))
         except ProtocolError as error:  # a field that cannot be sent
             self.batch(request_id, error_response(_NO_REQUEST, error), method)
-        if self._sending < self.most_batches:
+            return
+        if len(self._batch) == 1:
+            asyncio.get_running_loop().call_soon(self._start)  # a listener comes before, and takes it along
+
+    def _start(self) -> None:
+        """Post what has gathered, if no batch is under way."""
+        if self._batch and self._sending < self.most_batches:
             self._sending += 1
             self._workers.spawn(self._send_batches())
 
     async def _send_batches(self) -> None:
-        """Post batches until no responses are queued."""
+        """Post what has gathered, until nothing has."""
         try:
             while self._batch:
-                request_ids: list[str] = []
-                pieces: list[bytes] = []
-                size = 0
-                while self._batch and (not pieces or size + len(self._batch[0][1]) <= MAX_BATCH_BYTES):
-                    request_id, piece = self._batch.popleft()
-                    request_ids.append(request_id)
-                    pieces.append(piece)
-                    size += len(piece)
-                try:
-                    await self._post(request_ids, f"http_responses/{self.name}", BytesBody(b"".join(pieces)))
-                finally:
-                    self._workers.batch_done(request_ids)
+                batch = self.take_batch()
+                self._start()
+                await self.send_batch(batch)
         finally:
             self._sending -= 1
 
+    def take_batch(self) -> Batch:
+        """Take small responses that have gathered, MAX_BATCH_BYTES of them at most."""
+        request_ids: list[str] = []
+        pieces: list[bytes] = []
+        size = 0
+        while self._batch and (not pieces or size + len(self._batch[0][1]) <= MAX_BATCH_BYTES):
+            request_id, piece = self._batch.popleft()
+            request_ids.append(request_id)
+            pieces.append(piece)
+            size += len(piece)
+        self._workers.batch_taken(len(pieces))
+        return Batch(request_ids, b"".join(pieces))
+
+    async def send_batch(self, batch: Batch) -> None:
+        """Post small responses."""
+        try:
+            await self._post(batch.request_ids, f"http_responses/{self.name}", BytesBody(batch.data))
+        finally:
+            self._workers.done(*batch.request_ids)
+
+    def settle(self, batch: Batch, status: int, headers: Headers) -> None:
+        """Note the answer to a batch that is none to a P1."""
+        self._workers.done(*batch.request_ids)
+        if not self._got_through(status, headers):
+            self._lose(*batch.request_ids)
+
     async def send(self, request_id: str, response: Response, method: str) -> None:
-        """P5 and P7: send a response to the relay, and close its body."""
+        """P5 and P7: send a response to the relay; its body is closed in the end."""
         body = response.body
         try:
             if self.rust_relay:
@@ -7103,9 +7154,9 @@ class Sender:
     async def _post(
         self, request_ids: list[str], path: str, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
     ) -> None:
-        """Post the responses to `request_ids`. If that fails, PTTH-Lost of the next P1 lists these ids.
+        """Post the responses to `request_ids`. When they do not get through, the relay is told by the next P1.
 
-        A body in memory is sent again after an error: a relay ignores responses that it has already.
+        What is in memory is repeated in any case: a relay that had it passes it over.
         """
         delivered = False
         try:
@@ -7122,16 +7173,19 @@ class Sender:
         self.on_loss()
 
     async def _post_once(self, path: str, body: Body, kind: tuple[str, str]) -> bool:
-        """Post a body. Return whether the relay accepted it; if not, log the status and what to do."""
-        status, headers = await self.client.post(BACKEND + path, [("X-ApiKey", self._key), kind], body)
-        if status in (200, 410) or self.rust_relay and status == 400:  # from Rust, 400 means that the client is gone
+        """Post a body; return whether it got through, and log who refused it if not."""
+        return self._got_through(*await self.client.post(BACKEND + path, [("X-ApiKey", self._key), kind], body))
+
+    def _got_through(self, status: int, headers: Headers) -> bool:
+        """Return whether an answer says so, and log who refused the response if not."""
+        if status in (200, 410) or self.rust_relay and status == 400:  # 400 there: nobody waits for it
             return True
         who = headers.get("server", "the relay, or a proxy in front of it")[:60]
         self._log_change(f"P5 was refused: {who} answers {status}{_REFUSALS.get(status, '')}")
         return False
 
     async def probe(self) -> float:
-        """Post an empty batch, to check that POST is allowed; return the seconds that it took."""
+        """Post an empty batch, which shows whether POST gets through; return the seconds that it took."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with asyncio.timeout(P1_TIMEOUT):
@@ -7153,7 +7207,7 @@ _REFUSALS = {  # status: what to do about it
 
 
 class FetchedBody(Body):
-    """The body of a request. It is fetched from the relay when it is first read, once."""
+    """The body of a request, which is fetched from the relay when it is first wanted, once."""
 
     complete = False
 
@@ -7165,7 +7219,7 @@ class FetchedBody(Body):
         self.length = length
 
     async def _fetch(self) -> Response:
-        """Request the body from the relay. IncompleteBody if it no longer has that."""
+        """Ask the relay for the body; IncompleteBody when it does not have it any more."""
         response = await self._client.handle(self._request, timeout=P1_TIMEOUT)
         if response.status != 200 or response.body.length != self.length:
             await response.body.aclose()
@@ -7241,32 +7295,32 @@ class PolledBody(FetchedBody):
 
 
 class Link:
-    """Connects to one relay, and polls it for requests by P1.
+    """Attends to one relay: says hello, and asks it for requests by P1.
 
-    The first P1 of a connection, the hello, does not wait: it shows whether the relay knows the key.
+    What fast handlers answer at once leaves with the next P1: one request where there would be two.
     """
 
     def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers, label: str = "") -> None:
         self.client = client
         self.name = name
-        self.label = label  # the beginning of each log line, if there are several relays
+        self.label = label  # begins each message: tells this relay from the others
         self.connected = asyncio.Event()
         self.on_change: Callable[[], object] = int  # called when `connected` has changed
         self._key = key
-        self._instance = os.urandom(8).hex()  # tells this server from others of the same name
+        self._instance = os.urandom(8).hex()  # so that a relay can count the servers of one name
         self._workers = workers
         self._spawn = workers.spawn
         self._stopping = workers.stopping
-        self._parked: set[Connection] = set()  # connections of P1 without an answer yet
+        self._parked: set[Connection] = set()  # P1 that wait for their answer
         self._last_logged = ""
-        self._host = ""  # this server's own host at the relay, if any
-        self._most_polls = 0  # P1 open at the same time
+        self._host = ""  # a host of this server's own at the relay
+        self._most_polls = 0  # listeners
         self._reporting = False
         self._sender = Sender(client, name, key, workers, self._log_change)
         self._sender.on_loss = self._report
 
     async def run(self) -> None:
-        """Stay connected until the stop. After a failure try again, for ever, at first after BACKOFF_MIN."""
+        """Stay connected until the stop: try again for ever, at first quickly."""
         loop = asyncio.get_running_loop()
         pauses = backoff()
         try:
@@ -7280,7 +7334,7 @@ class Link:
                     if not self._sender.rust_relay:
                         self._spawn(self._look(took, failure))
                     error = await self._unless_stopped(failure)
-                    if loop.time() - began > BACKOFF_MAX:  # the connection worked for some time
+                    if loop.time() - began > BACKOFF_MAX:  # it was good for a while, not just for a hello
                         pauses = backoff()
                     raise error
                 except Refused as error:
@@ -7301,7 +7355,7 @@ class Link:
             pass
 
     def leave(self) -> None:
-        """End the open P1 by a half-close: the relay sends no more requests, and a P3 in flight still arrives."""
+        """Ask for nothing more: the relay takes the half-close for that, and a P3 that is on its way still arrives."""
         for connection in list(self._parked):
             connection.must_close = True
             if connection.writer.can_write_eof():
@@ -7310,12 +7364,12 @@ class Link:
                 connection.transport.abort()
 
     def abort_polls(self) -> None:
-        """Abort the P1 that are still open: a proxy on the way may not forward a half-close."""
+        """End the P1 that are still open: a proxy on the way does not pass a half-close on."""
         for connection in list(self._parked):
             connection.transport.abort()
 
     def _log_change(self, line: str) -> None:
-        """Log a line, unless it is the same as the last one."""
+        """Tell the operator, once for each change."""
         if line != self._last_logged:
             self._last_logged = line
             for part in f"ptth server: {self.label}{line}".split("\n"):
@@ -7329,7 +7383,7 @@ class Link:
         )
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T:
-        """Return the result of `work`. At the stop, cancel it and raise _Stopped."""
+        """Return the result of `work`; raises _Stopped at the stop, and gives it up."""
         task = asyncio.ensure_future(work)
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -7344,7 +7398,7 @@ class Link:
     # P1
 
     async def _connect(self) -> float:
-        """Connect, and send the hello. Return the seconds that the hello took."""
+        """Say hello by a P1 that does not wait; return the seconds that it took, without connecting."""
         loop = asyncio.get_running_loop()
         connection = await self.client.connect()
         started = loop.time()
@@ -7360,9 +7414,9 @@ class Link:
         return took
 
     async def _look(self, took: float, failure: asyncio.Future[Exception]) -> None:
-        """Check that POST is allowed, and measure the round trip; again every MEASURE_INTERVAL, until a poll fails.
+        """Try whether POST gets through, and measure how far away the relay is; at times again, until a listener fails.
 
-        The shortest of several round trips counts, because one may be slow by chance. `took` is the first.
+        The shortest of several round trips counts: one alone may have met a busy moment. `took` is the first.
         """
         samples = 1 if took < NEAR_ROUND_TRIP else SAMPLES
         try:
@@ -7380,7 +7434,7 @@ class Link:
             pass
 
     def _set_distance(self, took: float, failure: asyncio.Future[Exception]) -> None:
-        """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one."""
+        """Ask a near relay by one P1, a far one by several; an original relay answers an older P1 with 500."""
         one_by_one = took < NEAR_ROUND_TRIP or self._sender.rust_relay
         self._sender.most_batches = 1 if one_by_one else FAR_BATCHES
         before, self._most_polls = self._most_polls, 1 if one_by_one else FAR_P1
@@ -7388,13 +7442,13 @@ class Link:
             self._spawn(self._listen(number, failure))
 
     def _report(self) -> None:
-        """Send a P1 with PTTH-Lost at once, because the open ones were sent before the loss."""
+        """Send a P1 at once that says which responses were lost: those that are open cannot any more."""
         if self.connected.is_set() and not self._reporting:
             self._reporting = True
             self._spawn(self._report_losses())
 
     async def _report_losses(self) -> None:
-        """Send P1 until all lost ids were sent. After a failure the next hello sends them."""
+        """Send such P1 until there is nothing to say; after a failure the next hello says it."""
         try:
             while self._sender.lost and not self._stopping.is_set():
                 await self._poll_again(self.client.take_idle(), 1)
@@ -7404,34 +7458,41 @@ class Link:
             self._reporting = False
 
     async def _listen(self, number: int, failure: asyncio.Future[Exception]) -> None:
-        """Poll the relay again and again, until one of the polls fails, or `number` of them are too many."""
+        """Ask the relay again and again, until one of the listeners fails or there are too many of them."""
         loop = asyncio.get_running_loop()
         try:
             brought = False
             while number < self._most_polls and not (failure.done() or self._stopping.is_set()):
-                # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
-                connection = self.client.take_idle(oldest=True) if self.client.idle_count > brought else None
+                both = brought and "listen" in self._sender.features and self._sender.has_batch
+                # What brought requests stays free for their responses: it is alive, a new one costs a round trip.
+                free = both or self.client.idle_count > brought
+                connection = self.client.take_idle(oldest=not both) if free else None
+                batch = self._sender.take_batch() if both and connection else Batch()
                 started = loop.time()
-                brought = await self._poll_again(connection, POLL_WAIT)
+                brought = await self._poll_again(connection, POLL_WAIT, batch)
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
-                    raise ConnectionError("the relay answers a P1 at once and with nothing")
+                    raise ConnectionError("the relay answers at once and with nothing")
                 await self._workers.room.wait()
+                await asyncio.sleep(0)  # in this turn of the loop fast handlers answer
         except (OSError, ProtocolError) as error:
             if not failure.done():
                 failure.set_result(error)
 
-    async def _poll_again(self, connection: Connection | None, wait: float) -> bool:
-        """Send a P1 on an idle connection, and on a new one if that is closed or None."""
+    async def _poll_again(self, connection: Connection | None, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
+        """Send a P1 on a kept connection, and on a new one if that turns out to be closed."""
         if connection is not None:
             try:
-                return await self._poll(connection, wait)
+                return await self._poll(connection, wait, batch)
             except ConnectionError:
                 if self._stopping.is_set():
                     return False
         return await self._poll(await self.client.connect(), wait)
 
-    async def _poll(self, connection: Connection, wait: float) -> bool:
-        """Send a P1, and queue the requests of its P3. Return whether there were any."""
+    async def _poll(self, connection: Connection, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
+        """P1 and P3: ask the relay, take what it has; return whether that was something.
+
+        A `batch` of responses goes with it; when that fails, it is sent once more by itself.
+        """
         if self._stopping.is_set():
             connection.close()
             return False
@@ -7443,12 +7504,20 @@ class Link:
         at_work = [] if wait else self._workers.ids_from(self._sender)
         if at_work:
             fields.append(("PTTH-At-Work", ", ".join(at_work)))
+        request = Request("GET", f"{BACKEND}http_listen/{self.name}", Headers(fields))
+        if batch.data:
+            path = f"{BACKEND}http_responses/{self.name}"
+            headers = Headers([*fields, ("Content-Type", RESPONSE_TYPE)])
+            request = Request("POST", path, headers, body=BytesBody(batch.data))
         self._parked.add(connection)
         try:
-            request = Request("GET", f"{BACKEND}http_listen/{self.name}", Headers(fields))
             response = await self.client.exchange(connection, request, P1_TIMEOUT)
             headers = Headers(response.headers)
             try:
+                if batch.data and not is_p3(response.status, headers):
+                    self._sender.lost.extend(lost)
+                    self._sender.settle(batch, response.status, headers)
+                    return response.status != 200  # an older relay, or one that stops, takes it for a P5 only
                 self._sender.rust_relay = check_p3(response.status, headers, self.client)
                 limit = MAX_RUST if self._sender.rust_relay else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
                 body = await response.body.read_all(limit)
@@ -7459,9 +7528,12 @@ class Link:
             self.accept(body)
         except BaseException:
             self._sender.lost.extend(lost)
+            if batch.data:
+                self._spawn(self._sender.send_batch(batch))
             raise
         finally:
             self._parked.discard(connection)
+        self._workers.done(*batch.request_ids)
         return bool(body)
 
     def _fetch(self, request_id: str, framing: int | None) -> Body:
@@ -7471,7 +7543,7 @@ class Link:
         return FetchedBody(self.client, self._key, request_id, None if framing == CHUNKED else framing)
 
     def accept(self, data: bytes) -> None:
-        """Queue the requests of a P3."""
+        """P3: let its requests be handled."""
         original = self._sender.rust_relay and data
         try:
             for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, self._fetch):
@@ -7483,10 +7555,7 @@ class Link:
 
 
 class TunnelServer:
-    """Serves a handler through one or several relays, from `run` until `stop`.
-
-    `connected` is set while it is connected to any of them.
-    """
+    """Serves a handler through one relay or several: `run` until `stop`. `connected` is set while any relay is."""
 
     def __init__(self, client: HTTPClient, name: str, key: str, handler: Handler, *others: HTTPClient) -> None:
         self.workers = Workers(handler)
@@ -7500,7 +7569,7 @@ class TunnelServer:
         self._ended.set()
 
     async def run(self) -> None:
-        """Serve until `stop`. An unexpected error or a cancellation ends all tasks at once."""
+        """Attend to the relays until `stop`; an unexpected error or a cancellation ends all work at once."""
         self._ended.clear()
         try:
             async with asyncio.TaskGroup() as self.workers.group:
@@ -7514,14 +7583,14 @@ class TunnelServer:
             self._ended.set()
 
     def _note_change(self) -> None:
-        """Set or clear `connected`."""
+        """Note whether any relay is connected."""
         if any(link.connected.is_set() for link in self.links):
             self.connected.set()
         else:
             self.connected.clear()
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
-        """Stop polling, wait up to `grace` seconds for requests in flight, and end `run`."""
+        """Ask for nothing more, and let what is under way finish for `grace` seconds; ends `run`."""
         self.workers.stopping.set()
         for link in self.links:
             link.leave()
@@ -7533,7 +7602,7 @@ class TunnelServer:
             self.workers.spawn(self._give_up())
 
     async def _wait_for_the_end(self, seconds: float) -> bool:
-        """Wait for the end of `run`; return whether it came within `seconds`."""
+        """Return whether `run` ended in time."""
         try:
             async with asyncio.timeout(seconds):
                 await self._ended.wait()
@@ -7543,7 +7612,7 @@ class TunnelServer:
 
     @staticmethod
     async def _give_up() -> NoReturn:
-        """End all tasks of the server, by an exception."""
+        """End all tasks of the server's."""
         raise _Stopped
 
 
@@ -7551,15 +7620,20 @@ _NO_REQUEST = Request("GET", "-", Headers())
 
 
 class _Stopped(Exception):
-    """`TunnelServer.stop` was called."""
+    """The server has been asked to stop."""
+
+
+def is_p3(status: int, headers: Headers) -> bool:
+    """Return whether this is a P3 of a relay of this program."""
+    return status == 200 and headers.get("content-type", "").partition(";")[0].strip().lower() == "application/http"
 
 
 def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
-    """Return whether this P3 is in Rust form. KeyRefused, Refused or ConnectionError if it is no P3."""
+    """Return whether this P3 is the original's; otherwise raise KeyRefused, Refused or ConnectionError, saying why."""
     kind = headers.get("content-type", "")
     if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(f"a proxy in front of the relay compresses its answers: switch that off for {BACKEND}")
-    if status == 200 and kind.partition(";")[0].strip().lower() == "application/http":
+    if is_p3(status, headers):
         return False
     if status == 204 or status == 200 and not kind:
         return True
@@ -7567,13 +7641,13 @@ def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
 
 
 def _asks_for_key(headers: Headers) -> bool:
-    """Return whether a 401 comes from the relay, and not from a proxy in front of it."""
+    """Return whether a 401 is the relay's own, and not that of a proxy in front of it."""
     challenge = headers.get("www-authenticate", "")
     return "x-apikey" in challenge.lower() or not challenge and "html" not in headers.get("content-type", "")
 
 
 def _refusal_of_p1(status: int, headers: Headers, client: HTTPClient) -> Exception:
-    """Return the error for a response to P1 that is not a P3. Its text says what to do."""
+    """Return the error for a response to P1 that is no P3; its text says what to do."""
     if status == 401 and _asks_for_key(headers):
         return KeyRefused()
     if status == 407 and client.proxy:
@@ -7601,7 +7675,7 @@ _NO_RELAY = {
 
 
 def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
-    """Return advice for a P1 that was redirected: the right relay_url, if it is known."""
+    """Say which relay_url a redirect of P1 means, if any."""
     try:
         target = urllib.parse.urljoin(f"{origin.url}{BACKEND}http_listen/", headers["location"])
         base, ours, _ = re.split(r"[?#]", target)[0].partition(f"{BACKEND}http_listen/")
@@ -7620,36 +7694,36 @@ def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
 
 
 def format_server_block(name: str, key: str) -> str:
-    """Return the TOML block that registers a server at its relay."""
+    """Return the block that registers a server at its relay: valid TOML."""
     return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
 
 
 # -- 17. Configuration --
-# From TOML to dataclasses. All problems of a file are reported together.
+# TOML to dataclasses. All that is wrong with a file is said at once.
 
 NO_URL = BaseURL(False, "", 0, "")
 
 
 @dataclass
 class ServerConfig:
-    """The configuration of `ptth server`: ptth_server.toml, overridden by flags."""
+    """What ptth_server.toml and the flags of `ptth server` say together."""
 
     path: str
     name: str = ""
     api_key: str = ""
     relay_url: list[str] = field(default_factory=list)
     file_server_root: str = ""
-    app: str = ""  # a web app, served instead of a directory
+    app: str = ""  # what is served instead of a directory
     app_host: str = "auto"
     throttle_upload: int = 0  # bytes per second; 0 is no limit
     proxy_url: str = ""
     site: SiteOptions = SiteOptions()
-    relays: list[tuple[BaseURL, ForwardProxy | None]] = field(default_factory=list)  # relay, and the proxy to it
+    relays: list[tuple[BaseURL, ForwardProxy | None]] = field(default_factory=list)  # with the proxy on the way there
     app_url: BaseURL = NO_URL
 
 
 class TOMLTable:
-    """A TOML table: returns values by key and type, and collects its problems."""
+    """A TOML table that is being read: gives values out by name and type, and notes what is wrong with it."""
 
     def __init__(self, values: dict[str, object], where: str, problems: list[str]) -> None:
         self.values = values
@@ -7657,7 +7731,7 @@ class TOMLTable:
         self.problems = problems
 
     def problem(self, text: str) -> None:
-        """Add a problem."""
+        """Note what is wrong."""
         self.problems.append(f"{self.where}: {text}")
 
     def text(self, key: str, default: str = "") -> str:
@@ -7669,7 +7743,7 @@ class TOMLTable:
         return default
 
     def texts(self, key: str) -> list[str]:
-        """Return the strings of a list, or a single string as a list; [""] without the key."""
+        """Return the strings of a list, or the only one; [""] if there is none."""
         value = self.values.get(key) or ""
         values = value if isinstance(value, list) else [value]
         texts = [text for text in values if isinstance(text, str)]
@@ -7679,11 +7753,11 @@ class TOMLTable:
         return []
 
     def is_text(self, key: str) -> bool:
-        """Return whether the value is a string or missing. Otherwise `text` has added a problem already."""
+        """Return whether a string is there, or nothing: otherwise `text` has noted the wrong type already."""
         return isinstance(self.values.get(key, ""), str)
 
     def number(self, key: str, default: int, low: int, high: int) -> int:
-        """Return a whole number from `low` to `high`."""
+        """Return a whole number of a range."""
         value = self.values.get(key, default)
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return value
@@ -7691,7 +7765,7 @@ class TOMLTable:
         return default
 
     def time(self, key: str) -> float:
-        """Return the POSIX time of a TOML date-time, or of a string by RFC 3339. It must have an offset."""
+        """Return a date-time, as TOML has it or as a string of RFC 3339, in POSIX time; it must have an offset."""
         import datetime
 
         value = self.values.get(key)
@@ -7705,7 +7779,7 @@ class TOMLTable:
         return math.nan
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return a boolean."""
+        """Return true or false."""
         value = self.values.get(key, default)
         if isinstance(value, bool):
             return value
@@ -7723,7 +7797,7 @@ class TOMLTable:
         ]
 
     def allow_only(self, keys: Iterable[str]) -> None:
-        """Add a problem for each unknown key, with the most similar known one."""
+        """Note every unknown key, with the known one that is nearest."""
         import difflib
 
         known = list(keys)
@@ -7736,7 +7810,7 @@ class TOMLTable:
 
 
 def read_toml(path: str, how: str) -> dict[str, object]:
-    """Read a TOML file. UserError if it is missing, cannot be read, or is not valid."""
+    """Read a TOML file; UserError when that is not possible."""
     import tomllib
 
     try:
@@ -7767,7 +7841,7 @@ _ENCODINGS = (
 
 
 def decode_config(data: bytes, path: str) -> str:
-    """Return a file's text, without the byte order mark of some editors. UserError if it is not UTF-8."""
+    """Return a file's text, without the byte order mark that some editors put first. UserError when it is not UTF-8."""
     encodings = [name for mark, name in _ENCODINGS if data.startswith(mark)]
     if encodings or b"\0" in data[:2]:
         raise UserError(f"{path} is in {(*encodings, 'UTF-16')[0]}; save it as UTF-8")
@@ -7780,7 +7854,7 @@ def decode_config(data: bytes, path: str) -> str:
 
 
 def toml_hint(line: str) -> str:
-    """Return how to correct a line that is not TOML, or "". It does not quote the line, which may hold a secret."""
+    """Return how to mend a line that is no TOML, or "". It shows nothing of the line, which may hold a secret."""
     if re.search(r'"[^"]*\\', line):
         return "; in double quotes a backslash begins an escape, so put the value in single quotes: 'C:\\Users\\me'"
     if re.search("[\u2018-\u201f]", line):
@@ -7789,22 +7863,22 @@ def toml_hint(line: str) -> str:
 
 
 def find_config(given: str | None, name: str) -> str:
-    """Return the path of a configuration file: `given`, else ./NAME, else ./config/NAME as in the original."""
+    """Return the path of a configuration file: the one that was named, ./NAME, or where the original kept it."""
     if given:
         return given
     original = os.path.join("config", name)
     return original if not os.path.exists(name) and os.path.exists(original) else name
 
 
-# No other schemes: javascript: would run in the relay's origin. No white space and no control characters: browsers skip
-# them, so "java\nscript:" is the same scheme.
+# Of browsers' schemes only these two: javascript: would run in the relay's origin. White space and control characters
+# are not possible in a URL, and browsers skip them, so that "java\nscript:" would be one.
 _NEWS_URL = re.compile(
     r"(?:https?://[^\s\x00-\x20\x7f/][^\s\x00-\x20\x7f]*|(?![A-Za-z][A-Za-z0-9+.\-]*:)[^\s\x00-\x20\x7f]*)", re.I
 )
 
 
 def load_relay_config(path: str) -> RelayConfig:
-    """Read ptth_relay.toml. UserError with a line for each problem."""
+    """Read ptth_relay.toml; UserError with a line for each thing that is wrong."""
     values = read_toml(path, "it needs a [[servers]] block from each `ptth.py server --print-tripcode`")
     problems: list[str] = []
     table = TOMLTable(values, path, problems)
@@ -7859,7 +7933,7 @@ def read_networks(table: TOMLTable) -> list[str]:
 
 
 def check_hosts(config: RelayConfig, table: TOMLTable) -> None:
-    """Add a problem for each host that two servers, or a server and the relay, would have."""
+    """Note hosts that two servers, or a server and the relay, would have."""
     owners = {config.domain: "the relay itself"} if config.domain else {}
     for entry in config.servers:
         for host in config.hosts_of(entry):
@@ -7869,7 +7943,7 @@ def check_hosts(config: RelayConfig, table: TOMLTable) -> None:
 
 
 def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
-    """Read one [[servers]] block. Its name must not be in `names`, and is added there."""
+    """Read one [[servers]] block, whose name may not be one of `names`, and add it to them."""
     block.allow_only(["name", "tripcode", "display_name", "sandbox", "host"])
     name, code = block.text("name"), block.text("tripcode")
     if block.is_text("name") and not _NAME.fullmatch(name):
@@ -7884,9 +7958,9 @@ def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
 
 
 def read_scraper_key(block: TOMLTable, names: set[str]) -> ScraperKey:
-    """Read one [[scraper_keys]] block. Its name must not be in `names`, and is added there.
+    """Read one [[scraper_keys]] block, whose name may not be one of `names`, and add it to them.
 
-    A key is valid for at most 30 days, and so is a stolen one.
+    A key lives 30 days at most, so that a stolen one is of use for no longer.
     """
     block.allow_only(["name", "not_before", "not_after", "hash"])
     key = ScraperKey(block.text("name"), block.text("hash"), block.time("not_before"), block.time("not_after"))
@@ -7912,9 +7986,9 @@ def is_tripcode(text: str) -> bool:
 
 
 def check_secrecy(path: str, table: TOMLTable) -> None:
-    """Add a problem if other users can read or change a file with a secret.
+    """Note when others can read or change a file that holds a secret.
 
-    Files in a secrets mount of a container can be read by all users, which cannot be changed. So they are accepted.
+    A secrets mount of a container shows its files to all, and nobody can change that: they are accepted.
     """
     facts = os.stat(path)
     if os.name != "posix" or not facts.st_mode & 0o077:
@@ -7929,7 +8003,7 @@ def check_secrecy(path: str, table: TOMLTable) -> None:
 
 
 def find_key(table: TOMLTable) -> str:
-    """Return the API key from the file, or else from the environment."""
+    """Return the API key: the file's, or else the environment's."""
     key, where = table.text("api_key"), "api_key"
     if not key:
         key, where = os.environ.get("PTTH_API_KEY", "").strip(), "PTTH_API_KEY in the environment"
@@ -7943,10 +8017,10 @@ def find_key(table: TOMLTable) -> str:
 def load_server_config(
     path: str, flags: dict[str, str | list[str]], *, to_connect: bool = True, optional: bool = False
 ) -> ServerConfig:
-    """Read ptth_server.toml, overridden by `flags`. UserError with a line for each problem.
+    """Read ptth_server.toml, overridden by `flags`; UserError with a line for each thing that is wrong.
 
-    Without `to_connect`, keys that only a connection needs may be missing. An `optional` file may be missing if the API
-    key is in the environment.
+    Without `to_connect` what only a connection needs may be missing. An `optional` file may be missing when the key is
+    in the environment.
     """
     problems: list[str] = []
     if optional and os.environ.get("PTTH_API_KEY") and not os.path.exists(path):
@@ -7987,7 +8061,7 @@ def load_server_config(
 
 
 def read_relays(config: ServerConfig, table: TOMLTable) -> None:
-    """Parse the URLs of the relays, and find the proxy to each."""
+    """Check the URLs of the relays, and find the proxy on the way to each."""
     for url in config.relay_url:
         origin = NO_URL
         try:
@@ -8003,7 +8077,7 @@ def read_relays(config: ServerConfig, table: TOMLTable) -> None:
 
 
 def read_content(config: ServerConfig, table: TOMLTable) -> None:
-    """Check file_server_root or app."""
+    """Check what is served: a directory or an app."""
     if not config.app:
         try:
             config.file_server_root = check_root(config.file_server_root, f"file_server_root in {config.path}")
@@ -8024,7 +8098,7 @@ def read_content(config: ServerConfig, table: TOMLTable) -> None:
 
 
 def parse_relay_url(url: str) -> BaseURL:
-    """Parse relay_url, optionally with the path of P1. Raises ValueError."""
+    """Parse relay_url, with or without the path of the backend API; ValueError."""
     if not url:
         raise ValueError('is missing: set relay_url = "https://..." or give --relay-url')
     try:
@@ -8039,7 +8113,7 @@ def parse_relay_url(url: str) -> BaseURL:
 
 
 def read_site(table: TOMLTable) -> SiteOptions:
-    """Read the keys for how the directory or app is served."""
+    """Read the keys that say how the directory is served."""
     flags: dict[str, Any] = {key: table.flag(key, key == "listing") for key in ("hidden", "listing", "cors")}
     lines = table.values.get("headers", [])
     headers = []
@@ -8070,7 +8144,7 @@ def parse_size(text: str) -> int:
 
 
 def is_auth(text: str) -> bool:
-    """Return whether `text` is USER:PASSWORD, both not empty."""
+    """Return whether `text` is USER:PASSWORD; an empty password protects nothing."""
     user, _, password = text.partition(":")
     return bool(user and password)
 
@@ -8082,7 +8156,7 @@ _OWN_FIELDS = {
 
 
 def parse_header_option(line: str) -> tuple[str, str]:
-    """Parse "Name: value". ValueError if it is invalid, or a field that the server sets itself."""
+    """Parse "Name: value"; ValueError when it is none, or one that the server sets itself."""
     name, colon, value = (part.strip() for part in line.partition(":"))
     try:
         format_head("x", [(name, value)])
@@ -8096,7 +8170,7 @@ def parse_header_option(line: str) -> tuple[str, str]:
 
 
 def find_proxy(config: ServerConfig, origin: BaseURL) -> ForwardProxy | None:
-    """Return the proxy to a relay, by proxy_url or else by the environment. UserError."""
+    """Return the proxy to a relay: proxy_url's, or else the environment's. UserError."""
     url = config.proxy_url or proxy_from_environment(origin)
     try:
         return parse_proxy(url) if url else None
@@ -8106,7 +8180,7 @@ def find_proxy(config: ServerConfig, origin: BaseURL) -> ForwardProxy | None:
 
 
 def check_root(root: str, how: str) -> str:
-    """Return the directory to serve. UserError; also for / and the home directory, unless they are named."""
+    """Return the directory to serve; / and the home directory only when they are named. UserError."""
     try:
         path = os.path.abspath(root)
     except OSError as error:
@@ -8133,11 +8207,11 @@ def check_root(root: str, how: str) -> str:
 
 
 # -- 18. Command line --
-# Flags, commands, signals, and the messages for the operator.
+# What people type, and what they are told.
 
 
 def print_output(text: str) -> None:
-    """Write the result of a command to stdout. UserError if that fails."""
+    """Write on stdout what was asked for; UserError when that is not possible."""
     try:
         os.write(1, f"{text}\n".encode("utf-8", "backslashreplace"))
     except OSError as error:
@@ -8145,7 +8219,7 @@ def print_output(text: str) -> None:
 
 
 def print_ready(line: str) -> None:
-    """Write a line to stdout when the program is ready. A closed stdout is ignored."""
+    """Write a line on stdout for who waits for it; a closed stdout stops nothing."""
     try:
         print_output(line)
     except UserError:
@@ -8162,15 +8236,15 @@ _NOT_LISTENING = {
 
 
 def open_socket(bind: str, port: int) -> socket.socket:
-    """Return a listening socket. "" and "::" mean all interfaces, IPv4 and IPv6. UserError."""
-    host = re.sub("%25(?=.)", "%", re.sub(r"^\[(.+)\]$", r"\1", bind)) or "::"  # allow brackets and %25, as in URLs
+    """Return a listening socket; "" and "::" are all interfaces, IPv4 and IPv6. UserError."""
+    host = re.sub("%25(?=.)", "%", re.sub(r"^\[(.+)\]$", r"\1", bind)) or "::"  # brackets and %25 as URLs have them
     both = socket.has_dualstack_ipv6()
     try:
         if not bind and not both:
             return socket.create_server(("", port))
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = both and address[0] == "::"
-        try:  # the whole address: after the port it has the interface of a link-local address
+        try:  # all of the address: what is behind the port tells the interface of a link-local one
             return socket.create_server(address, family=family, dualstack_ipv6=both)
         except OSError as error:
             if bind or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
@@ -8190,7 +8264,7 @@ def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
         six = sock.family == socket.AF_INET6
         four = not six or not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
         hosts = ["127.0.0.1" if four else "::1"]
-        # The addresses from which this machine would connect; connecting a UDP socket sends nothing.
+        # The addresses that this machine would speak from: nothing is sent to find them out.
         for probe in ["192.0.2.1"] * four + ["2001:db8::1"] * six:
             try:
                 with socket.socket(socket.AF_INET6 if ":" in probe else socket.AF_INET, socket.SOCK_DGRAM) as udp:
@@ -8199,27 +8273,18 @@ def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
                     hosts += [] if address.startswith(("127.", "::1")) else [address]
             except OSError:
                 pass  # no route, so no address
-    elif more and more[1]:  # the interface of a link-local address
+    elif more and more[1]:  # of a link-local address: its interface
         hosts = [f"{host.partition('%')[0]}%25{socket.if_indextoname(more[1])}"]
     return [f"{scheme}://{bracket(host)}:{port}/" for host in hosts]
 
 
-def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Report what nobody has handled, but for a connection's end: it is in a future of asyncio's own.
-
-    That comes here when the garbage collector happens to take the future before the stream that it belongs to.
-    """
-    if not isinstance(context.get("exception"), OSError) or isinstance(context.get("future"), asyncio.Task):
-        loop.default_exception_handler(context)
-
-
 def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
-    """Return an event that SIGINT and SIGTERM set. A second SIGINT ends the program at once.
+    """Return an event that SIGINT and SIGTERM set; a second SIGINT ends the program at once.
 
-    SIGHUP calls `hang_up`, which reads the configuration again. If the terminal was closed, SIGHUP sets the event, too.
+    SIGHUP calls `hang_up`, which reads again what can be read again. When it comes because the terminal was closed, it
+    sets the event, too: nobody wants to go on serving a directory from a window that is gone.
     """
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(report)
     event = asyncio.Event()
     number = getattr(signal, "SIGHUP", None)
     if number:
@@ -8240,7 +8305,7 @@ def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
 
 
 async def wait_for_any(*work: Awaitable[object]) -> None:
-    """Wait until one of these ends."""
+    """Wait until one of these has ended."""
     await asyncio.wait([asyncio.ensure_future(one) for one in work], return_when=asyncio.FIRST_COMPLETED)
 
 
@@ -8254,7 +8319,7 @@ def has_terminal() -> bool:
 
 
 async def run_file_server(args: argparse.Namespace) -> None:
-    """Serve a directory until SIGINT or SIGTERM. SIGHUP loads the certificate again."""
+    """Serve a directory until a signal; SIGHUP loads the certificate again."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
     auth, headers = find_auth(args.auth), tuple(args.header)
     shown = (args.hidden, args.follow_symlinks, not args.no_listing, args.cors)
@@ -8273,7 +8338,7 @@ async def run_file_server(args: argparse.Namespace) -> None:
 
 
 def find_auth(given: str = "") -> str:
-    """Return USER:PASSWORD from the flag or the environment, or "". UserError if it is invalid."""
+    """Return USER:PASSWORD as it was given, or from the environment; UserError when it is not that."""
     auth = given or os.environ.get("PTTH_AUTH", "")
     if auth and not is_auth(auth):
         raise UserError("the password in PTTH_AUTH or --auth must be USER:PASSWORD", status=2)
@@ -8281,7 +8346,7 @@ def find_auth(given: str = "") -> str:
 
 
 def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None:
-    """Return a TLS context, or None without a certificate. UserError."""
+    """Return a context for HTTPS, or None without a certificate. UserError."""
     if not cert:
         if key:
             raise UserError("--tls-key needs --tls-cert", status=2)
@@ -8301,7 +8366,7 @@ def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None
 
 
 def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
-    """Return why OpenSSL did not accept these files."""
+    """Say what is wrong with files that OpenSSL read and refused."""
     if error.reason == "KEY_VALUES_MISMATCH":
         return "the key belongs to another certificate"
     for path, label, what in ((cert, b"CERTIFICATE-----", "certificate"), (key or cert, b"PRIVATE KEY-----", "key")):
@@ -8316,7 +8381,7 @@ def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
 
 
 def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | None) -> None:
-    """Load the certificate again, for new connections. If that fails, keep the old one."""
+    """Load the certificate again, for new connections; a broken one changes nothing."""
     if not context:
         log_line("ptth file-server: there is nothing to read again; changed flags take effect after a restart")
         return
@@ -8330,14 +8395,14 @@ def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | Non
         assert fresh
         connection.context = fresh
 
-    # Loading into `context` itself could leave it half changed after a failure, and would keep an old certificate with
-    # another type of key.
+    # Loading into `context` itself would leave a half-changed one behind a failure, and the old one beside one of
+    # another kind of key.
     context.sni_callback = use_fresh
     log_line(f"ptth file-server: loaded {cert} again")
 
 
 async def run_relay(args: argparse.Namespace) -> None:
-    """Run a relay until SIGINT or SIGTERM. SIGHUP reads the configuration again."""
+    """Relay until a signal; SIGHUP reads the configuration again."""
     if args.new_scraper_key is not None:
         print_scraper_key(args.new_scraper_key)
         return
@@ -8362,7 +8427,7 @@ async def run_relay(args: argparse.Namespace) -> None:
 
 
 def reload(relay: Relay, path: str, domain: str | None) -> None:
-    """Read the configuration again. If that fails, keep the old one."""
+    """Read the configuration again; a broken one changes nothing."""
     try:
         config = load_relay_config(path)
     except UserError as error:
@@ -8378,7 +8443,7 @@ def reload(relay: Relay, path: str, domain: str | None) -> None:
 
 
 def print_scraper_key(name: str) -> None:
-    """Print a [[scraper_keys]] block with the hash of a new key on stdout, and the key on stderr."""
+    """Print a block for ptth_relay.toml with a fresh key's hash on stdout, and the key on stderr."""
     import secrets
 
     if not _NAME.fullmatch(name):
@@ -8393,7 +8458,7 @@ def print_scraper_key(name: str) -> None:
 
 
 async def stop_relay(relay: Relay, server: HTTPServer) -> None:
-    """Stop the relay, then its HTTP server, within GRACE_PERIOD for both together."""
+    """Let balancers know, stop taking work, then the rest: GRACE_PERIOD for all together."""
     loop = asyncio.get_running_loop()
     end = loop.time() + GRACE_PERIOD
     await relay.drain()
@@ -8402,7 +8467,7 @@ async def stop_relay(relay: Relay, server: HTTPServer) -> None:
 
 
 async def run_server(args: argparse.Namespace) -> None:
-    """Serve through a relay until SIGINT or SIGTERM, or print a key. SIGHUP reads the configuration again."""
+    """Serve a directory through a relay until a signal, or print the tripcode."""
     if args.new_key:
         print_server_config(args.name or "my-server", args.relay_url or ["https://relay.example.com"])
         return
@@ -8429,7 +8494,7 @@ async def run_server(args: argparse.Namespace) -> None:
 
 
 def make_content(config: ServerConfig, command: str = "server") -> Handler:
-    """Return the handler of `ptth server` for its configuration: an app or a directory."""
+    """Return the handler for what `ptth server` serves, by its configuration."""
     if config.app:
         return with_site_options(
             App(HTTPClient(config.app_url), config.app_host).handle, config.site, config.name, app=True
@@ -8442,16 +8507,16 @@ def make_content(config: ServerConfig, command: str = "server") -> Handler:
 
 
 def describe_content(config: ServerConfig) -> str:
-    """Return the app or the directory as text, for messages."""
+    """Return the app or the directory that is served, for messages."""
     if config.app:
         return f"the app at {config.app_url.unix and config.app_url.place or config.app_url.url}"
     return os.path.realpath(config.file_server_root)
 
 
 def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[], ServerConfig]) -> None:
-    """Read the configuration again, and apply it. If that fails, keep the old one.
+    """Read the configuration again, and serve by it; a broken one changes nothing.
 
-    `config` is the one at the start: its keys for reaching the relay stay in use.
+    `config` is the one that the server was started with: what says how to reach the relay stays.
     """
     try:
         fresh = load()
@@ -8468,7 +8533,7 @@ def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[],
 
 
 def print_server_config(name: str, relay_urls: list[str]) -> None:
-    """Print a ptth_server.toml with a new key on stdout, and the relay's [[servers]] block on stderr."""
+    """Print a ready ptth_server.toml with a fresh key on stdout, and the block for the relay on stderr."""
     import json
     import secrets
 
@@ -8481,16 +8546,16 @@ def print_server_config(name: str, relay_urls: list[str]) -> None:
         raise UserError(f"--relay-url {error}", status=2) from None
     shown = relay_urls if len(relay_urls) > 1 else relay_urls[0]
     key = "REPLACE"
-    while key_weakness(key):  # a token could begin like the placeholder
+    while key_weakness(key):  # a token may begin like the placeholder
         key = secrets.token_urlsafe(32)
     print_output(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(shown)}')
     write_stderr(f"# for ptth_relay.toml on the relay:\n{format_server_block(name, key)}\n")
 
 
 def local_names_only(handler: Handler) -> Handler:
-    """Wrap a handler: answer only requests whose Host names this machine, others with 403.
+    """Answer only requests that name this machine in Host.
 
-    Otherwise another site could let its own name point to 127.0.0.1, and its scripts could read all responses.
+    A page of a stranger's may change its own name's address to 127.0.0.1, and its scripts could then read everything.
     """
 
     async def handle(request: Request) -> Response:
@@ -8506,7 +8571,7 @@ def local_names_only(handler: Handler) -> Handler:
 
 
 async def run_demo(args: argparse.Namespace) -> None:
-    """Run a relay and a server, which share nothing except a connection, until SIGINT or SIGTERM."""
+    """Run a relay and a server that share nothing but a connection, until a signal."""
     import secrets
 
     path = "/frontend/servers/demo/files/"
@@ -8660,12 +8725,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def occupy_standard_descriptors() -> None:
-    """Open /dev/null for each of descriptors 0 to 2 that is closed.
+    """Put something into the places of a closed stdin, stdout and stderr.
 
-    Otherwise a client's connection could get descriptor 2, and receive the log.
+    Otherwise a client's connection gets such a number, and with it what is meant for the log.
     """
     try:
-        while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:  # read only: writing fails, as if closed
+        while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:  # writing to it fails, as to a closed one
             pass
         os.close(fd)
     except OSError:
@@ -8673,7 +8738,7 @@ def occupy_standard_descriptors() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit status: 0 for success, 1 for a failure, 2 for wrong usage."""
+    """Run a command; return its exit status: 0 fine, 1 could not do it. Wrong usage exits with 2."""
     occupy_standard_descriptors()
     args, rest = build_parser().parse_known_args(argv)
     if rest:
@@ -8686,11 +8751,11 @@ def main(argv: list[str] | None = None) -> int:
         for line in error.args:
             log_line(f"ptth {args.command}: {line}")
         return error.status
-    except (OSError, ImportError) as error:  # no descriptors left, or a part of Python is missing
+    except (OSError, ImportError) as error:  # something is missing round the program: descriptors, a part of Python
         log_line(f"ptth {args.command}: cannot go on: {format_error(error)}")
         return 1
     except KeyboardInterrupt:
-        return 1  # before `stop_event` was set up
+        return 1  # before there was anything to stop gracefully
     return 0
 
 
