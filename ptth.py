@@ -3691,18 +3691,23 @@ class Site:
         if check(segments, self.options.hidden):
             raise ProtocolError(404, "not found")
         found = self.open(segments)
-        if found.fd is not None:
-            if directory:
-                os.close(found.fd)
-                raise ProtocolError(404, "not found")
-            return self._respond_file(request, found, segments)
+        if found.fd is None:
+            return await self._respond_folder(request, found, segments, directory, as_json)
+        if directory:
+            os.close(found.fd)
+            raise ProtocolError(404, "not found")
+        return self._respond_file(request, found, segments)
+
+    async def _respond_folder(
+        self, request: Request, found: Found, segments: tuple[bytes, ...], directory: bool, as_json: bool
+    ) -> Response:
+        """Answer a request for a directory: by a redirect to its path with a slash, its index.html, or its listing."""
         if not directory and segments:
             location = redirect_below(segments[-1], request.target)
             return text_response(301, "it is a directory\n", [("Location", location)])
-        if not as_json:
-            index = self._open_index(segments, found.place)
-            if index is not None:
-                return self._respond_file(request, index, (*segments, b"index.html"))
+        index = None if as_json else self._open_index(segments, found.place)
+        if index is not None:
+            return self._respond_file(request, index, (*segments, b"index.html"))
         if not self.options.listing:
             raise ProtocolError(404, "not found")
         as_json = as_json or wants_json(request.headers)
@@ -3893,23 +3898,24 @@ class Site:
         For an entry that cannot be read, `error` is the reason.
         """
         with os.scandir(place) as items:
-            for item in items:
-                if is_hidden(item.name) and not self.options.hidden:
-                    continue
-                try:
-                    place = self._follow(item.path) if item.is_symlink() else item.path
-                    facts = item.stat()
-                except OSError as error:
-                    # A broken link, one that leads outside or in a circle, or a file removed meanwhile, is left out.
-                    if not isinstance(error, FileNotFoundError | NotADirectoryError) and error.errno != errno.ELOOP:
-                        yield ListingEntry(item.name, _is_plain_dir(item), 0, 0, error.strerror or "not readable")
-                    continue
-                is_dir = stat.S_ISDIR(facts.st_mode)
-                if not is_dir and not stat.S_ISREG(facts.st_mode):
-                    continue
-                if not is_dir and self._is_private(place, facts, item.path):
-                    continue
-                yield ListingEntry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
+            yield from filter(None, map(self._entry, items))
+
+    def _entry(self, item: os.DirEntry[bytes]) -> ListingEntry | None:
+        if is_hidden(item.name) and not self.options.hidden:
+            return None
+        try:
+            place = self._follow(item.path) if item.is_symlink() else item.path
+            facts = item.stat()
+        except OSError as error:
+            # A broken link, one that leads outside or in a circle, or a file removed meanwhile, is left out.
+            if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP:
+                return None
+            return ListingEntry(item.name, _is_plain_dir(item), 0, 0, error.strerror or "not readable")
+        if stat.S_ISDIR(facts.st_mode):
+            return ListingEntry(item.name, True, 0, facts.st_mtime_ns)
+        if not stat.S_ISREG(facts.st_mode) or self._is_private(place, facts, item.path):
+            return None
+        return ListingEntry(item.name, False, facts.st_size, facts.st_mtime_ns)
 
     def _zip(self, segments: tuple[bytes, ...], found: Found) -> Response:
         """Make the response with a directory's zip.  OSError when the directory itself cannot be read."""
@@ -4752,45 +4758,53 @@ def begin_uploads(site: Site, command: str, root: str) -> None:
         log_line(f"ptth {command}: {who} {os.path.realpath(root)}")
 
 
+_CORS = (
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Expose-Headers", "Accept-Ranges, Content-Length, Content-Range, ETag, Last-Modified"),
+)
+
+
 def with_site_options(handler: Handler, options: SiteOptions, realm: str, *, app: bool = False) -> Handler:
     """Wrap a handler: check the password, add the operator's fields, and allow scripts of other origins (CORS).
 
     An `app` does not get the password. It answers OPTIONS itself, except preflight requests.
     """
-    fields: Fields = list(options.headers)
-    if options.cors:
-        fields += [
-            ("Access-Control-Allow-Origin", "*"),
-            ("Access-Control-Expose-Headers", "Accept-Ranges, Content-Length, Content-Range, ETag, Last-Modified"),
-        ]
-    if not fields and not options.auth:
+    if options.auth:
+        handler = with_password(handler, options.auth, realm, pass_on=not app)
+    added = [*options.headers, *(_CORS if options.cors else ())]
+    if not added:
         return handler
-    secret = options.auth.encode("utf-8", "surrogateescape")
-    challenge = ProtocolError(
-        401, "password required", headers=[("WWW-Authenticate", f'Basic realm="{realm}", charset="UTF-8"')]
-    )
+    replaced = {name.lower() for name, _ in added} - {"vary"}  # several Vary fields are valid
+    allow = ", ".join((*METHODS, "POST", "PUT", "PATCH", "DELETE") if app else METHODS)
+    preflight: Fields = [
+        ("Allow", allow), NOSNIFF, *added, ("Access-Control-Allow-Methods", allow.replace(", OPTIONS", "")),
+        ("Access-Control-Allow-Headers", "*, Authorization"),
+    ]  # fmt: skip
 
-    allow = ("Allow", ", ".join((*METHODS, "POST", "PUT", "PATCH", "DELETE") if app else METHODS))
+    async def handle(request: Request) -> Response:
+        is_preflight = not app or "access-control-request-method" in request.headers
+        if options.cors and request.method == "OPTIONS" and is_preflight:  # browsers send no password with it
+            return Response(204, list(preflight))
+        response = await call_handler(handler, request)
+        return replace(response, headers=[pair for pair in response.headers if pair[0].lower() not in replaced] + added)
 
-    async def guarded(request: Request) -> Response:
-        preflight = not app or "access-control-request-method" in request.headers
-        if options.cors and request.method == "OPTIONS" and preflight:  # browsers send no password with it
-            asked = [
-                ("Access-Control-Allow-Methods", allow[1].replace(", OPTIONS", "")),
-                ("Access-Control-Allow-Headers", "*, Authorization"),
-            ]
-            return Response(204, [allow, NOSNIFF, *fields, *asked])
-        if secret and not is_same_secret(basic_credentials(request.headers.get("authorization", "")), secret):
-            response = error_response(request, challenge)
-        else:
-            if secret and app:
-                pairs = [pair for pair in request.headers.pairs if pair[0].lower() != "authorization"]
-                request = replace(request, headers=Headers(pairs))
-            response = await call_handler(handler, request)
-        given = {name.lower() for name, _ in fields} - {"vary"}  # several Vary fields are valid
-        return replace(response, headers=[pair for pair in response.headers if pair[0].lower() not in given] + fields)
+    return handle
 
-    return guarded
+
+def with_password(handler: Handler, password: str, realm: str, *, pass_on: bool) -> Handler:
+    """Wrap a handler: demand "USER:PASSWORD" by Basic (RFC 7617). The handler gets it only if `pass_on` is true."""
+    secret = password.encode("utf-8", "surrogateescape")
+    challenge = ("WWW-Authenticate", f'Basic realm="{realm}", charset="UTF-8"')
+
+    async def handle(request: Request) -> Response:
+        if not is_same_secret(basic_credentials(request.headers.get("authorization", "")), secret):
+            raise ProtocolError(401, "password required", headers=[challenge])
+        if not pass_on:
+            pairs = [pair for pair in request.headers.pairs if pair[0].lower() != "authorization"]
+            request = replace(request, headers=Headers(pairs))
+        return await handler(request)
+
+    return handle
 
 
 def basic_credentials(value: str) -> bytes:
