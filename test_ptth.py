@@ -6606,6 +6606,7 @@ class TestServer:
         self, background: Background, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
+        monkeypatch.setattr(ptth, "FAR_P1", 1)  # a slow machine looks like a long way
         begun: list[str] = []
         release = asyncio.Event()
 
