@@ -3612,7 +3612,7 @@ def file_error(error: OSError, place: bytes = b"") -> ProtocolError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return ProtocolError(503, "too many open files", headers=[("Retry-After", "1")])
     if error.errno in (errno.EAGAIN, errno.ENOMEM):
-        return ProtocolError(503, "this cannot be read now", headers=[("Retry-After", "1")])
+        return ProtocolError(503, "not enough memory, or the file is busy; try again", headers=[("Retry-After", "1")])
     if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _NOTHING_THERE:
         return ProtocolError(404, "not found")
     log_line(f"cannot read {os.fsdecode(error.filename or place)}: {format_error(error)}")
@@ -7195,7 +7195,7 @@ class Sender:
         if status in (200, 410) or self.rust_relay and status == 400:  # 400 there: nobody waits for it
             return True
         who = headers.get("server", "the relay, or a proxy in front of it")[:60]
-        self._log_change(f"P5 was refused: {who} answers {status}{_REFUSALS.get(status, '')}")
+        self._log_change(f"{who} answered {status} to a response{_REFUSALS.get(status, '')}")
         return False
 
     async def probe(self) -> float:
@@ -7209,7 +7209,7 @@ class Sender:
 
 _POST = f": responses are sent by POST, so that must be allowed below {BACKEND}"
 _REFUSALS = {  # status: what to do about it
-    401: ": it does not know the key any more",
+    401: ": it no longer knows the key",
     403: _POST,
     405: _POST,
     408: ": its time limit for requests is too short",
@@ -7682,8 +7682,8 @@ _NO_RELAY = {
     401: f"it asks for a login; let {BACKEND} pass without one, since servers show their keys there",
     403: f"the proxy in front of the relay, or a firewall, forbids {BACKEND}; allow it there",
     404: f"relay_url must be the relay's URL without /frontend/, and the proxy in front must pass {BACKEND} on",
-    407: "this network demands a proxy: set proxy_url, or HTTPS_PROXY in the environment",
-    429: f"the proxy in front of the relay limits requests; except {BACKEND} from that",
+    407: "this network requires a proxy: set proxy_url, or HTTPS_PROXY in the environment",
+    429: f"the proxy in front of the relay limits requests; exclude {BACKEND} from that limit",
     511: "log in to this network in a browser first",
 }
 
@@ -7695,16 +7695,16 @@ def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
         base, ours, _ = re.split(r"[?#]", target)[0].partition(f"{BACKEND}http_listen/")
         there = parse_base_url(base)
     except (KeyError, ValueError):
-        return "it has no Location that can be used; a captive portal?"
+        return "it has no valid Location; a captive portal?"
     if there == origin and ours:
-        return "to the same URL; the proxy in front of the relay does not know that this is https already"
+        return "to the same URL; the proxy in front of the relay does not see that this is https already"
     if origin.tls and not there.tls:
-        return f"to {there.url}, which would send the key without TLS; set relay_url to what is right"
+        return f"to {there.url}, which would send the key without TLS; correct relay_url"
     if there.host == origin.host and there.tls and not origin.tls:  # some drop the path
         there, ours = there._replace(path=there.path if ours else origin.path), "yes"
     if ours:
         return f'write relay_url = "{there.url}"'
-    return f"to {there.url[:200]}, where no relay is to be expected; a login page, or a captive portal?"
+    return f"to {there.url[:200]}, which is not a relay's URL; a login page, or a captive portal?"
 
 
 def format_server_block(name: str, key: str) -> str:
@@ -8198,8 +8198,8 @@ def check_root(root: str, how: str) -> str:
     try:
         path = os.path.abspath(root)
     except OSError as error:
-        why = f"the directory that this was started in cannot be found: {format_error(error)}"
-        raise UserError(f"{why}; start it in another one, or name the directory to serve by its whole path") from None
+        why = f"the current directory cannot be found: {format_error(error)}"
+        raise UserError(f"{why}; start in another one, or give the directory to serve as an absolute path") from None
     if not root:
         root = path
         if os.path.realpath(root) in (os.path.realpath(os.sep), os.path.realpath(os.path.expanduser("~"))):

@@ -6327,15 +6327,15 @@ class TestServer:
         (308, {"location": "https://R.example:8443/x/7ZSFUKGV/http_listen/n?a=b#c"}, "http://r.example/x", '"https://r.example:8443/x"'),
         (302, {"location": "/y/7ZSFUKGV/http_listen/n/"}, "https://r.example/x", '"https://r.example/y"'), (301, {"location": "https://r.example/"}, "http://r.example/x", '"https://r.example/x"'),
         (307, {"location": "//s.example/7ZSFUKGV/http_listen/n"}, "https://r.example", '"https://s.example"'), (301, {"location": "https://r.example"}, "http://r.example", '"https://r.example"'),
-        (302, {"location": "https://login.example/?next=/7ZSFUKGV/http_listen/n"}, "https://r.example", "https://login.example, where no relay"),
+        (302, {"location": "https://login.example/?next=/7ZSFUKGV/http_listen/n"}, "https://r.example", "https://login.example, which is not a relay's URL"),
         (302, {"location": "http://portal.example/login"}, "http://r.example", "portal"), (302, {}, "https://r.example", "portal"), (302, {"location": "http://["}, "https://r.example", "portal"),
-        (302, {"location": "https://u:p@r.example/7ZSFUKGV/http_listen/n"}, "http://r.example", "no Location that can be used"),
+        (302, {"location": "https://u:p@r.example/7ZSFUKGV/http_listen/n"}, "http://r.example", "no valid Location"),
         (301, {"location": "https://r.example/7ZSFUKGV/http_listen/n"}, "https://r.example", "to the same URL"), (301, {"location": "http://r.example/7ZSFUKGV/http_listen/n"}, "https://r.example", "without TLS"),
         (401, {"www-authenticate": 'Basic realm="front"'}, "https://r.example", "(401, Basic): it asks for a login; let /7ZSFUKGV/ pass"), (401, {"www-authenticate": "Bearer"}, "https://r.example", "login"),
         (401, {"content-type": "text/html"}, "https://r.example", "login"), (403, {"content-type": "text/html"}, "https://r.example", "forbids /7ZSFUKGV/"), (404, {}, "https://r.example/frontend", "without /frontend/"),
         (407, {}, "http://r.example", "proxy_url"), (429, {}, "http://r.example", "limits"), (400, {"content-type": "text/html"}, "http://r.example:443", "https://"), (511, {}, "http://r.example", "log in"),
         (200, {"content-type": "text/html"}, "http://r.example", "portal"), (206, {"content-type": "application/http"}, "http://r.example", "not a PTTH relay"), (101, {}, "http://r.example", "not a PTTH relay"),
-        (200, {"content-type": "application/http", "content-encoding": "gzip"}, "http://r.example", "compresses"), (302, {"location": "https://r.example/" + "x" * 9000}, "https://s.example", "no relay"),
+        (200, {"content-type": "application/http", "content-encoding": "gzip"}, "http://r.example", "compresses"), (302, {"location": "https://r.example/" + "x" * 9000}, "https://s.example", "not a relay"),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("status", "fields", "url", "words"), NO_P3, ids=range(len(NO_P3)))
@@ -7624,7 +7624,7 @@ class TestCommandLine:
             ["/bin/sh", "-c", script], cwd=tmp_path / "gone", capture_output=True, text=True, timeout=60, check=False
         )
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert "whole path" in done.stderr
+        assert "absolute path" in done.stderr
 
     @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "</dev/full >/dev/full 2>/dev/full"])
     def test_poor_surroundings_stop_nothing(self, closed: str, root: str) -> None:
