@@ -7736,8 +7736,16 @@ class ServerConfig:
     app_url: BaseURL = NO_URL
 
 
+def is_tripcode(text: str) -> bool:
+    """Return whether `text` is 32 bytes in standard base64."""
+    try:
+        return len(text) == 44 and len(base64.b64decode(text, validate=True)) == 32
+    except ValueError:
+        return False
+
+
 class TOMLTable:
-    """A TOML table that is being read: gives values out by name and type, and notes what is wrong with it."""
+    """A TOML table that is being read: returns values by key and type, and collects what is wrong with it."""
 
     def __init__(self, values: dict[str, object], where: str, problems: list[str]) -> None:
         self.values = values
@@ -7745,19 +7753,22 @@ class TOMLTable:
         self.problems = problems
 
     def problem(self, text: str) -> None:
-        """Note what is wrong."""
+        """Add a problem."""
         self.problems.append(f"{self.where}: {text}")
+
+    def _get(self, key: str, default: Any, what: str, is_valid: Callable[[Any], bool]) -> Any:
+        value = self.values.get(key, default)
+        if is_valid(value):
+            return value
+        self.problem(f"{key} must be {what}")
+        return default
 
     def text(self, key: str, default: str = "") -> str:
         """Return a string."""
-        value = self.values.get(key, default)
-        if isinstance(value, str):
-            return value
-        self.problem(f"{key} must be a string in quotes")
-        return default
+        return str(self._get(key, default, "a string in quotes", lambda value: isinstance(value, str)))
 
     def texts(self, key: str) -> list[str]:
-        """Return the strings of a list, or the only one; [""] if there is none."""
+        """Return the strings of a list, or a single string as a list; [""] if the key is missing."""
         value = self.values.get(key) or ""
         values = value if isinstance(value, list) else [value]
         texts = [text for text in values if isinstance(text, str)]
@@ -7767,19 +7778,23 @@ class TOMLTable:
         return []
 
     def is_text(self, key: str) -> bool:
-        """Return whether a string is there, or nothing: otherwise `text` has noted the wrong type already."""
+        """Return whether the value is a string or missing; otherwise `text` has added the problem already."""
         return isinstance(self.values.get(key, ""), str)
 
+    def tripcode(self, key: str, command: str) -> str:
+        """Return what a command of ptth.py has printed: 32 bytes in standard base64."""
+        code = self.text(key)
+        if self.is_text(key) and not is_tripcode(code):
+            self.problem(f"{key} must be what `ptth.py {command}` prints, 44 characters that end in =")
+        return code
+
     def number(self, key: str, default: int, low: int, high: int) -> int:
-        """Return a whole number of a range."""
-        value = self.values.get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-            return value
-        self.problem(f"{key} must be a whole number from {low} to {high}")
-        return default
+        """Return an integer from `low` to `high`."""
+        return int(self._get(key, default, f"a whole number from {low} to {high}",
+                             lambda value: type(value) is int and low <= value <= high))  # fmt: skip
 
     def time(self, key: str) -> float:
-        """Return a date-time, as TOML has it or as a string of RFC 3339, in POSIX time; it must have an offset."""
+        """Return the POSIX time of a date-time with an offset, in TOML's form or as a string of RFC 3339."""
         import datetime
 
         value = self.values.get(key)
@@ -7794,33 +7809,28 @@ class TOMLTable:
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false."""
-        value = self.values.get(key, default)
-        if isinstance(value, bool):
-            return value
-        self.problem(f"{key} must be true or false")
-        return default
+        return bool(self._get(key, default, "true or false", lambda value: isinstance(value, bool)))
 
     def tables(self, key: str) -> list[TOMLTable]:
         """Return the tables of an array of tables."""
-        values = self.values.get(key, [])
-        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-            self.problem(f"{key} must be written as [[{key}]] blocks")
-            return []
+
+        def is_valid(values: Any) -> bool:
+            return isinstance(values, list) and all(isinstance(value, dict) for value in values)
+
+        values = self._get(key, [], f"written as [[{key}]] blocks", is_valid)
         return [
             TOMLTable(value, f"{self.where}, [[{key}]] number {i}", self.problems) for i, value in enumerate(values, 1)
         ]
 
     def allow_only(self, keys: Iterable[str]) -> None:
-        """Note every unknown key, with the known one that is nearest."""
+        """Add a problem for each unknown key, with the most similar known one."""
         import difflib
 
         known = list(keys)
-        for key in self.values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                self.problem(
-                    f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}")
-                )
+        for key in [key for key in self.values if key not in known]:
+            near = difflib.get_close_matches(key, known, 1)
+            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            self.problem(f"unknown key {key}; {advice}")
 
 
 def read_toml(path: str, how: str) -> dict[str, object]:
@@ -7846,19 +7856,11 @@ def read_toml(path: str, how: str) -> dict[str, object]:
         raise UserError(f"{path}: not valid TOML: {error}{hint}") from None
 
 
-_ENCODINGS = (
-    (b"\xff\xfe\0\0", "UTF-32"),
-    (b"\0\0\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-)
-
-
 def decode_config(data: bytes, path: str) -> str:
     """Return a file's text, without the byte order mark that some editors put first. UserError when it is not UTF-8."""
-    encodings = [name for mark, name in _ENCODINGS if data.startswith(mark)]
-    if encodings or b"\0" in data[:2]:
-        raise UserError(f"{path} is in {(*encodings, 'UTF-16')[0]}; save it as UTF-8")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
+        width = 32 if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) else 16
+        raise UserError(f"{path} is in UTF-{width}; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -7936,14 +7938,15 @@ def read_networks(table: TOMLTable) -> list[str]:
     """Return trusted_proxies: addresses and networks."""
     import ipaddress
 
-    networks = table.values.get("trusted_proxies", [])
-    for network in networks if isinstance(networks, list) else [networks]:
+    value = table.values.get("trusted_proxies", [])
+    networks = value if isinstance(value, list) else [value]
+    for network in networks:
         try:
             ipaddress.ip_network(str(network))
         except ValueError:
             table.problem(f"trusted_proxies: {network!r} is not an address or a network such as 10.0.0.0/8")
             return []
-    return [str(network) for network in networks] if isinstance(networks, list) else []
+    return list(map(str, networks))
 
 
 def check_hosts(config: RelayConfig, table: TOMLTable) -> None:
@@ -7959,14 +7962,12 @@ def check_hosts(config: RelayConfig, table: TOMLTable) -> None:
 def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
     """Read one [[servers]] block, whose name may not be one of `names`, and add it to them."""
     block.allow_only(["name", "tripcode", "display_name", "sandbox", "host"])
-    name, code = block.text("name"), block.text("tripcode")
+    name, code = block.text("name"), block.tripcode("tripcode", "server --print-tripcode")
     if block.is_text("name") and not _NAME.fullmatch(name):
         block.problem(f"name {name!r} {NAME_RULE}")
     elif name and name in names:
         block.problem(f"name = {name!r}: there are two servers named {name}")
     names.add(name)
-    if block.is_text("tripcode") and not is_tripcode(code):
-        block.problem("tripcode must be what `ptth.py server --print-tripcode` prints, 44 characters that end in =")
     sandbox, host = block.flag("sandbox", True), read_host(block, "host")
     return ServerEntry(name, code, block.text("display_name"), sandbox, host)
 
@@ -7977,26 +7978,17 @@ def read_scraper_key(block: TOMLTable, names: set[str]) -> ScraperKey:
     A key lives 30 days at most, so that a stolen one is of use for no longer.
     """
     block.allow_only(["name", "not_before", "not_after", "hash"])
-    key = ScraperKey(block.text("name"), block.text("hash"), block.time("not_before"), block.time("not_after"))
+    code = block.tripcode("hash", "relay --new-scraper-key NAME")
+    key = ScraperKey(block.text("name"), code, block.time("not_before"), block.time("not_after"))
     if block.is_text("name") and not key.name:
         block.problem("name is missing")
     if key.name and key.name in names:
         block.problem(f"name = {key.name!r}: there are two scraper keys named {key.name}")
     names.add(key.name)
-    if block.is_text("hash") and not is_tripcode(key.hash):
-        block.problem("hash must be what `ptth.py relay --new-scraper-key NAME` prints, 44 characters that end in =")
     span = key.not_after - key.not_before
     if span < 0 or span > MAX_SCRAPER_DAYS * 86400:
         block.problem(f"from not_before to not_after must be 0 to {MAX_SCRAPER_DAYS} days")
     return key
-
-
-def is_tripcode(text: str) -> bool:
-    """Return whether `text` is 32 bytes in standard base64."""
-    try:
-        return len(text) == 44 and len(base64.b64decode(text, validate=True)) == 32
-    except ValueError:
-        return False
 
 
 def check_secrecy(path: str, table: TOMLTable) -> None:
@@ -8234,10 +8226,8 @@ def print_output(text: str) -> None:
 
 def print_ready(line: str) -> None:
     """Write a line on stdout for who waits for it; a closed stdout stops nothing."""
-    try:
+    with contextlib.suppress(UserError):
         print_output(line)
-    except UserError:
-        pass
 
 
 _NOT_LISTENING = {
@@ -8332,6 +8322,15 @@ def has_terminal() -> bool:
         return False
 
 
+def load_again(command: str, what: str, load: Callable[[], T]) -> T | None:
+    """Load what a command had loaded at its start. If that fails, log why, and return None."""
+    try:
+        return load()
+    except UserError as error:
+        log_line(f"ptth {command}: keeping the old {what}: {'; '.join(error.args)}")
+        return None
+
+
 async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until a signal; SIGHUP loads the certificate again."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
@@ -8399,14 +8398,11 @@ def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | Non
     if not context:
         log_line("ptth file-server: there is nothing to read again; changed flags take effect after a restart")
         return
-    try:
-        fresh = load_certificate(cert, key)
-    except UserError as error:
-        log_line(f"ptth file-server: keeping the old certificate: {error}")
+    fresh = load_again("file-server", "certificate", functools.partial(load_certificate, cert, key))
+    if not fresh:
         return
 
     def use_fresh(connection: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
-        assert fresh
         connection.context = fresh
 
     # Loading into `context` itself would leave a half-changed one behind a failure, and the old one beside one of
@@ -8442,10 +8438,8 @@ async def run_relay(args: argparse.Namespace) -> None:
 
 def reload(relay: Relay, path: str, domain: str | None) -> None:
     """Read the configuration again; a broken one changes nothing."""
-    try:
-        config = load_relay_config(path)
-    except UserError as error:
-        log_line(f"ptth relay: keeping the old configuration: {'; '.join(error.args)}")
+    config = load_again("relay", "configuration", functools.partial(load_relay_config, path))
+    if not config:
         return
     if domain is not None:
         config.domain = relay.state.config.domain
@@ -8532,10 +8526,8 @@ def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[],
 
     `config` is the one that the server was started with: what says how to reach the relay stays.
     """
-    try:
-        fresh = load()
-    except UserError as error:
-        log_line(f"ptth server: keeping the old configuration: {'; '.join(error.args)}")
+    fresh = load_again("server", "configuration", load)
+    if not fresh:
         return
     keys = ("name", "api_key", "relay_url", "proxy_url", "throttle_upload")
     changed = [key for key in keys if getattr(fresh, key) != getattr(config, key)]
