@@ -130,6 +130,7 @@ MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
 MAX_STREAMS = 1000  # WebSockets and event streams of one server; the next gets 503
 MIN_PART = 64 * 1024  # bytes; parts of a response are not made smaller than that for a proxy that limits bodies
+PART_INTERVAL = 25.0  # seconds of silence after which an empty part says that a response in parts goes on
 PART_TIMEOUT = 35.0  # seconds without a part after which the relay ends a response in parts
 PART_TRIES = 8  # attempts to send one part
 MAX_FROM_ADDRESS = 500  # requests from one client address waiting or in flight at one server; the next gets 503
@@ -478,6 +479,7 @@ class Body:
     complete = True  # False while the peer has not sent all of it
     expects = False  # the peer waits for 100 Continue before it sends the body
     replayable = False  # `write_to` may be called again, and starts from the beginning
+    begun = False  # some of it was asked for, where that is noted
     _pieces: AsyncIterator[bytes] | None = None
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -553,7 +555,7 @@ class BytesBody(Body):
 
 
 class PrefixedBody(Body):
-    """A body with some bytes in front of it."""
+    """A body with some bytes in front of it, which notes in `begun` that it was asked for."""
 
     def __init__(self, prefix: bytes, body: Body) -> None:
         self._prefix = prefix
@@ -564,6 +566,7 @@ class PrefixedBody(Body):
         self.replayable = body.replayable
 
     async def write_to(self, sink: Sink) -> None:
+        self.begun = True
         await sink.send(self._prefix)
         await self._body.write_to(sink)
 
@@ -2947,7 +2950,8 @@ class App:
     def _response_fields(response: Response, public: str, own: str) -> Fields:
         """Return the fields of the app's response, with the `public` origin in place of its `own` (if not "")."""
         headers = Headers(response.headers)
-        fields = [("Upgrade", headers["upgrade"])] if response.status in (101, 426) and "upgrade" in headers else []
+        kept = {"upgrade", "x-accel-buffering"} if response.status in (101, 426) else {"x-accel-buffering"}
+        fields = [pair for pair in headers.pairs if pair[0].lower() in kept]
         for name, value in forwardable(headers, _HOP_BY_HOP):
             lower = name.lower()
             if lower == "location" or own and lower == "access-control-allow-origin":
@@ -6975,7 +6979,7 @@ class PartReader:
         self._reading: asyncio.Task[bytes | None] | None = None
 
     async def next(self, size: int) -> Body:
-        """Return the next `size` bytes at most; none after POLL_WAIT seconds of silence, or at the end."""
+        """Return the next `size` bytes at most; none after PART_INTERVAL without any, or at the end."""
         self.offset += self._size
         length = self._body.length
         part = self._body.part(self.offset, size)
@@ -6988,10 +6992,15 @@ class PartReader:
         self.ended = self.ended or length is not None and self.offset + self._size >= length
         return part
 
+    def put_back(self, part: Body) -> None:
+        """Take the last part back, which will be cut smaller."""
+        self._size, self.ended = 0, False
+        self._held = (part.data or b"") + self._held
+
     async def _read(self) -> bytes:
         """Return what there is to read, when there is something."""
         self._reading = self._reading or asyncio.create_task(self._next_piece())
-        await asyncio.wait({self._reading}, timeout=POLL_WAIT)
+        await asyncio.wait({self._reading}, timeout=PART_INTERVAL)
         if not self._reading.done():
             return b""
         reading, self._reading = self._reading, None
@@ -7015,6 +7024,7 @@ class Batch(NamedTuple):
 
     request_ids: list[str] = []
     data: bytes = b""
+    pieces: list[bytes] = []  # of the data, one for each
 
 
 class Sender:
@@ -7025,7 +7035,8 @@ class Sender:
         self.name = name
         self.rust_relay = False  # the relay speaks the original's form
         self.features: set[str] = set()  # of the relay
-        self._part_size = 0  # bytes that a proxy in front of it lets through in one POST; 0 is any number
+        self._part_size = 0  # bytes of a POST that a proxy in front of it seems to take; 0 is any number
+        self._passed = 0  # bytes of the largest that got through
         self.most_batches = 1  # under way at once
         self._key = key
         self._workers = workers
@@ -7077,26 +7088,41 @@ class Sender:
         request_ids: list[str] = []
         pieces: list[bytes] = []
         size = 0
-        while self._batch and (not pieces or size + len(self._batch[0][1]) <= MAX_BATCH_BYTES):
+        most = min(self._part_size or MAX_BATCH_BYTES, MAX_BATCH_BYTES)
+        while self._batch and (not pieces or size + len(self._batch[0][1]) <= most):
             request_id, piece = self._batch.popleft()
             request_ids.append(request_id)
             pieces.append(piece)
             size += len(piece)
         self._workers.batch_taken(len(pieces))
-        return Batch(request_ids, b"".join(pieces))
+        return Batch(request_ids, b"".join(pieces), pieces)
 
     async def send_batch(self, batch: Batch) -> None:
         """Post small responses."""
+        smaller = False
         try:
-            await self._post(batch.request_ids, f"http_responses/{self.name}", BytesBody(batch.data))
+            smaller = await self._post(batch.request_ids, f"http_responses/{self.name}", BytesBody(batch.data))
         finally:
-            self._workers.done(*batch.request_ids)
+            self._end_batch(batch, smaller)
 
     def settle(self, batch: Batch, status: int, headers: Headers) -> None:
         """Note the answer to a batch that is none to a P1."""
-        self._workers.done(*batch.request_ids)
-        if not self._got_through(status, headers):
+        through = self._got_through(status, headers)
+        smaller = status == 413 and self._shrink_parts(len(batch.data))
+        if not (through or smaller):
             self._lose(*batch.request_ids)
+        self._end_batch(batch, smaller)
+
+    def _end_batch(self, batch: Batch, smaller: bool) -> None:
+        """Note the end of a batch, or let its responses leave in `smaller` ones."""
+        if smaller and len(batch.pieces) > 1:
+            self._batch.extendleft(reversed([*zip(batch.request_ids, batch.pieces, strict=True)]))
+            self._workers.batch_taken(-len(batch.pieces))
+            asyncio.get_running_loop().call_soon(self._start)
+            return
+        if smaller:
+            self._lose(*batch.request_ids)
+        self._workers.done(*batch.request_ids)
 
     async def send(self, request_id: str, response: Response, method: str) -> None:
         """P5 and P7: send a response to the relay; its body is closed in the end."""
@@ -7112,10 +7138,10 @@ class Sender:
             return
         try:
             sent = body if has_body(method, response.status) else EMPTY
-            if "parts" in self.features and (self._is_too_large(sent) or sent is body and is_stream(response)):
+            in_parts = "parts" in self.features and (self._is_too_large(sent) or sent is body and is_stream(response))
+            path = f"http_response/{request_id}"
+            if in_parts or await self._post([request_id], path, PrefixedBody(head, sent), kind):
                 await self._send_parts(request_id, head, body)
-            else:
-                await self._post([request_id], f"http_response/{request_id}", PrefixedBody(head, sent), kind)
         finally:
             await body.aclose()
 
@@ -7124,18 +7150,23 @@ class Sender:
         return bool(self._part_size) and (body.length is None or body.length > self._part_size)
 
     async def _send_parts(self, request_id: str, head: bytes, body: Body) -> None:
-        """Post a response in parts, as soon as there is something, and every POLL_WAIT seconds at least.
+        """Post a response in parts, as soon as there is something, and every PART_INTERVAL at least.
 
         The head travels alone, so that the client has it at once.
         """
         delivered = False
         parts = PartReader(body)
         try:
-            content: Body = BytesBody(head)
             fields = [("Content-Type", RESPONSE_TYPE), *part_fields(0, True)]
-            while await self._post_part(request_id, content, fields) and not parts.ended:
-                content = await parts.next(self._part_size or READ_SIZE)
+            status = await self._post_part(request_id, BytesBody(head), fields)
+            while status != 410 and not parts.ended:
+                part = await parts.next(self._part_size or READ_SIZE)
                 fields = [("Content-Type", "application/octet-stream"), *part_fields(parts.offset, not parts.ended)]
+                status = await self._post_part(request_id, part, fields)
+                if status == 413 and self._shrink_parts(part.length):
+                    parts.put_back(part)
+                elif status == 413:
+                    raise ConnectionError(f"the relay, or a proxy in front of it, does not take {part.length} bytes")
             delivered = True
         except (OSError, ProtocolError) as error:
             self._log_change(f"P5 broke off: {format_error(error)}")
@@ -7144,8 +7175,14 @@ class Sender:
             if not delivered:
                 self._lose(request_id)
 
-    async def _post_part(self, request_id: str, content: Body, fields: Fields) -> bool:
-        """Post one part, again when that fails; return whether the relay wants more. ConnectionError at the end."""
+    def _shrink_parts(self, size: int | None) -> bool:
+        """Make parts smaller than the bytes that a proxy did not take (413); return whether that is possible."""
+        size = size or 2 * READ_SIZE
+        self._part_size = min(self._part_size or size, max(size // 2, MIN_PART))
+        return size > self._part_size
+
+    async def _post_part(self, request_id: str, content: Body, fields: Fields) -> int:
+        """Post one part, again when that fails; return 200, 410 or 413. ConnectionError in the end."""
         headers = Headers([("X-ApiKey", self._key), *fields])
         request = Request("POST", f"{BACKEND}http_response/{request_id}", headers, body=content)
         why = ""
@@ -7153,13 +7190,16 @@ class Sender:
             await asyncio.sleep(min(BACKOFF_MIN * 2**attempt, BACKOFF_MAX) if attempt else 0)
             try:
                 response = await self.client.handle(request, repeatable=True)
-                await response.body.drain()
+                with contextlib.suppress(OSError, ProtocolError):  # the status is all that counts
+                    await response.body.drain()
                 await response.body.aclose()
+            except IncompleteBody:
+                raise  # the part's, as a file that changed
             except (OSError, ProtocolError) as error:
                 why = format_error(error)
                 continue
-            if response.status in (200, 410):
-                return response.status == 200
+            if response.status in (200, 410, 413):
+                return response.status
             why = f"{response.status}{_REFUSALS.get(response.status, '')}"
             if response.status < 500 and response.status != 408:
                 break
@@ -7167,28 +7207,38 @@ class Sender:
 
     async def _post(
         self, request_ids: list[str], path: str, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
-    ) -> None:
+    ) -> bool:
         """Post the responses to `request_ids`. When they do not get through, the relay is told by the next P1.
 
-        What is in memory is repeated in any case: a relay that had it passes it over.
+        What is in memory is repeated in any case: a relay that had it passes it over. Returns whether it can be sent in
+        smaller pieces instead, since a proxy does not take so much at once.
         """
-        delivered = False
+        delivered = smaller = False
+        # What can be read only once stays untouched until it is known that a proxy takes that much.
+        asks = "parts" in self.features and not body.replayable and (body.length or 0) > max(self._passed, READ_SIZE)
         try:
-            delivered = await self._post_once(path, body, kind)
+            fields = [kind, ("Expect", "100-continue")] if asks else [kind]
+            status, delivered = await self._post_once(path, body, fields)
+            if delivered:
+                self._passed = max(self._passed, body.length or 0)
+            elif status == 413 and "parts" in self.features and (body.replayable or asks and not body.begun):
+                smaller = self._shrink_parts(body.length)
         except (OSError, ProtocolError) as error:
             self._log_change(f"sending a response to the relay failed: {format_error(error)}")
         finally:
-            if not (delivered or self.rust_relay):
+            if not (delivered or smaller or self.rust_relay):
                 self._lose(*request_ids)
+        return smaller
 
     def _lose(self, *request_ids: str) -> None:
         """Tell the relay which responses did not get through."""
         self.lost.extend(request_ids)
         self.on_loss()
 
-    async def _post_once(self, path: str, body: Body, kind: tuple[str, str]) -> bool:
-        """Post a body; return whether it got through, and log who refused it if not."""
-        return self._got_through(*await self.client.post(BACKEND + path, [("X-ApiKey", self._key), kind], body))
+    async def _post_once(self, path: str, body: Body, fields: Fields) -> tuple[int, bool]:
+        """Post a body; return the status, and whether it got through."""
+        status, headers = await self.client.post(BACKEND + path, [("X-ApiKey", self._key), *fields], body)
+        return status, self._got_through(status, headers)
 
     def _got_through(self, status: int, headers: Headers) -> bool:
         """Return whether an answer says so, and log who refused the response if not."""
@@ -7203,7 +7253,7 @@ class Sender:
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with asyncio.timeout(P1_TIMEOUT):
-            await self._post_once(f"http_responses/{self.name}", EMPTY, ("Content-Type", RESPONSE_TYPE))
+            await self._post_once(f"http_responses/{self.name}", EMPTY, [("Content-Type", RESPONSE_TYPE)])
         return loop.time() - began
 
 
@@ -7214,7 +7264,7 @@ _REFUSALS = {  # status: what to do about it
     405: _POST,
     408: ": its time limit for requests is too short",
     411: ": it must take requests with Transfer-Encoding: chunked",
-    413: ": its limit for request bodies is too small (nginx: client_max_body_size 0;)",
+    413: ": its limit for request bodies is small, so responses are sent in parts (nginx: client_max_body_size 0;)",
     501: _POST,
     504: ": its time limit for responses is too short (nginx: proxy_read_timeout 3600s;)",
 }

@@ -5423,10 +5423,10 @@ class TestBodies:
 class StreamApp:
     """A web app that speaks by bytes: it follows an Upgrade, and streams what the test puts into `events`."""
 
-    HEAD = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"
+    HEAD = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
 
     def __init__(self) -> None:
-        self.left = 0  # visitors whose end was noticed
+        self.left: list[asyncio.StreamWriter] = []  # connections whose visitors were noticed to leave
         self.heads: list[bytes] = []
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -5440,7 +5440,7 @@ class StreamApp:
             self.heads.append(head)
             self.writers.append(writer)
             await self.answer(head.split()[1].decode(), reader, writer)
-        self.left += 1
+        self.left.append(writer)
         writer.close()
 
     async def answer(self, path: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -5461,9 +5461,8 @@ class StreamApp:
             data = await reader.read()
             writer.write(b"you said %d" % len(data))
         elif path.startswith("/stream"):
-            writer.write(
-                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n" + path.partition("?")[2].encode() + b"\r\n\r\n"
-            )
+            fields = urllib.parse.unquote_to_bytes(path.partition("?")[2])
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n" + fields + b"\r\n")
             await reader.read()
         else:
             status = path[1:4].encode()
@@ -5483,6 +5482,7 @@ def streams(background: Background) -> object:
     port = background.run(app.start())
     tunnel = Tunnel(background, make().handle)
     with serving(background, make().handle) as direct:
+        app.port, app.loop = port, background.loop
         app.tunnel, app.ports = tunnel, {"direct": direct, "tunnel": tunnel.port}
         yield app
     tunnel.close()
@@ -5495,7 +5495,7 @@ class Visitor:
     ASKS = (
         "Upgrade: websocket",
         "Connection: keep-alive, Upgrade",
-        "Sec-WebSocket-Key: k",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
         "Sec-WebSocket-Version: 13",
     )
 
@@ -5510,7 +5510,7 @@ class Visitor:
             self.data += piece
         head, _, self.data = self.data.partition(b"\r\n\r\n")
         self.status = int(head.split()[1])
-        self.fields = one(head + b"\r\n\r\n")[1] if self.status == 101 else split(head + b"\r\n\r\n")[0][1]
+        self.fields = {name.lower(): value for name, value in re.findall(r"\r\n([^:]+): ([^\r]*)", head.decode())}
 
     def read(self, count: int = 1 << 40) -> bytes:
         """The next `count` bytes, or all until the end."""
@@ -5533,7 +5533,7 @@ class TestUpgrades:
     def test_bytes_pass_in_both_directions(self, way: str, streams: StreamApp) -> None:
         visitor = Visitor(streams.ports[way], "/echo?a", early=b"first")
         assert (visitor.status, visitor.fields["upgrade"].lower()) == (101, "websocket")
-        assert (visitor.fields["connection"], visitor.fields["sec-websocket-accept"]) == ("Upgrade", "x")
+        assert (visitor.fields["connection"], visitor.fields["sec-websocket-accept"][:3]) == ("Upgrade", "s3p")
         assert not {"content-length", "transfer-encoding"} & set(visitor.fields)
         assert visitor.read(5) == b"first"
         data = random.Random(1).randbytes(3_000_000)
@@ -5546,7 +5546,7 @@ class TestUpgrades:
         assert visitor.read() == b""
         head = streams.heads[-1].lower()
         assert b"\r\nconnection: upgrade\r\nupgrade: websocket\r\n" in head and b"keep-alive" not in head
-        assert b"\r\nsec-websocket-key: k\r\n" in head
+        assert b"\r\nsec-websocket-key: dghl" in head
 
     @WAYS
     @pytest.mark.parametrize(
@@ -5570,14 +5570,14 @@ class TestUpgrades:
     @WAYS
     @pytest.mark.parametrize("reset", [False, True])
     def test_the_app_notices_that_its_visitor_has_left(self, reset: bool, way: str, streams: StreamApp) -> None:
-        left = streams.left
         visitor = Visitor(streams.ports[way], "/echo")
         visitor.sock.sendall(b"hello")
         assert visitor.read(5) == b"hello"
+        writer = streams.writers[-1]
         if reset:
             visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         visitor.close()
-        eventually(lambda: streams.left > left, 5)
+        eventually(lambda: writer in streams.left)
 
     @WAYS
     def test_a_reset_by_the_app_ends_the_visitor(self, way: str, streams: StreamApp) -> None:
@@ -5898,6 +5898,297 @@ class TestParts:
     def test_a_server_without_the_feature_gets_no_upgrade(self, parts: object) -> None:
         stream = parts("Upgrade: websocket", "Connection: Upgrade", features="body")
         assert not re.search(rb"(?i)upgrade", stream.p3)
+
+
+class Cutter:
+    """A proxy that cuts each connection after a number of bytes that `rng` draws."""
+
+    def __init__(self, target: int, rng: random.Random) -> None:
+        self.target, self.rng = target, rng
+        self.most = 0
+        self.lefts: list[list[float]] = []
+        self.cut = 0
+
+    def draw(self) -> float:
+        return self.rng.randrange(1, self.most) if self.most else math.inf
+
+    def arm(self, most: int) -> None:
+        """Cut all connections after less than `most` bytes, or none any more."""
+        self.most = most
+        for left in self.lefts:
+            left[0] = self.draw()
+
+    async def start(self) -> int:
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        return self.server.sockets[0].getsockname()[1]
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        left = [self.draw()]
+        self.lefts.append(left)
+        with contextlib.suppress(OSError):
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            ways = [self.pass_on(reader, far_writer, left), self.pass_on(far_reader, writer, left)]
+            await asyncio.wait([asyncio.create_task(way) for way in ways], return_when=asyncio.FIRST_COMPLETED)
+            far_writer.transport.abort()
+        self.cut += left[0] <= 0
+        self.lefts.remove(left)
+        writer.transport.abort()
+
+    @staticmethod
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: list[float]) -> None:
+        with contextlib.suppress(OSError):
+            while left[0] > 0 and (data := await reader.read(1 << 16)):
+                data = data[: min(len(data), left[0])]
+                left[0] -= len(data)
+                writer.write(data)
+                await writer.drain()
+
+
+@contextlib.contextmanager
+def tunnel_behind(background: Background, relay: Tunnel, port: int, handler: ptth.Handler) -> object:
+    """A tunnel's server that reaches its relay by another port."""
+
+    async def begin() -> tuple[ptth.TunnelServer, object]:
+        server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, "")), "n", KEY, handler)
+        running = asyncio.create_task(server.run())
+        await server.connected.wait()
+        return server, running
+
+    async def end() -> None:
+        await server.stop(0.2)
+        await running
+
+    server, running = background.run(begin())
+    try:
+        yield server
+    finally:
+        background.run(end())
+
+
+class TestCutConnections:
+    """Whatever a proxy cuts: no byte of a stream is lost or doubled, or the stream ends."""
+
+    @pytest.fixture
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ptth, "BACKOFF_MIN", 0.001)
+        monkeypatch.setattr(ptth, "BACKOFF_MAX", 0.01)
+        monkeypatch.setattr(ptth, "PART_TIMEOUT", 2)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_websocket(
+        self, seed: int, quick: None, background: Background, bare_relay: Tunnel, streams: StreamApp
+    ) -> None:
+        rng = random.Random(seed)
+        cutter = Cutter(bare_relay.port, rng)
+        port = background.run(cutter.start())
+        app = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{streams.port}")), "public")
+        data = rng.randbytes(400_000)
+        with tunnel_behind(background, bare_relay, port, app.handle):
+            whole = 0
+            for _ in range(8):
+                visitor = Visitor(bare_relay.port, "/echo")
+                background.loop.call_soon_threadsafe(cutter.arm, 150_000)
+                threading.Thread(target=self.send, args=(visitor.sock, data), daemon=True).start()
+                got = b""
+                with contextlib.suppress(ConnectionResetError):
+                    while len(got) < len(data) and (piece := visitor.sock.recv(1 << 16)):
+                        got += piece
+                assert data.startswith(got)
+                whole += got == data
+                visitor.close()
+                background.loop.call_soon_threadsafe(cutter.arm, 0)
+            assert cutter.cut
+        cutter.server.close()
+
+    @staticmethod
+    def send(sock: socket.socket, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_events_survive_all_cuts(self, seed: int, quick: None, background: Background, bare_relay: Tunnel) -> None:
+        rng = random.Random(seed)
+        cutter = Cutter(bare_relay.port, rng)
+        port = background.run(cutter.start())
+        events = [rng.randbytes(rng.randrange(1, 40_000)) for _ in range(60)]
+
+        class Events(ptth.Body):
+            async def __aiter__(self) -> object:
+                cutter.arm(100_000)
+                for event in events:
+                    yield event
+                cutter.arm(0)
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            return ptth.Response(200, [("Content-Type", "text/event-stream")], Events())
+
+        with tunnel_behind(background, bare_relay, port, handler):
+            assert one(bare_relay.fetch(get("/", host="n.example.com")))[2] == b"".join(events)
+            assert cutter.cut
+        cutter.server.close()
+
+
+class TestEventStreams:
+    """Responses without an end, through the tunnel."""
+
+    KINDS = [("text/event-stream", True), ("Text/Event-Stream; charset=utf-8", True), ("application/x-ndjson", True), ("text/plain\r\nX-Accel-Buffering: no", True), ("text/plain", False)]  # fmt: skip
+
+    @pytest.mark.parametrize(("kind", "in_parts"), KINDS)
+    def test_each_event_is_there_at_once(self, kind: str, in_parts: bool, streams: StreamApp) -> None:
+        query = urllib.parse.quote(f"Content-Type: {kind}\r\n")
+        visitor = Visitor(streams.ports["tunnel"], f"/stream?{query}", "Accept: */*")
+        assert visitor.fields.get("x-accel-buffering") == ("no" if in_parts else None)
+        writer, took = streams.writers[-1], []
+        for i in range(20):
+            begin = time.monotonic()
+            streams.loop.call_soon_threadsafe(writer.write, b"5\r\nev%03d\r\n" % i)
+            assert visitor.read(10) == b"5\r\nev%03d\r\n" % i
+            took.append(time.monotonic() - begin)
+        assert statistics.median(took) < 0.05
+        streams.loop.call_soon_threadsafe(writer.write, b"0\r\n\r\n")
+        assert visitor.read(5) == b"0\r\n\r\n"
+        visitor.close()
+
+    @pytest.mark.parametrize("talks", [False, True])
+    def test_the_app_notices_that_its_visitor_has_left(
+        self, talks: bool, streams: StreamApp, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "PART_INTERVAL", 0.1)
+        visitor = Visitor(streams.ports["tunnel"], "/stream?Content-Type:%20text/event-stream%0D%0A", "Accept: */*")
+        writer = streams.writers[-1]
+        time.sleep(0.3)
+        assert writer not in streams.left  # silence alone is no end
+        visitor.close()
+
+        def has_left() -> bool:
+            if talks:
+                streams.loop.call_soon_threadsafe(writer.write, b"2\r\n: \r\n")
+            return writer in streams.left
+
+        eventually(has_left)
+
+    def test_streams_keep_no_handler(self, background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
+
+        class Silent(ptth.Body):
+            async def __aiter__(self) -> object:
+                await asyncio.sleep(60)
+                yield b""
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            if request.target == "/other":
+                return ptth.text_response(200, "here")
+            return ptth.Response(200, [("Content-Type", "text/event-stream")], Silent())
+
+        tunnel = Tunnel(background, handler)
+        visitors = [Visitor(tunnel.port, "/", "Accept: */*") for _ in range(5)]
+        assert one(tunnel.fetch(get("/other", host="n.example.com")))[2] == b"here"
+        for visitor in visitors:
+            visitor.close()
+        tunnel.close()
+
+
+class LimitedFront:
+    """A proxy in front of the relay that takes `limit` bytes in a request: known by its length, or when they are too many."""
+
+    class Counted(ptth.Body):
+        def __init__(self, body: ptth.Body, limit: int) -> None:
+            self.body, self.limit, self.length = body, limit, body.length
+
+        async def __aiter__(self) -> object:
+            passed = 0
+            async for piece in self.body:
+                passed += len(piece)
+                if passed > self.limit:
+                    raise ptth.ProtocolError(413, "too large", close=True)
+                yield piece
+
+    def __init__(self, relay: int, limit: int, late: bool) -> None:
+        self.client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", relay, ""))
+        self.limit, self.late = limit, late
+        self.sizes: list[int] = []
+
+    async def handle(self, request: ptth.Request) -> ptth.Response:
+        if not self.late and (request.body.length or 0) > self.limit:
+            raise ptth.ProtocolError(413, "too large", close=True)
+        framing = ("connection", "content-length", "transfer-encoding", "expect")
+        headers = ptth.Headers([pair for pair in request.headers.pairs if pair[0].lower() not in framing])
+        body = self.Counted(request.body, self.limit) if request.method == "POST" else ptth.EMPTY
+        self.sizes.append(request.body.length or 0)
+        response = await self.client.handle(ptth.Request(request.method, request.target, headers, body=body))
+        response.headers = [pair for pair in response.headers if pair[0].lower() not in framing]
+        return response
+
+
+class TestLimits:
+    """A proxy in front of the relay that limits the bodies of requests: responses go in parts."""
+
+    DATA = random.Random(7).randbytes(3_000_000)
+
+    class Once(ptth.Body):
+        """A body that can be read once only."""
+
+        complete = False
+
+        def __init__(self, data: bytes) -> None:
+            self.rest, self.length = data, len(data)
+
+        async def __aiter__(self) -> object:
+            while self.rest:
+                piece, self.rest = self.rest[:100_000], self.rest[100_000:]
+                yield piece
+
+    ROWS = [  # limit in KiB, whether it is noticed late, kind of body
+        (1024, False, "bytes"), (1024, True, "bytes"), (1024, False, "file"), (1024, True, "file"), (1024, False, "ranges"), (1024, False, "once"),
+        (300, False, "bytes"), (70, False, "file"), (70, True, "ranges"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("limit", "late", "kind"), ROWS)
+    def test_a_large_response_goes_in_parts_and_its_client_sees_nothing(
+        self, limit: int, late: bool, kind: str, background: Background, bare_relay: Tunnel, tmp_path: object
+    ) -> None:
+        (tmp_path / "f").write_bytes(self.DATA)
+        files = ptth.server_handler(ptth.Site(str(tmp_path)), "n")
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            if kind in ("file", "ranges"):
+                return await files(request)
+            return ptth.Response(200, [], ptth.BytesBody(self.DATA) if kind == "bytes" else self.Once(self.DATA))
+
+        front = LimitedFront(bare_relay.port, limit * 1024, late)
+        with (
+            serving(background, front.handle, takes_bodies=True) as port,
+            tunnel_behind(background, bare_relay, port, handler),
+        ):
+            fields = ["Range: bytes=0-1499999,1500001-2999999"] if kind == "ranges" else []
+            for _ in range(2):
+                status, answered, body = one(bare_relay.fetch(get("/files/f", *fields, host="n.example.com")))
+                assert int(answered["content-length"]) == len(body)
+                if kind == "ranges":
+                    assert status == 206 and self.DATA[:1_500_000] in body and self.DATA[1_500_001:] in body
+                else:
+                    assert (status, body) == (200, self.DATA)
+            if kind in ("bytes", "file"):
+                assert max(size for size in front.sizes if size <= limit * 1024) > limit * 1024 // 4
+        background.run(self.close(front.client))
+
+    @staticmethod
+    async def close(client: ptth.HTTPClient) -> None:
+        client.close()
+
+    def test_a_batch_that_is_too_large_goes_in_smaller_ones(self, background: Background, bare_relay: Tunnel) -> None:
+        async def handler(request: ptth.Request) -> ptth.Response:
+            await asyncio.sleep(0.05)
+            return ptth.Response(200, [], ptth.BytesBody(self.DATA[:60_000]))
+
+        front = LimitedFront(bare_relay.port, 70 * 1024, False)
+        with (
+            serving(background, front.handle, takes_bodies=True) as port,
+            tunnel_behind(background, bare_relay, port, handler),
+        ):
+            clients = [Client(bare_relay.port) for _ in range(12)]
+            assert [client.answer()[2] for client in clients] == [self.DATA[:60_000]] * 12
+        background.run(self.close(front.client))
 
 
 class TestHosts:
@@ -8488,30 +8779,67 @@ class TestRealPrograms:
             background.run(end())
 
     @needs("nginx")
-    @pytest.mark.parametrize(
-        ("limit", "word"),
-        [("client_max_body_size 1m;", "client_max_body_size 0"), ("limit_except GET { deny all; }", "by POST")],
-    )
-    def test_a_front_that_refuses_responses_is_an_honest_502_at_once(
-        self, limit: str, word: str, start: object, tmp_path: object
-    ) -> None:
+    def test_a_front_that_refuses_responses_is_an_honest_502_at_once(self, start: object, tmp_path: object) -> None:
         (tmp_path / "big").write_bytes(os.urandom(3_000_000))
         relay_port, front = free_port(), free_port()
-        block = f"""server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://127.0.0.1:{relay_port}; {limit}
-            proxy_http_version 1.1; proxy_request_buffering off; proxy_buffering off; }} }}"""
+        block = f"""server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://127.0.0.1:{relay_port};
+            limit_except GET {{ deny all; }} }} }}"""
         write_configs(tmp_path, relay_port, str(tmp_path))
         start("relay", cwd=tmp_path).listening()
         with nginx(tmp_path, block):
             eventually(lambda: self.listens(front))
             server = start("server", "--relay-url", f"http://127.0.0.1:{front}", cwd=tmp_path)
             server.wait_for("connected to the relay")
-            if "POST" in word:
-                server.wait_for(word)  # before any client has asked
-            answer = one(fetch(relay_port, get("/frontend/servers/n/files/big"), patience=20))
-            assert answer[0] == 502
-            if "POST" not in word:
-                assert "nginx" in server.wait_for(word)
-                assert one(fetch(relay_port, get("/frontend/servers/n/files/")))[0] == 200
+            server.wait_for("by POST")  # before any client has asked
+            assert one(fetch(relay_port, get("/frontend/servers/n/files/big"), patience=20))[0] == 502
+
+    AS_INSTALLED = {  # program: (its arguments, its configuration), with nothing that helps
+        "nginx": (["-p", ".", "-c", "conf"], """daemon off; worker_processes 1; pid p; error_log e; events {{}} http {{ access_log off;
+            client_body_temp_path .; proxy_temp_path .; fastcgi_temp_path .; uwsgi_temp_path .; scgi_temp_path .; client_max_body_size 1m;
+            server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://127.0.0.1:{relay}; proxy_set_header Host $http_host; }} }}
+            server {{ listen 127.0.0.1:{visitors}; location / {{ proxy_pass http://127.0.0.1:{relay}; proxy_set_header Host $http_host;
+            proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection $http_connection; }} }} }}"""),
+        "haproxy": (["-db", "-f", "conf"], """defaults\n mode http\n timeout connect 5s\n timeout client 50s\n timeout server 50s
+            \nlisten x\n bind 127.0.0.1:{front}\n bind 127.0.0.1:{visitors}\n server r 127.0.0.1:{relay}\n"""),
+        "caddy": (["run", "--config", "conf", "--adapter", "caddyfile"],
+            "{{\n admin off\n auto_https off\n}}\nhttp://:{front}, http://:{visitors} {{\n reverse_proxy 127.0.0.1:{relay}\n}}\n"),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("program", [pytest.param(name, marks=needs(name)) for name in AS_INSTALLED])
+    def test_streams_and_large_files_pass_a_proxy_as_it_is_installed(
+        self, program: str, bare_relay: Tunnel, streams: StreamApp, background: Background, tmp_path: object
+    ) -> None:
+        front, visitors = free_port(), free_port()
+        arguments, text = self.AS_INSTALLED[program]
+        (tmp_path / "conf").write_text(text.format(front=front, relay=bare_relay.port, visitors=visitors))
+        (tmp_path / "big").write_bytes(random.Random(3).randbytes(5_000_000))
+        app = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{streams.port}")), "public")
+        files = ptth.server_handler(ptth.Site(str(tmp_path)), "n")
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            return await (files if request.target.startswith("/files") else app.handle)(request)
+
+        environment = {**os.environ, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+        process = subprocess.Popen([program, *arguments], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+        try:
+            eventually(lambda: self.listens(front) and self.listens(visitors))
+            with tunnel_behind(background, bare_relay, front, handler):
+                body = one(fetch(visitors, get("/files/big", host="n.example.com"), half_close=False))[2]
+                assert body == (tmp_path / "big").read_bytes()
+                socket_ = Visitor(visitors, "/echo")
+                events = Visitor(visitors, "/stream?Content-Type:%20text/event-stream%0D%0A", "Accept: */*")
+                writer = streams.writers[-1]
+                for pause in (0, 0, 90) if LONG else (0, 0):
+                    time.sleep(pause)
+                    socket_.sock.sendall(b"hello")
+                    assert socket_.read(5) == b"hello"
+                    streams.loop.call_soon_threadsafe(writer.write, b"5\r\nevent\r\n")
+                    assert events.read(10) == b"5\r\nevent\r\n"
+                socket_.close()
+                events.close()
+        finally:
+            process.terminate()
+            process.wait(20)
 
     @staticmethod
     def listens(port: int) -> bool:
