@@ -602,6 +602,24 @@ class TestShape:
         assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
         assert statistics.median(lengths.values()) <= 12
 
+    def test_functions_have_few_branches(self) -> None:
+        kinds = (
+            ast.If,
+            ast.For,
+            ast.AsyncFor,
+            ast.While,
+            ast.ExceptHandler,
+            ast.IfExp,
+            ast.comprehension,
+            ast.match_case,
+        )
+        for function in ast.walk(self.tree):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                inner = list(ast.walk(function))
+                branches = 1 + sum(isinstance(node, kinds) for node in inner)
+                branches += sum(len(node.values) - 1 for node in inner if isinstance(node, ast.BoolOp))
+                assert branches <= 20, function.name
+
     def test_no_local_hides_a_name_of_the_module(self) -> None:
         names = self.defined(self.tree.body)
         for node in self.tree.body:
@@ -7428,6 +7446,12 @@ class TestConfiguration:
         (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before='2026-01-02T00:00:00Z'\nnot_after='2026-01-01T00:00:00Z'", ["30 days"]),
         (f"[[scraper_keys]]\nname='a'\nhash='{TRIP}'\nnot_before=2026-01-01T00:00:00\nnot_after=2026-01-02", ["not_before", "not_after", "offset"]),
     ]  # fmt: skip
+
+    @pytest.mark.parametrize("value", ['"10.0.0.0/8"', '["10.0.0.0/8"]'])
+    def test_trusted_proxies_may_be_one_or_a_list(self, value: str, tmp_path: object) -> None:
+        path = tmp_path / "r.toml"
+        path.write_text(f"trusted_proxies = {value}\n")
+        assert ptth.load_relay_config(str(path)).trusted_proxies == ["10.0.0.0/8"]
 
     @pytest.mark.parametrize(("text", "words"), RELAY)
     def test_what_is_wrong_with_a_relays_file_is_said(self, text: str, words: list[str], tmp_path: object) -> None:
