@@ -2979,34 +2979,33 @@ def normal_origin(origin: str) -> str:
 # -- 10. File server --
 # From a path to a response: a file, a listing or a zip. Does not use sockets or the tunnel.
 
-_MONTH = "|".join(_MONTHS)
-_TIME = r"([01][0-9]|2[0-3]):([0-5][0-9]):([0-5][0-9]|60)"
-_IMF_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}), ([0-9]{{2}}) ({_MONTH}) ([0-9]{{4}}) {_TIME} GMT")
-_RFC850_DATE = re.compile(
-    rf"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, ([0-9]{{2}})-({_MONTH})-([0-9]{{2}}) {_TIME} GMT"
+_TIME = r"(?P<hour>[01][0-9]|2[0-3]):(?P<minute>[0-5][0-9]):(?P<second>[0-5][0-9]|60)"
+_DAY, _MONTH = "|".join(_DAYS), f"(?P<month>{'|'.join(_MONTHS)})"
+_DATES = (  # IMF-fixdate, which is nearly always used, then the forms of RFC 850 and of asctime in C
+    re.compile(rf"(?:{_DAY}), (?P<day>[0-9]{{2}}) {_MONTH} (?P<year>[0-9]{{4}}) {_TIME} GMT"),
+    re.compile(
+        rf"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day, (?P<day>[0-9]{{2}})-{_MONTH}-(?P<year>[0-9]{{2}}) {_TIME} GMT"
+    ),
+    re.compile(rf"(?:{_DAY}) {_MONTH} (?P<day>[ 0-9][0-9]) {_TIME} (?P<year>[0-9]{{4}})"),
 )
-_ASCTIME_DATE = re.compile(rf"(?:{'|'.join(_DAYS)}) ({_MONTH}) ([ 0-9][0-9]) {_TIME} ([0-9]{{4}})")
 
 
 def parse_date(text: str, now: float) -> int | None:
     """Return the POSIX time of an HTTP date in any of its three forms (RFC 9110, 5.6.7), or None."""
     import calendar
 
-    if match := _IMF_DATE.fullmatch(text):
-        day, month, year, hour, minute, second = match.groups()
-    elif match := _RFC850_DATE.fullmatch(text):
-        day, month, year, hour, minute, second = match.groups()
+    match = next(filter(None, (form.fullmatch(text) for form in _DATES)), None)
+    if not match:
+        return None
+    day, year, hour, minute, second = map(int, match.group("day", "year", "hour", "minute", "second"))
+    month = _MONTHS.index(match["month"]) + 1
+    if len(match["year"]) == 2:
         this_year = time.gmtime(now).tm_year
-        full = this_year - this_year % 100 + int(year)
-        year = str(full - 100 if full > this_year + 50 else full)  # more than 50 years ahead means the past
-    elif match := _ASCTIME_DATE.fullmatch(text):
-        month, day, hour, minute, second, year = match.groups()
-    else:
+        year += this_year - this_year % 100
+        year -= 100 * (year > this_year + 50)  # more than 50 years ahead means the past
+    if not (year >= 1 and 1 <= day <= calendar.monthrange(year, month)[1]):
         return None
-    number = _MONTHS.index(month) + 1
-    if not (int(year) >= 1 and 1 <= int(day) <= calendar.monthrange(int(year), number)[1]):
-        return None
-    return calendar.timegm((int(year), number, int(day), int(hour), int(minute), int(second)))
+    return calendar.timegm((year, month, day, hour, minute, second))
 
 
 _RANGE = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")

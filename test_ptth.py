@@ -599,7 +599,7 @@ class TestShape:
                 is_doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
                 doc = first.end_lineno - first.lineno + 1 if is_doc else 0
                 lengths[node.name, node.lineno] = node.end_lineno - node.lineno + 1 - doc
-        assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
+        assert max(lengths.values()) <= 50, max(lengths, key=lengths.get)
         assert statistics.median(lengths.values()) <= 12
 
     def test_functions_have_few_branches(self) -> None:
