@@ -1747,6 +1747,19 @@ def file_limit() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 30
 
 
+def wants_close(request: Request) -> bool:
+    """Return whether a request asks for the end of its connection (RFC 9112, 9.3)."""
+    if "connection" not in request.headers:
+        return request.minor == 0
+    options = request.headers.tokens("connection")
+    return "close" in options or request.minor == 0 and "keep-alive" not in options
+
+
+def is_body_soon_read(body: Body) -> bool:
+    """Return whether what a handler left of a request's body is worth reading, to keep the connection."""
+    return not body.expects and (body.complete or (body.length or 0) <= MAX_DRAIN)
+
+
 class HTTPServer:
     """Serves a handler on listening sockets, until `stop`."""
 
@@ -1870,19 +1883,14 @@ class HTTPServer:
         except ProtocolError as error:
             await self._refuse(connection, data, error)
             return False
-        if "connection" in request.headers:
-            options = request.headers.tokens("connection")
-            connection.must_close = "close" in options or request.minor == 0 and "keep-alive" not in options
-        else:
-            connection.must_close = request.minor == 0
+        connection.must_close = wants_close(request)
         await self._answer(connection, request)
-        if not connection.must_close:
-            return True
-        # Under TLS, which has no half-close, only while a request's body may still arrive: a client that reads to the
-        # end of the connection would wait LINGER_TIMEOUT for nothing.
-        if not request.body.complete or request.body is EMPTY and not self.tls:
+        # Under TLS, which has no half-close, linger only while a request's body may still arrive: a client that reads
+        # to the end of the connection would wait LINGER_TIMEOUT for nothing.
+        needed = not request.body.complete or request.body is EMPTY and not self.tls
+        if connection.must_close and needed:
             await linger(connection)
-        return False
+        return not connection.must_close
 
     async def _answer(self, connection: Connection, request: Request) -> None:
         """Call the handler and write its response; cancelled when the client resets the connection."""
@@ -1962,14 +1970,7 @@ class HTTPServer:
                     framing.append(("Transfer-Encoding", "chunked"))
                 else:
                     connection.must_close = True  # HTTP/1.0: the body ends with the connection
-        unread = request.body
-        if (
-            unread.expects
-            or not unread.complete
-            and (unread.length or 0) > MAX_DRAIN
-            or response.close
-            or self.stopping
-        ):
+        if response.close or self.stopping or not is_body_soon_read(request.body):
             connection.must_close = True
         fields = [*response.headers, *framing, ("Date", format_date(int(time.time())))]
         if connection.must_close:
@@ -3295,6 +3296,17 @@ if(answer.ok){name.value="";return refresh()}add({name:name.value},reason(answer
 """
 
 
+def _sum_up(entries: list[ListingEntry]) -> str:
+    """Return how many folders and files these are, and how large, for people."""
+    readable = [entry for entry in entries if not entry.error]
+    folders = sum(entry.is_dir for entry in readable)
+    facts = [format_count(n, noun) for n, noun in ((folders, "folder"), (len(readable) - folders, "file")) if n]
+    facts.append(format_size(sum(entry.size for entry in readable)) if entries else "Empty folder")
+    if len(readable) < len(entries):
+        facts.append(f"{len(entries) - len(readable):,} not readable")
+    return ", ".join(facts)
+
+
 def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str, form: str = "") -> bytes:
     """Make the page of a directory: `path` is below the root, `order` the sort order, `form` the HTML for uploads.
 
@@ -3306,12 +3318,6 @@ def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: st
     names = ["Files", *map(show_name, path)]
     above = [f"<a href={'../' * (len(path) - i)}>{escape(name)}</a>" for i, name in enumerate(names[:-1])]
     crumbs = "<i>/</i>".join([*above, f'<span aria-current="page">{escape(names[-1])}</span>'])
-    readable = [entry for entry in entries if not entry.error]
-    folders = sum(entry.is_dir for entry in readable)
-    facts = [format_count(n, noun) for n, noun in ((folders, "folder"), (len(readable) - folders, "file")) if n]
-    facts.append(format_size(sum(entry.size for entry in readable)) if entries else "Empty folder")
-    if len(readable) < len(entries):
-        facts.append(f"{len(entries) - len(readable):,} not readable")
     controls = (
         '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
         '<form><button name="zip" value="">Download as .zip</button></form>'
@@ -3322,7 +3328,7 @@ def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: st
     rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
     return page(
         "/" + "/".join(names[1:]),
-        f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span id="count" aria-live="polite">{", ".join(facts)}</span>\n'
+        f'<main>\n<h1>{crumbs}</h1>\n<div class="bar"><span id="count" aria-live="polite">{_sum_up(entries)}</span>\n'
         f'{controls if entries else ""}</div>\n{form}<form>\n<table class="l">\n<thead><tr>{headings}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody>\n</table>\n</form>\n</main>\n"
         f"{f'<script>{script}</script>' if entries or form else ''}",
@@ -4596,23 +4602,19 @@ class Uploads:
             try:
                 if name:
                     await self._store(folder, self._check_name(name), form.read, Headers(), 0)
+                    stored.append(show_name(name))
                 elif part.get("name") == "folder" and (name := await form.value()):
                     await in_thread(os.mkdir, os.path.join(folder, self._check_name(name)))
+                    stored.append(show_name(name))
             except ProtocolError as error:
                 if error.close:
                     raise
-                taken = error.status == 412
-                reason = f"{show_name(name)} ({'the name is taken' if taken else error.reason})"
-                failed.append(ProtocolError(409 if taken else error.status, reason))
-            else:
-                stored += [show_name(name)] if name else []
+                status, reason = (409, "the name is taken") if error.status == 412 else (error.status, error.reason)
+                failed.append(ProtocolError(status, f"{show_name(name)} ({reason})"))
         if failed or not stored:
-            lists = {"not stored": [error.reason for error in failed[:100]], "stored": stored[:100]}
-            reason = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
-            raise ProtocolError(failed[0].status if failed else 400, reason or "no file was chosen")
+            raise _form_failure(failed, stored)
         location = "./" if directory or not segments else redirect_below(segments[-1], "")
-        fields = [("Location", location)]
-        return text_response(303, "".join(f"{name}\n" for name in stored), fields)
+        return text_response(303, "".join(f"{name}\n" for name in stored), [("Location", location)])
 
     async def _put(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
         """Answer PUT and MKCOL."""
@@ -4734,6 +4736,13 @@ def _property_row(path: str, entry: ListingEntry) -> str:
         f"<D:getlastmodified>{format_date(clamp(entry.mtime))}</D:getlastmodified></D:prop>"
         "<D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response>\n"
     )
+
+
+def _form_failure(failed: list[ProtocolError], stored: list[str]) -> ProtocolError:
+    """Return the error for a form of which not all, or nothing, was stored."""
+    lists = {"not stored": [error.reason for error in failed[:100]], "stored": stored[:100]}
+    reason = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+    return ProtocolError(failed[0].status if failed else 400, reason or "no file was chosen")
 
 
 def _form_name(text: str) -> bytes:
@@ -4865,6 +4874,23 @@ FEATURES = ("PTTH-Features", "body, upgrade, parts, listen")
 MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST
 
 
+def _proxy_fields(request: Request, host: str, trusted: bool) -> Fields:
+    """Return the fields that say for whom, and by which way, a proxy forwards a request."""
+    headers = request.headers
+    forwarded = headers.get("x-forwarded-for", "") if trusted else ""
+    proto = headers.get("x-forwarded-proto", "") if trusted else ""
+    via = headers.get("via", "")
+    fields = [
+        ("X-Forwarded-For", f"{forwarded}, {request.peer}" if forwarded else request.peer),
+        ("X-Forwarded-Proto", proto or ("https" if request.secure else "http")),
+        ("X-Forwarded-Host", host),
+        ("Via", f"{via}, 1.{request.minor} ptth" if via else f"1.{request.minor} ptth"),
+    ]
+    if trusted and "forwarded" in headers:
+        fields.append(("Forwarded", headers["forwarded"]))
+    return fields
+
+
 def pack_request(
     request_id: str, request: Request, target: str, framing: Fields, *, prefix: str = "", trusted: bool = False
 ) -> bytes:
@@ -4875,9 +4901,6 @@ def pack_request(
     """
     headers = request.headers
     left = max_forwards(request)
-    forwarded = headers.get("x-forwarded-for", "") if trusted else ""
-    proto = headers.get("x-forwarded-proto", "") if trusted else ""
-    via = headers.get("via", "")
     host = headers.get("host") or "localhost"  # HTTP/1.0 needs no Host
     fields = [
         ("PTTH-Request-Id", request_id),
@@ -4890,14 +4913,7 @@ def pack_request(
         fields.append(("Max-Forwards", str(left - 1)))
     elif "max-forwards" in headers:
         fields.append(("Max-Forwards", headers["max-forwards"]))
-    fields += [
-        ("X-Forwarded-For", f"{forwarded}, {request.peer}" if forwarded else request.peer),
-        ("X-Forwarded-Proto", proto or ("https" if request.secure else "http")),
-        ("X-Forwarded-Host", host),
-        ("Via", f"{via}, 1.{request.minor} ptth" if via else f"1.{request.minor} ptth"),
-    ]
-    if trusted and "forwarded" in headers:
-        fields.append(("Forwarded", headers["forwarded"]))
+    fields += _proxy_fields(request, host, trusted)
     if prefix:
         fields.append(("X-Forwarded-Prefix", prefix))
     if request.upgrade:
