@@ -116,7 +116,8 @@ WRITE_HIGH_WATER = 64 * 1024  # bytes; with more in a connection's buffer, `send
 READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
 MAX_PART_HEAD = 8 * 1024  # bytes of the head of one part of a form; a name has 255
 MAX_PARTS = 1000  # of one form
-SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload after which they are written to the disk
+WRITE_SIZE = 1024 * 1024  # bytes of an upload that a thread writes at a time: 256 KiB take a third more CPU time
+SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload between two calls of fsync, so that the last one is short
 SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
 SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile, which blocks the loop for about half a millisecond
 MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.2)
@@ -4712,7 +4713,7 @@ class Uploads:
                 await asyncio.shield(asyncio.to_thread(partial.discard))
 
     async def _receive(self, partial: PartialFile, read: Callable[[], Awaitable[bytes]]) -> None:
-        """Write the bytes that `read` returns, in pieces of about READ_SIZE."""
+        """Write the bytes that `read` returns, in pieces of about WRITE_SIZE."""
         size = waiting = 0
         pieces: list[bytes] = []
         while data := await read():
@@ -4721,7 +4722,7 @@ class Uploads:
                 raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
             pieces.append(data)
             waiting += len(data)
-            if waiting >= READ_SIZE:
+            if waiting >= WRITE_SIZE:
                 await in_thread(partial.write, b"".join(pieces))
                 pieces, waiting = [], 0
         await in_thread(partial.write, b"".join(pieces))

@@ -3520,6 +3520,16 @@ class TestUploads:
         assert sorted(statuses) == sorted([204 if replaced else 201, *[412] * 49])
         assert inbox.files() == {"x": datas[[status < 300 for status in statuses].index(True)]}
 
+    def test_the_operator_is_told_who_can_write(self, tmp_path: object, capfd: pytest.CaptureFixture) -> None:
+        write_configs(tmp_path, 1, str(tmp_path / "in"), upload=True)
+        (tmp_path / "in").mkdir()
+        path = str(tmp_path / "ptth_server.toml")
+        for auth, words in (("", f"everybody who reaches this server can add files to {tmp_path}/in\n"), ("me:x", "")):
+            config = ptth.load_server_config(path, {"auth": auth})
+            ptth.make_content(config)
+            told = capfd.readouterr().err
+            assert told.endswith(words) and bool(told) == bool(words)
+
     @pytest.mark.parametrize("call", ["open", "fsync", "link", "unlink"])
     def test_a_slow_disk_keeps_nobody_else_waiting(
         self, call: str, open_inbox: object, monkeypatch: pytest.MonkeyPatch
