@@ -3360,6 +3360,9 @@ class TestUploads:
         assert inbox.put("/a/x", b"x") == 409
         assert [inbox.put("/a/", b"") for _ in range(2)] == [201, 204]
         assert inbox.put("/a/", b"", fields=["If-None-Match: *"]) == 412
+        (inbox.root / "link").symlink_to("a")
+        assert inbox.put("/link/", b"") == 409
+        (inbox.root / "link").unlink()
         assert inbox.put("/a/x", b"x") == 201
         for path, status in (
             ("/a", 409), ("/a/x/", 409), ("/a/x/y", 409), ("/", 409), ("/b/c/", 409), ("/c/..", 409),
@@ -3553,6 +3556,67 @@ class TestUploads:
             assert status.result(20) == 201
         assert inbox.files() == {"other": b"other", "x": b"x"}
 
+    def test_no_upload_comes_between_the_check_of_a_version_and_its_replacement(
+        self, open_inbox: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        inbox, real, begun, end = open_inbox(), os.replace, threading.Event(), threading.Event()
+        (inbox.root / "x").write_bytes(b"old")
+
+        def slow(*paths: object) -> None:
+            begun.set()
+            assert end.wait(20)
+            real(*paths)
+
+        monkeypatch.setattr(os, "replace", slow)
+        condition = [f"If-Match: {inbox.tag('/x')}"]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            first = pool.submit(inbox.put, "/x", b"1", fields=condition)
+            assert begun.wait(20)
+            second = pool.submit(inbox.put, "/x", b"2", fields=condition)
+            eventually(lambda: len(os.listdir(inbox.root)) == 3)
+            concurrent.futures.wait([second], 0.1)  # it would come through in this time
+            end.set()
+            assert [first.result(20), second.result(20)] == [204, 412]
+        assert inbox.files() == {"x": b"1"}
+
+    def test_a_large_upload_goes_to_the_disk_while_it_arrives(
+        self, open_inbox: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls, real = [], os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.fstat(fd).st_size) or real(fd))
+        monkeypatch.setattr(ptth, "SYNC_SIZE", ptth.WRITE_SIZE)
+        assert open_inbox().put("/x", bytes(ptth.WRITE_SIZE * 3)) == 201
+        assert len(calls) >= 3 and calls[0] < calls[-1]
+
+    ERRORS = [
+        (errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EACCES, 403), (errno.EPERM, 403), (errno.EROFS, 403), (errno.ENOENT, 409), (errno.ENOTDIR, 409),
+        (errno.EFBIG, 413), (errno.ENAMETOOLONG, 400), (errno.EINVAL, 400), (errno.EMFILE, 503), (errno.EIO, 500), (errno.EEXIST, 412),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("number", "status"), ERRORS)
+    def test_what_the_file_system_refuses(
+        self, number: int, status: int, open_inbox: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        inbox = open_inbox()
+        monkeypatch.setattr(os, "mkdir", refuse)
+        assert inbox.put("/a/", b"", fields=["If-None-Match: *"]) == status
+        monkeypatch.setattr(os, "fsync", refuse)
+        assert inbox.put("/x", b"x") == status
+        assert inbox.files() == {}
+
+    def test_a_file_that_may_not_be_written_is_not_replaced(
+        self, open_inbox: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        inbox = open_inbox(listing=False)
+        (inbox.root / "x").write_bytes(b"old")
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        assert inbox.put("/x", b"new", fields=["If-Match: *"]) == 403
+        assert [inbox.send(path, b"", method="PROPFIND")[0] for path in ("/", "/x")] == [404, 404]
+        assert inbox.files() == {"x": b"old"}
+
     def test_where_there_are_no_hard_links(self, open_inbox: object, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: object) -> None:
             raise OSError(errno.EPERM, "no links")
@@ -3648,7 +3712,18 @@ class TestUploads:
 
     def test_a_form_says_what_it_could_not_store(self, inbox: Inbox) -> None:
         (inbox.root / "old").write_bytes(b"old")
-        names = [b"old", b"../up", b".x", b"/etc/x", b"a%0Ab", b"..", b"ptth_server.toml", b"x" * 256, b"fine"]
+        names = [
+            b"old",
+            b"../up",
+            b".x",
+            b"/etc/x",
+            b"a%0Ab",
+            b"a%0Db",
+            b"..",
+            b"ptth_server.toml",
+            b"x" * 256,
+            b"fine",
+        ]
         status, _, text = self.post(inbox, *self.form(*[self.part(name, b"new") for name in names]))
         assert (status, inbox.files()) == (409, {"old": b"old", "fine": b"new"})
         assert "not stored: old (the name is taken), ../up (" in text and "; stored: fine" in text
@@ -3659,11 +3734,12 @@ class TestUploads:
         assert self.post(inbox, *self.form(self.part(b"x", b"")), "/missing/")[0] == 409
         assert inbox.files() == {"old": b"old", "fine": b"new"}
 
+    LAST = b"--b\r\nContent-Disposition: form-data; filename=x\r\n\r\nx\r\n--b--\r\n"  # a part that could be stored
     BROKEN = [  # (body, what stands behind multipart/form-data, status)
         (b"", "; boundary=b", 400), (b"--b", "; boundary=b", 400), (b"--b\r\n", "; boundary=b", 400), (b"--c--\r\n", "; boundary=b", 400),
-        (b"--b\r\n" + b"x" * 9000, "; boundary=b", 400), (b"--b\r\nX: " + b"x" * 9000 + b"\r\n\r\n\r\n--b--\r\n", "; boundary=b", 400),
-        (b"--b\r\nno field\r\n\r\nx\r\n--b--\r\n", "; boundary=b", 400), (b"--bb\r\n\r\n\r\n--bb--\r\n", "; boundary=b", 400),
-        (b"--b\r\n\r\n\r\n" * 1001 + b"--b--\r\n", "; boundary=b", 400), (b"--b\r\n" + b"--b\r\n" * 10000 + b"--b--", "; boundary=b", 400),
+        (b"--b\r\n" + b"x" * 9000, "; boundary=b", 400), (b"--b\r\nX: " + b"x" * 9000 + b"\r\n\r\n\r\n" + LAST, "; boundary=b", 400),
+        (b"--b\r\nno field\r\n\r\nx\r\n" + LAST, "; boundary=b", 400), (b"--bb\r\n\r\n\r\n--bb--\r\n", "; boundary=b", 400),
+        (b"--b\r\n\r\n\r\n" * 1000 + LAST, "; boundary=b", 400), (b"--b\r\n" * 10000 + LAST, "; boundary=b", 400),
         (b"--b--", "", 415), (b"--b--", "; boundary=", 415), (b"--b--", "; boundary=" + "b" * 71, 415), (b"--b--", '; boundary="b', 415),
     ]  # fmt: skip
 
@@ -3688,7 +3764,7 @@ class TestUploads:
     ) -> None:
         content = b"\r\n--\r\n--\r\n-b\r\n--\r\r\n--c--b" * 3
         body = b"preamble\r\n--b \t\r\nContent-Disposition: form-data; NAME=file; filename=x\r\n\r\n" + content
-        body += b"\r\n--b--\r\nepilogue"
+        body += b"\r\n--b\r\nContent-Disposition: form-data; name=folder\r\n\r\na folder\r\n--b--\r\nepilogue"
         site = ptth.Site(str(tmp_path), ptth.SiteOptions(upload=True))
 
         class Pieces(ptth.Body):
@@ -3705,6 +3781,24 @@ class TestUploads:
             assert background.run(ptth.site_handler(site)(request)).status == 303
             assert (tmp_path / "x").read_bytes() == content
             (tmp_path / "x").unlink()
+            (tmp_path / "a folder").rmdir()
+
+    def test_an_endless_head_of_a_part_is_not_read_to_its_end(self, background: Background, tmp_path: object) -> None:
+        class Endless(ptth.Body):
+            async def __aiter__(self) -> object:
+                yield b"--b\r\n"
+                while True:
+                    yield b"X: x\r\n"
+
+        headers = ptth.Headers([("Content-Type", "multipart/form-data; boundary=b")])
+        request = ptth.Request("POST", "/", headers, body=Endless())
+        with pytest.raises(ptth.ProtocolError, match="not a form"):
+            background.run(ptth.Site(str(tmp_path), ptth.SiteOptions(upload=True)).respond(request, (), True))
+
+    def test_a_form_cannot_name_the_folder_itself(self, open_inbox: object) -> None:
+        inbox = open_inbox(hidden=True)
+        assert self.post(inbox, *self.form(self.part(b".", b""), self.part(b"..", b"")))[0] == 400
+        assert inbox.files() == {}
 
     def test_a_limit_holds_for_each_file_of_a_form(self, open_inbox: object) -> None:
         inbox = open_inbox(max_upload=100)
