@@ -5378,7 +5378,7 @@ class Exchange:
         self.client_stream = ClientStream(request.body) if request.upgrade else None
         self.tunnel_body: TunnelBody | None = None  # of a response that has begun
         self.client = request.connection
-        self.on_leave: Callable[[], object] = int
+        self.on_leave: Callable[[Exchange], object] = id
         self.address = ""  # of the client, for the limit of requests from one address
         self.moved = now  # when the request arrived, or a byte of its body was sent
         self.offers = 0
@@ -5432,7 +5432,7 @@ class Exchange:
 
     def leave(self) -> None:
         """Free this request's place among those of the server."""
-        self.on_leave()
+        self.on_leave(self)
         self.server.streams.discard(self.request_id)
         if self.server.exchanges.pop(self.request_id, None):
             self.server.addresses[self.address] -= 1
@@ -6721,7 +6721,7 @@ class Relay:
         server.admit(exchange)
         self.state.exchanges[exchange.request_id] = exchange
         self._inline += exchange.inline_size
-        exchange.on_leave = lambda: self.state.leave(exchange)
+        exchange.on_leave = self.state.leave  # no closure, which would be a circle for the garbage collector
         if exchange.body or exchange.upgrade:
             self.state.uploads[exchange.request_id] = exchange
         server.offer(exchange)

@@ -48,6 +48,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -6938,6 +6939,24 @@ class TestServer:
         ended: asyncio.Event
         asyncio.run(attend())
         assert len(posts) == 1
+
+    def test_a_request_leaves_nothing_to_the_garbage_collector(self, background: Background) -> None:
+        tunnel = Tunnel(background, echo)
+
+        def exchanges() -> int:
+            return sum(isinstance(each, ptth.Exchange) for each in gc.get_objects())
+
+        gc.collect()
+        before = exchanges()
+        gc.disable()
+        try:
+            for i in range(20):
+                tunnel.fetch(get(f"/frontend/servers/n/{i}"))
+            left = exchanges() - before
+            assert left < 10, f"{left} of 20"  # those of the last P3 are remembered until the next
+        finally:
+            gc.enable()
+        tunnel.close()
 
     def test_a_batch_that_is_the_next_p1_delays_no_stop(
         self, background: Background, monkeypatch: pytest.MonkeyPatch
