@@ -5061,15 +5061,18 @@ def parse_inner_response(head: bytes, upgrade: str = "") -> tuple[int, Headers]:
     return status, headers
 
 
-_STREAM_TYPES = {"text/event-stream", "application/x-ndjson"}
+def is_endless(response: Response) -> bool:
+    """Return whether a response is a WebSocket or an event stream: it may stay open for ever, and end anywhere."""
+    kind = Headers(response.headers).get("content-type", "").partition(";")[0].strip().lower()
+    return response.status == 101 or kind == "text/event-stream"
 
 
 def is_stream(response: Response) -> bool:
-    """Return whether a response may stay open without an end, and what comes of it is wanted at once."""
+    """Return whether what comes of a response is wanted at once."""
     headers = Headers(response.headers)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     unbuffered = headers.get("x-accel-buffering", "").strip().lower() == "no"
-    return response.status == 101 or kind in _STREAM_TYPES or unbuffered
+    return is_endless(response) or kind == "application/x-ndjson" or unbuffered
 
 
 def part_fields(offset: int, more: bool) -> Fields:
@@ -6992,6 +6995,7 @@ class PartReader:
         self._pieces = aiter(body)
         self._size = 0  # bytes of the last part
         self._held = b""  # bytes that were read, and are in no part yet
+        self._stopped = False
         self._reading: asyncio.Task[bytes | None] | None = None
 
     async def next(self, size: int) -> Body:
@@ -7015,8 +7019,12 @@ class PartReader:
 
     async def _read(self) -> bytes:
         """Return what there is to read, when there is something."""
-        self._reading = self._reading or asyncio.create_task(self._next_piece())
-        await asyncio.wait({self._reading}, timeout=PART_INTERVAL)
+        if not self._stopped:
+            self._reading = self._reading or asyncio.create_task(self._next_piece())
+            await asyncio.wait({self._reading}, timeout=PART_INTERVAL)
+        if self._stopped or self._reading is None:
+            self.ended = True
+            return b""
         if not self._reading.done():
             return b""
         reading, self._reading = self._reading, None
@@ -7027,6 +7035,12 @@ class PartReader:
     async def _next_piece(self) -> bytes | None:
         """Return the next bytes, or None at the end."""
         return await anext(self._pieces, None)
+
+    def stop(self) -> None:
+        """Let the body end here."""
+        self._stopped = True
+        if self._reading:
+            self._reading.cancel()
 
     async def aclose(self) -> None:
         """End reading."""
@@ -7061,6 +7075,7 @@ class Sender:
         self.on_loss: Callable[[], object] = int
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
         self._sending = 0  # batches under way
+        self._endless: set[PartReader] = set()  # WebSockets and event streams that are being sent
 
     @property
     def has_batch(self) -> bool:
@@ -7157,21 +7172,28 @@ class Sender:
             in_parts = "parts" in self.features and (self._is_too_large(sent) or sent is body and is_stream(response))
             path = f"http_response/{request_id}"
             if in_parts or await self._post([request_id], path, PrefixedBody(head, sent), kind):
-                await self._send_parts(request_id, head, body)
+                await self._send_parts(request_id, head, body, endless=is_endless(response))
         finally:
             await body.aclose()
+
+    def end_streams(self) -> None:
+        """End all that has no end: nobody shall wait for it at a stop."""
+        for parts in self._endless:
+            parts.stop()
 
     def _is_too_large(self, body: Body) -> bool:
         """Return whether a proxy would not let a response through as a whole."""
         return bool(self._part_size) and (body.length is None or body.length > self._part_size)
 
-    async def _send_parts(self, request_id: str, head: bytes, body: Body) -> None:
+    async def _send_parts(self, request_id: str, head: bytes, body: Body, *, endless: bool) -> None:
         """Post a response in parts, as soon as there is something, and every PART_INTERVAL at least.
 
         The head travels alone, so that the client has it at once.
         """
         delivered = False
         parts = PartReader(body)
+        if endless:
+            self._endless.add(parts)
         try:
             fields = [("Content-Type", RESPONSE_TYPE), *part_fields(0, True)]
             status = await self._post_part(request_id, BytesBody(head), fields)
@@ -7187,6 +7209,7 @@ class Sender:
         except (OSError, ProtocolError) as error:
             self._log_change(f"P5 broke off: {format_error(error)}")
         finally:
+            self._endless.discard(parts)
             await parts.aclose()
             if not delivered:
                 self._lose(request_id)
@@ -7436,6 +7459,7 @@ class Link:
 
     def leave(self) -> None:
         """Ask for nothing more: the relay takes the half-close for that, and a P3 that is on its way still arrives."""
+        self._sender.end_streams()
         for connection in list(self._parked):
             connection.must_close = True
             if connection.writer.can_write_eof():

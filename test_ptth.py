@@ -6190,6 +6190,31 @@ class TestEventStreams:
 
         eventually(has_left)
 
+    @pytest.mark.parametrize("kind", ["text/event-stream", "101"])
+    def test_a_stop_waits_for_no_stream(self, kind: str, background: Background) -> None:
+        class Silent(ptth.Body):
+            async def __aiter__(self) -> object:
+                yield b"begun"
+                await asyncio.sleep(60)
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            if kind == "101":
+                return ptth.Response(101, [("Upgrade", "websocket")], Silent())
+            return ptth.Response(200, [("Content-Type", kind)], Silent())
+
+        tunnel = Tunnel(background, handler)
+        visitors = [
+            Visitor(tunnel.port, "/", *(Visitor.ASKS if kind == "101" else ["Connection: close"])) for _ in range(2)
+        ]
+        assert [visitor.read(10 if kind != "101" else 5) for visitor in visitors] == [
+            b"begun" if kind == "101" else b"5\r\nbegun\r\n"
+        ] * 2
+        begin = time.monotonic()
+        background.run(tunnel.server.stop(20))
+        assert time.monotonic() - begin < 10
+        assert [visitor.read() for visitor in visitors] == [b"" if kind == "101" else b"0\r\n\r\n"] * 2
+        tunnel.close()
+
     def test_streams_keep_no_handler(self, background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
 
