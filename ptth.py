@@ -6834,7 +6834,7 @@ class Relay:
 
 
 # -- 16. Server --
-# P1, P4 and P5: brings a relay's requests to a handler, and its responses back. Does not see clients' connections.
+# P1, P4 and P5: gets requests from a relay, calls a handler, sends its responses. Does not use clients' connections.
 
 
 class KeyRefused(Refused):
@@ -6842,7 +6842,7 @@ class KeyRefused(Refused):
 
 
 def log_fault() -> None:
-    """Write the traceback of the exception that is being handled on stderr."""
+    """Log the traceback of the current exception."""
     import traceback
 
     for line in traceback.format_exc().splitlines():
@@ -6850,23 +6850,23 @@ def log_fault() -> None:
 
 
 class Workers:
-    """A handler, and the budget of work that all relays of a server share.  `group` has every task of the server."""
+    """Calls a handler for the requests from all relays of a server. `group` has all tasks of the server."""
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
         self.group: asyncio.TaskGroup | None = None  # while the server runs
         self.stopping = asyncio.Event()
-        self.room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are at a handler, or wait for one
+        self.room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are handled or queued
         self.room.set()
-        self.request_ids: dict[str, Sender] = {}  # of all requests that came and are not answered
+        self.request_ids: dict[str, Sender] = {}  # ids of all requests without a response
         self.sending: Counter[str] = Counter()  # large responses that are being sent, by the client's address
-        self.most_sending = file_limit() // 4  # half of the descriptors: each takes one, and one for its file
+        self.most_sending = file_limit() // 4  # each needs two descriptors: half of all
         self._queue: deque[tuple[str, Request | ProtocolError, Sender]] = deque()
         self._count = 0  # tasks that handle them
         self._batched = 0  # small responses that wait for their batch
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run `work` until it ends. What it raises ends the server."""
+        """Run `work` as a task. An exception in it ends the server."""
         try:
             assert self.group
             self.group.create_task(work)
@@ -6874,19 +6874,19 @@ class Workers:
             work.close()
 
     def add(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
-        """Let `start` handle a request, and its response be sent; one that is worked on already is ignored."""
+        """Queue a request for `start`. One that is queued or handled already is ignored."""
         if request_id in self.request_ids:
             return
         self.request_ids[request_id] = sender
         self._queue.append((request_id, request, sender))
 
     def start(self) -> None:
-        """Begin to work on the requests that were added."""
+        """Handle the queued requests."""
         self._look_for_room()
         self._start_worker()
 
     def _look_for_room(self) -> None:
-        """Let the relays be asked for more, or not."""
+        """Set or clear `room`, on which each link waits before it polls again."""
         if len(self._queue) + self._count < MAX_HANDLERS and self._batched < MAX_HANDLERS:
             self.room.set()
         else:
@@ -6903,7 +6903,7 @@ class Workers:
             asyncio.get_running_loop().call_soon(self._start_worker)
 
     async def _work(self) -> None:
-        """Handle what is queued, one request after the other."""
+        """Handle queued requests, one after the other, until there are none."""
         try:
             while self._queue:
                 await self._handle(*self._queue.popleft())
@@ -6913,9 +6913,9 @@ class Workers:
             self._look_for_room()
 
     async def _call_handler(self, request: Request) -> Response:
-        """Return the handler's response.
+        """Return the handler's response. ProtocolError 504 for its TimeoutError, 502 for its IncompleteBody.
 
-        No part of a request is still to come through the tunnel, so a time-out and a broken body are the handler's own.
+        The request has arrived completely, so that both are errors of the handler.
         """
         try:
             response = await self.handler(request)
@@ -6932,7 +6932,7 @@ class Workers:
             raise RuntimeError("the handler was cancelled by its own work") from error
 
     async def _handle(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
-        """Have one request handled, and let its response be sent: a client that reads slowly keeps no handler."""
+        """Call the handler for one request, and start to send its response, without waiting for a slow client."""
         try:
             if isinstance(request, ProtocolError):
                 response = error_response(_NO_REQUEST, request)
@@ -6955,7 +6955,7 @@ class Workers:
             self.done(request_id)
 
     def _may_send(self, address: str) -> bool:
-        """Return whether another large response may be sent; one address has half of the places at most."""
+        """Return whether another large response may be sent. One client address may have half of the places."""
         places = self.most_sending
         return self.sending.total() < places and not (address and self.sending[address] >= places // 2)
 
@@ -6963,7 +6963,7 @@ class Workers:
         """Send one large response."""
         try:
             await sender.send(request_id, response, method)
-        except Exception:  # a fault in a body: its response broke off, the server goes on
+        except Exception:  # an error in a body: its response is incomplete, the server continues
             log_fault()
         finally:
             self.sending -= Counter((address,))
@@ -6975,7 +6975,7 @@ class Workers:
         return list(itertools.islice(found, MAX_LOST))
 
     def done(self, *request_ids: str) -> None:
-        """Note that requests have been answered."""
+        """Record that responses to these requests were sent."""
         for request_id in request_ids:
             self.request_ids.pop(request_id, None)
 
@@ -7063,7 +7063,7 @@ class Sender:
     def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers, log: Callable[[str], None]) -> None:
         self.client = client
         self.name = name
-        self.rust_relay = False  # the relay speaks the original's form
+        self.rust_relay = False  # the relay uses the Rust form
         self.features: set[str] = set()  # of the relay
         self._part_size = 0  # bytes of a POST that a proxy in front of it seems to take; 0 is any number
         self._passed = 0  # bytes of the largest that got through
@@ -7074,7 +7074,7 @@ class Sender:
         self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach the relay
         self.on_loss: Callable[[], object] = int
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
-        self._sending = 0  # batches under way
+        self._sending = 0  # batches in flight
         self._endless: set[PartReader] = set()  # WebSockets and event streams that are being sent
 
     @property
@@ -7083,7 +7083,7 @@ class Sender:
         return bool(self._batch)
 
     def can_batch(self, response: Response) -> bool:
-        """Return whether a response is small enough to leave together with others."""
+        """Return whether a response is small enough to be sent in a batch."""
         data = response.body.data
         return data is not None and len(data) <= MAX_BATCHED_BODY and not (self.client.limiter or self.rust_relay)
 
@@ -7105,7 +7105,7 @@ class Sender:
             self._workers.spawn(self._send_batches())
 
     async def _send_batches(self) -> None:
-        """Post what has gathered, until nothing has."""
+        """Post batches until no responses are queued."""
         try:
             while self._batch:
                 batch = self.take_batch()
@@ -7156,7 +7156,7 @@ class Sender:
         self._workers.done(*batch.request_ids)
 
     async def send(self, request_id: str, response: Response, method: str) -> None:
-        """P5 and P7: send a response to the relay; its body is closed in the end."""
+        """P5 and P7: send a response to the relay, and close its body."""
         body = response.body
         try:
             if self.rust_relay:
@@ -7281,14 +7281,14 @@ class Sender:
 
     def _got_through(self, status: int, headers: Headers) -> bool:
         """Return whether an answer says so, and log who refused the response if not."""
-        if status in (200, 410) or self.rust_relay and status == 400:  # 400 there: nobody waits for it
+        if status in (200, 410) or self.rust_relay and status == 400:  # from Rust, 400 means that the client is gone
             return True
         who = headers.get("server", "the relay, or a proxy in front of it")[:60]
         self._log_change(f"{who} answered {status} to a response{_REFUSALS.get(status, '')}")
         return False
 
     async def probe(self) -> float:
-        """Post an empty batch, which shows whether POST gets through; return the seconds that it took."""
+        """Post an empty batch, to check that POST is allowed; return the seconds that it took."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with asyncio.timeout(P1_TIMEOUT):
@@ -7310,7 +7310,7 @@ _REFUSALS = {  # status: what to do about it
 
 
 class FetchedBody(Body):
-    """The body of a request, which is fetched from the relay when it is first wanted, once."""
+    """The body of a request. It is fetched from the relay when it is first read, once."""
 
     complete = False
 
@@ -7322,7 +7322,7 @@ class FetchedBody(Body):
         self.length = length
 
     async def _fetch(self) -> Response:
-        """Ask the relay for the body; IncompleteBody when it does not have it any more."""
+        """Request the body from the relay. IncompleteBody if it no longer has that."""
         response = await self._client.handle(self._request, timeout=P1_TIMEOUT)
         if response.status != 200 or response.body.length != self.length:
             await response.body.aclose()
@@ -7406,24 +7406,24 @@ class Link:
     def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers, label: str = "") -> None:
         self.client = client
         self.name = name
-        self.label = label  # begins each message: tells this relay from the others
+        self.label = label  # the beginning of each log line, if there are several relays
         self.connected = asyncio.Event()
         self.on_change: Callable[[], object] = int  # called when `connected` has changed
         self._key = key
-        self._instance = os.urandom(8).hex()  # so that a relay can count the servers of one name
+        self._instance = os.urandom(8).hex()  # tells this server from others of the same name
         self._workers = workers
         self._spawn = workers.spawn
         self._stopping = workers.stopping
-        self._parked: set[Connection] = set()  # P1 that wait for their answer
+        self._parked: set[Connection] = set()  # connections of P1 without an answer yet
         self._last_logged = ""
-        self._host = ""  # a host of this server's own at the relay
-        self._most_polls = 0  # listeners
+        self._host = ""  # this server's own host at the relay, if any
+        self._most_polls = 0  # P1 open at the same time
         self._reporting = False
         self._sender = Sender(client, name, key, workers, self._log_change)
         self._sender.on_loss = self._report
 
     async def run(self) -> None:
-        """Stay connected until the stop: try again for ever, at first quickly."""
+        """Stay connected until the stop. After a failure try again, for ever, at first after BACKOFF_MIN."""
         loop = asyncio.get_running_loop()
         pauses = backoff()
         try:
@@ -7437,7 +7437,7 @@ class Link:
                     if not self._sender.rust_relay:
                         self._spawn(self._look(took, failure))
                     error = await self._unless_stopped(failure)
-                    if loop.time() - began > BACKOFF_MAX:  # it was good for a while, not just for a hello
+                    if loop.time() - began > BACKOFF_MAX:  # the connection worked for some time
                         pauses = backoff()
                     raise error
                 except Refused as error:
@@ -7458,7 +7458,7 @@ class Link:
             pass
 
     def leave(self) -> None:
-        """Ask for nothing more: the relay takes the half-close for that, and a P3 that is on its way still arrives."""
+        """End the open P1 by a half-close: the relay sends no more requests, and a P3 in flight still arrives."""
         self._sender.end_streams()
         for connection in list(self._parked):
             connection.must_close = True
@@ -7468,12 +7468,12 @@ class Link:
                 connection.transport.abort()
 
     def abort_polls(self) -> None:
-        """End the P1 that are still open: a proxy on the way does not pass a half-close on."""
+        """Abort the P1 that are still open: a proxy on the way may not forward a half-close."""
         for connection in list(self._parked):
             connection.transport.abort()
 
     def _log_change(self, line: str) -> None:
-        """Tell the operator, once for each change."""
+        """Log a line, unless it is the same as the last one."""
         if line != self._last_logged:
             self._last_logged = line
             for part in f"ptth server: {self.label}{line}".split("\n"):
@@ -7487,7 +7487,7 @@ class Link:
         )
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T:
-        """Return the result of `work`; raises _Stopped at the stop, and gives it up."""
+        """Return the result of `work`. At the stop, cancel it and raise _Stopped."""
         task = asyncio.ensure_future(work)
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -7502,7 +7502,7 @@ class Link:
     # P1
 
     async def _connect(self) -> float:
-        """Say hello by a P1 that does not wait; return the seconds that it took, without connecting."""
+        """Connect, and send the hello. Return the seconds that the hello took."""
         loop = asyncio.get_running_loop()
         connection = await self.client.connect()
         started = loop.time()
@@ -7518,9 +7518,9 @@ class Link:
         return took
 
     async def _look(self, took: float, failure: asyncio.Future[Exception]) -> None:
-        """Try whether POST gets through, and measure how far away the relay is; at times again, until a listener fails.
+        """Check that POST is allowed, and measure the round trip; again every MEASURE_INTERVAL, until a poll fails.
 
-        The shortest of several round trips counts: one alone may have met a busy moment. `took` is the first.
+        The shortest of several round trips counts, because one may be slow by chance. `took` is the first.
         """
         samples = 1 if took < NEAR_ROUND_TRIP else SAMPLES
         try:
@@ -7538,7 +7538,7 @@ class Link:
             pass
 
     def _set_distance(self, took: float, failure: asyncio.Future[Exception]) -> None:
-        """Ask a near relay by one P1, a far one by several; an original relay answers an older P1 with 500."""
+        """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one."""
         one_by_one = took < NEAR_ROUND_TRIP or self._sender.rust_relay
         self._sender.most_batches = 1 if one_by_one else FAR_BATCHES
         before, self._most_polls = self._most_polls, 1 if one_by_one else FAR_P1
@@ -7546,13 +7546,13 @@ class Link:
             self._spawn(self._listen(number, failure))
 
     def _report(self) -> None:
-        """Send a P1 at once that says which responses were lost: those that are open cannot any more."""
+        """Send a P1 with PTTH-Lost at once, because the open ones were sent before the loss."""
         if self.connected.is_set() and not self._reporting:
             self._reporting = True
             self._spawn(self._report_losses())
 
     async def _report_losses(self) -> None:
-        """Send such P1 until there is nothing to say; after a failure the next hello says it."""
+        """Send P1 until all lost ids were sent. After a failure the next hello sends them."""
         try:
             while self._sender.lost and not self._stopping.is_set():
                 await self._poll_again(self.client.take_idle(), 1)
@@ -7562,20 +7562,20 @@ class Link:
             self._reporting = False
 
     async def _listen(self, number: int, failure: asyncio.Future[Exception]) -> None:
-        """Ask the relay again and again, until one of the listeners fails or there are too many of them."""
+        """Poll the relay again and again, until one of the polls fails, or `number` of them are too many."""
         loop = asyncio.get_running_loop()
         try:
             brought = False
             while number < self._most_polls and not (failure.done() or self._stopping.is_set()):
                 both = brought and "listen" in self._sender.features and self._sender.has_batch
-                # What brought requests stays free for their responses: it is alive, a new one costs a round trip.
+                # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
                 free = both or self.client.idle_count > brought
                 connection = self.client.take_idle(oldest=not both) if free else None
                 batch = self._sender.take_batch() if both and connection else Batch()
                 started = loop.time()
                 brought = await self._poll_again(connection, POLL_WAIT, batch)
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
-                    raise ConnectionError("the relay answers at once and with nothing")
+                    raise ConnectionError("the relay answers a P1 at once and with nothing")
                 await self._workers.room.wait()
                 await asyncio.sleep(0)  # in this turn of the loop fast handlers answer
         except (OSError, ProtocolError) as error:
@@ -7583,7 +7583,7 @@ class Link:
                 failure.set_result(error)
 
     async def _poll_again(self, connection: Connection | None, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
-        """Send a P1 on a kept connection, and on a new one if that turns out to be closed."""
+        """Send a P1 on an idle connection, and on a new one if that is closed or None."""
         if connection is not None:
             try:
                 return await self._poll(connection, wait, batch)
@@ -7647,7 +7647,7 @@ class Link:
         return FetchedBody(self.client, self._key, request_id, None if framing == CHUNKED else framing)
 
     def accept(self, data: bytes) -> None:
-        """P3: let its requests be handled."""
+        """Queue the requests of a P3."""
         original = self._sender.rust_relay and data
         try:
             for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, self._fetch):
@@ -7659,7 +7659,10 @@ class Link:
 
 
 class TunnelServer:
-    """Serves a handler through one relay or several: `run` until `stop`. `connected` is set while any relay is."""
+    """Serves a handler through one or several relays, from `run` until `stop`.
+
+    `connected` is set while it is connected to any of them.
+    """
 
     def __init__(self, client: HTTPClient, name: str, key: str, handler: Handler, *others: HTTPClient) -> None:
         self.workers = Workers(handler)
@@ -7673,7 +7676,7 @@ class TunnelServer:
         self._ended.set()
 
     async def run(self) -> None:
-        """Attend to the relays until `stop`; an unexpected error or a cancellation ends all work at once."""
+        """Serve until `stop`. An unexpected error or a cancellation ends all tasks at once."""
         self._ended.clear()
         try:
             async with asyncio.TaskGroup() as self.workers.group:
@@ -7687,14 +7690,14 @@ class TunnelServer:
             self._ended.set()
 
     def _note_change(self) -> None:
-        """Note whether any relay is connected."""
+        """Set or clear `connected`."""
         if any(link.connected.is_set() for link in self.links):
             self.connected.set()
         else:
             self.connected.clear()
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
-        """Ask for nothing more, and let what is under way finish for `grace` seconds; ends `run`."""
+        """Stop polling, wait up to `grace` seconds for requests in flight, and end `run`."""
         self.workers.stopping.set()
         for link in self.links:
             link.leave()
@@ -7706,7 +7709,7 @@ class TunnelServer:
             self.workers.spawn(self._give_up())
 
     async def _wait_for_the_end(self, seconds: float) -> bool:
-        """Return whether `run` ended in time."""
+        """Wait for the end of `run`; return whether it came within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 await self._ended.wait()
@@ -7716,7 +7719,7 @@ class TunnelServer:
 
     @staticmethod
     async def _give_up() -> NoReturn:
-        """End all tasks of the server's."""
+        """End all tasks of the server, by an exception."""
         raise _Stopped
 
 
@@ -7724,7 +7727,7 @@ _NO_REQUEST = Request("GET", "-", Headers())
 
 
 class _Stopped(Exception):
-    """The server has been asked to stop."""
+    """`TunnelServer.stop` was called."""
 
 
 def is_p3(status: int, headers: Headers) -> bool:
@@ -7733,7 +7736,7 @@ def is_p3(status: int, headers: Headers) -> bool:
 
 
 def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
-    """Return whether this P3 is the original's; otherwise raise KeyRefused, Refused or ConnectionError, saying why."""
+    """Return whether this P3 is in Rust form. KeyRefused, Refused or ConnectionError if it is no P3."""
     kind = headers.get("content-type", "")
     if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(f"a proxy in front of the relay compresses its answers: switch that off for {BACKEND}")
@@ -7745,13 +7748,13 @@ def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
 
 
 def _asks_for_key(headers: Headers) -> bool:
-    """Return whether a 401 is the relay's own, and not that of a proxy in front of it."""
+    """Return whether a 401 comes from the relay, and not from a proxy in front of it."""
     challenge = headers.get("www-authenticate", "")
     return "x-apikey" in challenge.lower() or not challenge and "html" not in headers.get("content-type", "")
 
 
 def _refusal_of_p1(status: int, headers: Headers, client: HTTPClient) -> Exception:
-    """Return the error for a response to P1 that is no P3; its text says what to do."""
+    """Return the error for a response to P1 that is not a P3. Its text says what to do."""
     if status == 401 and _asks_for_key(headers):
         return KeyRefused()
     if status == 407 and client.proxy:
@@ -7779,7 +7782,7 @@ _NO_RELAY = {
 
 
 def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
-    """Say which relay_url a redirect of P1 means, if any."""
+    """Return advice for a P1 that was redirected: the right relay_url, if it is known."""
     try:
         target = urllib.parse.urljoin(f"{origin.url}{BACKEND}http_listen/", headers["location"])
         base, ours, _ = re.split(r"[?#]", target)[0].partition(f"{BACKEND}http_listen/")
@@ -7798,31 +7801,31 @@ def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
 
 
 def format_server_block(name: str, key: str) -> str:
-    """Return the block that registers a server at its relay: valid TOML."""
+    """Return the TOML block that registers a server at its relay."""
     return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
 
 
 # -- 17. Configuration --
-# TOML to dataclasses. All that is wrong with a file is said at once.
+# From TOML to dataclasses. All problems of a file are reported together.
 
 NO_URL = BaseURL(False, "", 0, "")
 
 
 @dataclass
 class ServerConfig:
-    """What ptth_server.toml and the flags of `ptth server` say together."""
+    """The configuration of `ptth server`: ptth_server.toml, overridden by flags."""
 
     path: str
     name: str = ""
     api_key: str = ""
     relay_url: list[str] = field(default_factory=list)
     file_server_root: str = ""
-    app: str = ""  # what is served instead of a directory
+    app: str = ""  # a web app, served instead of a directory
     app_host: str = "auto"
     throttle_upload: int = 0  # bytes per second; 0 is no limit
     proxy_url: str = ""
     site: SiteOptions = SiteOptions()
-    relays: list[tuple[BaseURL, ForwardProxy | None]] = field(default_factory=list)  # with the proxy on the way there
+    relays: list[tuple[BaseURL, ForwardProxy | None]] = field(default_factory=list)  # relay, and the proxy to it
     app_url: BaseURL = NO_URL
 
 
@@ -7898,7 +7901,7 @@ class TOMLTable:
         return math.nan
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return true or false."""
+        """Return a boolean."""
         return bool(self._get(key, default, "true or false", lambda value: isinstance(value, bool)))
 
     def tables(self, key: str) -> list[TOMLTable]:
@@ -7924,7 +7927,7 @@ class TOMLTable:
 
 
 def read_toml(path: str, how: str) -> dict[str, object]:
-    """Read a TOML file; UserError when that is not possible."""
+    """Read a TOML file. UserError if it is missing, cannot be read, or is not valid."""
     import tomllib
 
     try:
@@ -7947,7 +7950,7 @@ def read_toml(path: str, how: str) -> dict[str, object]:
 
 
 def decode_config(data: bytes, path: str) -> str:
-    """Return a file's text, without the byte order mark that some editors put first. UserError when it is not UTF-8."""
+    """Return a file's text, without the byte order mark of some editors. UserError if it is not UTF-8."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
         width = 32 if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) else 16
         raise UserError(f"{path} is in UTF-{width}; save it as UTF-8")
@@ -7960,7 +7963,7 @@ def decode_config(data: bytes, path: str) -> str:
 
 
 def toml_hint(line: str) -> str:
-    """Return how to mend a line that is no TOML, or "". It shows nothing of the line, which may hold a secret."""
+    """Return how to correct a line that is not TOML, or "". It does not quote the line, which may hold a secret."""
     if re.search(r'"[^"]*\\', line):
         return "; in double quotes a backslash begins an escape, so put the value in single quotes: 'C:\\Users\\me'"
     if re.search("[\u2018-\u201f]", line):
@@ -7969,22 +7972,22 @@ def toml_hint(line: str) -> str:
 
 
 def find_config(given: str | None, name: str) -> str:
-    """Return the path of a configuration file: the one that was named, ./NAME, or where the original kept it."""
+    """Return the path of a configuration file: `given`, else ./NAME, else ./config/NAME as in the original."""
     if given:
         return given
     original = os.path.join("config", name)
     return original if not os.path.exists(name) and os.path.exists(original) else name
 
 
-# Of browsers' schemes only these two: javascript: would run in the relay's origin. White space and control characters
-# are not possible in a URL, and browsers skip them, so that "java\nscript:" would be one.
+# No other schemes: javascript: would run in the relay's origin. No white space and no control characters: browsers skip
+# them, so "java\nscript:" is the same scheme.
 _NEWS_URL = re.compile(
     r"(?:https?://[^\s\x00-\x20\x7f/][^\s\x00-\x20\x7f]*|(?![A-Za-z][A-Za-z0-9+.\-]*:)[^\s\x00-\x20\x7f]*)", re.I
 )
 
 
 def load_relay_config(path: str) -> RelayConfig:
-    """Read ptth_relay.toml; UserError with a line for each thing that is wrong."""
+    """Read ptth_relay.toml. UserError with a line for each problem."""
     values = read_toml(path, "it needs a [[servers]] block from each `ptth.py server --print-tripcode`")
     problems: list[str] = []
     table = TOMLTable(values, path, problems)
@@ -8040,7 +8043,7 @@ def read_networks(table: TOMLTable) -> list[str]:
 
 
 def check_hosts(config: RelayConfig, table: TOMLTable) -> None:
-    """Note hosts that two servers, or a server and the relay, would have."""
+    """Add a problem for each host that two servers, or a server and the relay, would have."""
     owners = {config.domain: "the relay itself"} if config.domain else {}
     for entry in config.servers:
         for host in config.hosts_of(entry):
@@ -8050,7 +8053,7 @@ def check_hosts(config: RelayConfig, table: TOMLTable) -> None:
 
 
 def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
-    """Read one [[servers]] block, whose name may not be one of `names`, and add it to them."""
+    """Read one [[servers]] block. Its name must not be in `names`, and is added there."""
     block.allow_only(["name", "tripcode", "display_name", "sandbox", "host"])
     name, code = block.text("name"), block.tripcode("tripcode", "server --print-tripcode")
     if block.is_text("name") and not _NAME.fullmatch(name):
@@ -8063,9 +8066,9 @@ def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
 
 
 def read_scraper_key(block: TOMLTable, names: set[str]) -> ScraperKey:
-    """Read one [[scraper_keys]] block, whose name may not be one of `names`, and add it to them.
+    """Read one [[scraper_keys]] block. Its name must not be in `names`, and is added there.
 
-    A key lives 30 days at most, so that a stolen one is of use for no longer.
+    A key is valid for at most 30 days, and so is a stolen one.
     """
     block.allow_only(["name", "not_before", "not_after", "hash"])
     code = block.tripcode("hash", "relay --new-scraper-key NAME")
@@ -8082,9 +8085,9 @@ def read_scraper_key(block: TOMLTable, names: set[str]) -> ScraperKey:
 
 
 def check_secrecy(path: str, table: TOMLTable) -> None:
-    """Note when others can read or change a file that holds a secret.
+    """Add a problem if other users can read or change a file with a secret.
 
-    A secrets mount of a container shows its files to all, and nobody can change that: they are accepted.
+    Files in a secrets mount of a container can be read by all users, which cannot be changed. So they are accepted.
     """
     facts = os.stat(path)
     if os.name != "posix" or not facts.st_mode & 0o077:
@@ -8099,7 +8102,7 @@ def check_secrecy(path: str, table: TOMLTable) -> None:
 
 
 def find_key(table: TOMLTable) -> str:
-    """Return the API key: the file's, or else the environment's."""
+    """Return the API key from the file, or else from the environment."""
     key, where = table.text("api_key"), "api_key"
     if not key:
         key, where = os.environ.get("PTTH_API_KEY", "").strip(), "PTTH_API_KEY in the environment"
@@ -8113,10 +8116,10 @@ def find_key(table: TOMLTable) -> str:
 def load_server_config(
     path: str, flags: dict[str, str | list[str]], *, to_connect: bool = True, optional: bool = False
 ) -> ServerConfig:
-    """Read ptth_server.toml, overridden by `flags`; UserError with a line for each thing that is wrong.
+    """Read ptth_server.toml, overridden by `flags`. UserError with a line for each problem.
 
-    Without `to_connect` what only a connection needs may be missing. An `optional` file may be missing when the key is
-    in the environment.
+    Without `to_connect`, keys that only a connection needs may be missing. An `optional` file may be missing if the API
+    key is in the environment.
     """
     problems: list[str] = []
     if optional and os.environ.get("PTTH_API_KEY") and not os.path.exists(path):
@@ -8157,7 +8160,7 @@ def load_server_config(
 
 
 def read_relays(config: ServerConfig, table: TOMLTable) -> None:
-    """Check the URLs of the relays, and find the proxy on the way to each."""
+    """Parse the URLs of the relays, and find the proxy to each."""
     for url in config.relay_url:
         origin = NO_URL
         try:
@@ -8173,7 +8176,7 @@ def read_relays(config: ServerConfig, table: TOMLTable) -> None:
 
 
 def read_content(config: ServerConfig, table: TOMLTable) -> None:
-    """Check what is served: a directory or an app."""
+    """Check file_server_root or app."""
     if not config.app:
         try:
             config.file_server_root = check_root(config.file_server_root, f"file_server_root in {config.path}")
@@ -8194,7 +8197,7 @@ def read_content(config: ServerConfig, table: TOMLTable) -> None:
 
 
 def parse_relay_url(url: str) -> BaseURL:
-    """Parse relay_url, with or without the path of the backend API; ValueError."""
+    """Parse relay_url, optionally with the path of P1. Raises ValueError."""
     if not url:
         raise ValueError('is missing: set relay_url = "https://..." or give --relay-url')
     try:
@@ -8209,7 +8212,7 @@ def parse_relay_url(url: str) -> BaseURL:
 
 
 def read_site(table: TOMLTable) -> SiteOptions:
-    """Read the keys that say how the directory is served."""
+    """Read the keys for how the directory or app is served."""
     flags: dict[str, Any] = {key: table.flag(key, key == "listing") for key in ("hidden", "listing", "cors")}
     lines = table.values.get("headers", [])
     headers = []
@@ -8240,7 +8243,7 @@ def parse_size(text: str) -> int:
 
 
 def is_auth(text: str) -> bool:
-    """Return whether `text` is USER:PASSWORD; an empty password protects nothing."""
+    """Return whether `text` is USER:PASSWORD, both not empty."""
     user, _, password = text.partition(":")
     return bool(user and password)
 
@@ -8252,7 +8255,7 @@ _OWN_FIELDS = {
 
 
 def parse_header_option(line: str) -> tuple[str, str]:
-    """Parse "Name: value"; ValueError when it is none, or one that the server sets itself."""
+    """Parse "Name: value". ValueError if it is invalid, or a field that the server sets itself."""
     name, colon, value = (part.strip() for part in line.partition(":"))
     try:
         format_head("x", [(name, value)])
@@ -8266,7 +8269,7 @@ def parse_header_option(line: str) -> tuple[str, str]:
 
 
 def find_proxy(config: ServerConfig, origin: BaseURL) -> ForwardProxy | None:
-    """Return the proxy to a relay: proxy_url's, or else the environment's. UserError."""
+    """Return the proxy to a relay, by proxy_url or else by the environment. UserError."""
     url = config.proxy_url or proxy_from_environment(origin)
     try:
         return parse_proxy(url) if url else None
@@ -8276,7 +8279,7 @@ def find_proxy(config: ServerConfig, origin: BaseURL) -> ForwardProxy | None:
 
 
 def check_root(root: str, how: str) -> str:
-    """Return the directory to serve; / and the home directory only when they are named. UserError."""
+    """Return the directory to serve. UserError; also for / and the home directory, unless they are named."""
     try:
         path = os.path.abspath(root)
     except OSError as error:
@@ -8303,11 +8306,11 @@ def check_root(root: str, how: str) -> str:
 
 
 # -- 18. Command line --
-# What people type, and what they are told.
+# Flags, commands, signals, and the messages for the operator.
 
 
 def print_output(text: str) -> None:
-    """Write on stdout what was asked for; UserError when that is not possible."""
+    """Write the result of a command to stdout. UserError if that fails."""
     try:
         os.write(1, f"{text}\n".encode("utf-8", "backslashreplace"))
     except OSError as error:
@@ -8315,7 +8318,7 @@ def print_output(text: str) -> None:
 
 
 def print_ready(line: str) -> None:
-    """Write a line on stdout for who waits for it; a closed stdout stops nothing."""
+    """Write a line to stdout when the program is ready. A closed stdout is ignored."""
     with contextlib.suppress(UserError):
         print_output(line)
 
@@ -8330,15 +8333,15 @@ _NOT_LISTENING = {
 
 
 def open_socket(bind: str, port: int) -> socket.socket:
-    """Return a listening socket; "" and "::" are all interfaces, IPv4 and IPv6. UserError."""
-    host = re.sub("%25(?=.)", "%", re.sub(r"^\[(.+)\]$", r"\1", bind)) or "::"  # brackets and %25 as URLs have them
+    """Return a listening socket. "" and "::" mean all interfaces, IPv4 and IPv6. UserError."""
+    host = re.sub("%25(?=.)", "%", re.sub(r"^\[(.+)\]$", r"\1", bind)) or "::"  # allow brackets and %25, as in URLs
     both = socket.has_dualstack_ipv6()
     try:
         if not bind and not both:
             return socket.create_server(("", port))
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = both and address[0] == "::"
-        try:  # all of the address: what is behind the port tells the interface of a link-local one
+        try:  # the whole address: after the port it has the interface of a link-local address
             return socket.create_server(address, family=family, dualstack_ipv6=both)
         except OSError as error:
             if bind or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
@@ -8358,7 +8361,7 @@ def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
         six = sock.family == socket.AF_INET6
         four = not six or not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
         hosts = ["127.0.0.1" if four else "::1"]
-        # The addresses that this machine would speak from: nothing is sent to find them out.
+        # The addresses from which this machine would connect; connecting a UDP socket sends nothing.
         for probe in ["192.0.2.1"] * four + ["2001:db8::1"] * six:
             try:
                 with socket.socket(socket.AF_INET6 if ":" in probe else socket.AF_INET, socket.SOCK_DGRAM) as udp:
@@ -8367,16 +8370,15 @@ def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
                     hosts += [] if address.startswith(("127.", "::1")) else [address]
             except OSError:
                 pass  # no route, so no address
-    elif more and more[1]:  # of a link-local address: its interface
+    elif more and more[1]:  # the interface of a link-local address
         hosts = [f"{host.partition('%')[0]}%25{socket.if_indextoname(more[1])}"]
     return [f"{scheme}://{bracket(host)}:{port}/" for host in hosts]
 
 
 def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
-    """Return an event that SIGINT and SIGTERM set; a second SIGINT ends the program at once.
+    """Return an event that SIGINT and SIGTERM set. A second SIGINT ends the program at once.
 
-    SIGHUP calls `hang_up`, which reads again what can be read again. When it comes because the terminal was closed, it
-    sets the event, too: nobody wants to go on serving a directory from a window that is gone.
+    SIGHUP calls `hang_up`, which reads the configuration again. If the terminal was closed, SIGHUP sets the event, too.
     """
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
@@ -8399,7 +8401,7 @@ def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
 
 
 async def wait_for_any(*work: Awaitable[object]) -> None:
-    """Wait until one of these has ended."""
+    """Wait until one of these ends."""
     await asyncio.wait([asyncio.ensure_future(one) for one in work], return_when=asyncio.FIRST_COMPLETED)
 
 
@@ -8422,7 +8424,7 @@ def load_again(command: str, what: str, load: Callable[[], T]) -> T | None:
 
 
 async def run_file_server(args: argparse.Namespace) -> None:
-    """Serve a directory until a signal; SIGHUP loads the certificate again."""
+    """Serve a directory until SIGINT or SIGTERM. SIGHUP loads the certificate again."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
     auth, headers = find_auth(args.auth), tuple(args.header)
     shown = (args.hidden, args.follow_symlinks, not args.no_listing, args.cors)
@@ -8441,7 +8443,7 @@ async def run_file_server(args: argparse.Namespace) -> None:
 
 
 def find_auth(given: str = "") -> str:
-    """Return USER:PASSWORD as it was given, or from the environment; UserError when it is not that."""
+    """Return USER:PASSWORD from the flag or the environment, or "". UserError if it is invalid."""
     auth = given or os.environ.get("PTTH_AUTH", "")
     if auth and not is_auth(auth):
         raise UserError("the password in PTTH_AUTH or --auth must be USER:PASSWORD", status=2)
@@ -8449,7 +8451,7 @@ def find_auth(given: str = "") -> str:
 
 
 def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None:
-    """Return a context for HTTPS, or None without a certificate. UserError."""
+    """Return a TLS context, or None without a certificate. UserError."""
     if not cert:
         if key:
             raise UserError("--tls-key needs --tls-cert", status=2)
@@ -8469,7 +8471,7 @@ def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None
 
 
 def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
-    """Say what is wrong with files that OpenSSL read and refused."""
+    """Return why OpenSSL did not accept these files."""
     if error.reason == "KEY_VALUES_MISMATCH":
         return "the key belongs to another certificate"
     for path, label, what in ((cert, b"CERTIFICATE-----", "certificate"), (key or cert, b"PRIVATE KEY-----", "key")):
@@ -8484,7 +8486,7 @@ def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
 
 
 def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | None) -> None:
-    """Load the certificate again, for new connections; a broken one changes nothing."""
+    """Load the certificate again, for new connections. If that fails, keep the old one."""
     if not context:
         log_line("ptth file-server: there is nothing to read again; changed flags take effect after a restart")
         return
@@ -8495,14 +8497,14 @@ def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | Non
     def use_fresh(connection: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
         connection.context = fresh
 
-    # Loading into `context` itself would leave a half-changed one behind a failure, and the old one beside one of
-    # another kind of key.
+    # Loading into `context` itself could leave it half changed after a failure, and would keep an old certificate with
+    # another type of key.
     context.sni_callback = use_fresh
     log_line(f"ptth file-server: loaded {cert} again")
 
 
 async def run_relay(args: argparse.Namespace) -> None:
-    """Relay until a signal; SIGHUP reads the configuration again."""
+    """Run a relay until SIGINT or SIGTERM. SIGHUP reads the configuration again."""
     if args.new_scraper_key is not None:
         print_scraper_key(args.new_scraper_key)
         return
@@ -8541,7 +8543,7 @@ def reload(relay: Relay, path: str, domain: str | None) -> None:
 
 
 def print_scraper_key(name: str) -> None:
-    """Print a block for ptth_relay.toml with a fresh key's hash on stdout, and the key on stderr."""
+    """Print a [[scraper_keys]] block with the hash of a new key on stdout, and the key on stderr."""
     import secrets
 
     if not _NAME.fullmatch(name):
@@ -8556,7 +8558,7 @@ def print_scraper_key(name: str) -> None:
 
 
 async def stop_relay(relay: Relay, server: HTTPServer) -> None:
-    """Let balancers know, stop taking work, then the rest: GRACE_PERIOD for all together."""
+    """Stop the relay, then its HTTP server, within GRACE_PERIOD for both together."""
     loop = asyncio.get_running_loop()
     end = loop.time() + GRACE_PERIOD
     await relay.drain()
@@ -8565,7 +8567,7 @@ async def stop_relay(relay: Relay, server: HTTPServer) -> None:
 
 
 async def run_server(args: argparse.Namespace) -> None:
-    """Serve a directory through a relay until a signal, or print the tripcode."""
+    """Serve through a relay until SIGINT or SIGTERM, or print a key. SIGHUP reads the configuration again."""
     if args.new_key:
         print_server_config(args.name or "my-server", args.relay_url or ["https://relay.example.com"])
         return
@@ -8592,7 +8594,7 @@ async def run_server(args: argparse.Namespace) -> None:
 
 
 def make_content(config: ServerConfig, command: str = "server") -> Handler:
-    """Return the handler for what `ptth server` serves, by its configuration."""
+    """Return the handler of `ptth server` for its configuration: an app or a directory."""
     if config.app:
         return with_site_options(
             App(HTTPClient(config.app_url), config.app_host).handle, config.site, config.name, app=True
@@ -8605,16 +8607,16 @@ def make_content(config: ServerConfig, command: str = "server") -> Handler:
 
 
 def describe_content(config: ServerConfig) -> str:
-    """Return the app or the directory that is served, for messages."""
+    """Return the app or the directory as text, for messages."""
     if config.app:
         return f"the app at {config.app_url.unix and config.app_url.place or config.app_url.url}"
     return os.path.realpath(config.file_server_root)
 
 
 def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[], ServerConfig]) -> None:
-    """Read the configuration again, and serve by it; a broken one changes nothing.
+    """Read the configuration again, and apply it. If that fails, keep the old one.
 
-    `config` is the one that the server was started with: what says how to reach the relay stays.
+    `config` is the one at the start: its keys for reaching the relay stay in use.
     """
     fresh = load_again("server", "configuration", load)
     if not fresh:
@@ -8629,7 +8631,7 @@ def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[],
 
 
 def print_server_config(name: str, relay_urls: list[str]) -> None:
-    """Print a ready ptth_server.toml with a fresh key on stdout, and the block for the relay on stderr."""
+    """Print a ptth_server.toml with a new key on stdout, and the relay's [[servers]] block on stderr."""
     import json
     import secrets
 
@@ -8642,16 +8644,16 @@ def print_server_config(name: str, relay_urls: list[str]) -> None:
         raise UserError(f"--relay-url {error}", status=2) from None
     shown = relay_urls if len(relay_urls) > 1 else relay_urls[0]
     key = "REPLACE"
-    while key_weakness(key):  # a token may begin like the placeholder
+    while key_weakness(key):  # a token could begin like the placeholder
         key = secrets.token_urlsafe(32)
     print_output(f'name = "{name}"\napi_key = "{key}"\nrelay_url = {json.dumps(shown)}')
     write_stderr(f"# for ptth_relay.toml on the relay:\n{format_server_block(name, key)}\n")
 
 
 def local_names_only(handler: Handler) -> Handler:
-    """Answer only requests that name this machine in Host.
+    """Wrap a handler: answer only requests whose Host names this machine, others with 403.
 
-    A page of a stranger's may change its own name's address to 127.0.0.1, and its scripts could then read everything.
+    Otherwise another site could let its own name point to 127.0.0.1, and its scripts could read all responses.
     """
 
     async def handle(request: Request) -> Response:
@@ -8667,7 +8669,7 @@ def local_names_only(handler: Handler) -> Handler:
 
 
 async def run_demo(args: argparse.Namespace) -> None:
-    """Run a relay and a server that share nothing but a connection, until a signal."""
+    """Run a relay and a server, which share nothing except a connection, until SIGINT or SIGTERM."""
     import secrets
 
     path = "/frontend/servers/demo/files/"
@@ -8821,12 +8823,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def occupy_standard_descriptors() -> None:
-    """Put something into the places of a closed stdin, stdout and stderr.
+    """Open /dev/null for each of descriptors 0 to 2 that is closed.
 
-    Otherwise a client's connection gets such a number, and with it what is meant for the log.
+    Otherwise a client's connection could get descriptor 2, and receive the log.
     """
     try:
-        while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:  # writing to it fails, as to a closed one
+        while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:  # read only: writing fails, as if closed
             pass
         os.close(fd)
     except OSError:
@@ -8834,7 +8836,7 @@ def occupy_standard_descriptors() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit status: 0 fine, 1 could not do it. Wrong usage exits with 2."""
+    """Run a command; return its exit status: 0 for success, 1 for a failure, 2 for wrong usage."""
     occupy_standard_descriptors()
     args, rest = build_parser().parse_known_args(argv)
     if rest:
@@ -8847,11 +8849,11 @@ def main(argv: list[str] | None = None) -> int:
         for line in error.args:
             log_line(f"ptth {args.command}: {line}")
         return error.status
-    except (OSError, ImportError) as error:  # something is missing round the program: descriptors, a part of Python
+    except (OSError, ImportError) as error:  # no descriptors left, or a part of Python is missing
         log_line(f"ptth {args.command}: cannot go on: {format_error(error)}")
         return 1
     except KeyboardInterrupt:
-        return 1  # before there was anything to stop gracefully
+        return 1  # before `stop_event` was set up
     return 0
 
 
