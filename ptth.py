@@ -359,9 +359,8 @@ def _pattern_bits(text: str) -> float:
     bits, at = 0.0, 0
     while at < len(text) and bits < MIN_KEY_BITS:
         length = _pattern_length(text, at)
-        is_pattern = length > 2 and length * single > _PATTERN_BITS
-        bits += _PATTERN_BITS if is_pattern else single
-        at += length if is_pattern else 1
+        bits += _PATTERN_BITS if length > 2 else single
+        at += length if length > 2 else 1
     return bits
 
 
@@ -372,10 +371,9 @@ def is_guessable(key: str) -> bool:
     counts as the same key without shift; each change between shifted and not adds two bits.
     """
     plain = key.translate(_UNSHIFTED).lower()
-    shifts = "".join("^" if one != other else "." for one, other in zip(key, plain, strict=True))
     for width in range(1, 5):
-        text, shift = ("".join(row[i::width] for i in range(width)) for row in (plain, shifts))
-        changes = sum(one != other for one, other in itertools.pairwise(shift))
+        text, typed = ("".join(row[i::width] for i in range(width)) for row in (plain, key))
+        changes = sum(one != other for one, other in itertools.pairwise(map(str.__ne__, text, typed)))
         if _pattern_bits(text) + min(2 * changes, len(key)) < MIN_KEY_BITS:
             return True
     return False
