@@ -130,8 +130,8 @@ MAX_INLINE_TOTAL = 16 * 1024 * 1024  # bytes of all such bodies that wait at the
 MAX_WAITING = 1000  # requests waiting for one server; the next gets 503
 MAX_SENDING = 1000  # responses of one server that are being sent to clients; the next request gets 503
 MAX_STREAMS = 1000  # WebSockets and event streams of one server; the next gets 503
-MIN_PART = 64 * 1024  # bytes; parts of a response are not made smaller than that for a proxy that limits bodies
-PART_INTERVAL = 25.0  # seconds of silence after which an empty part says that a response in parts goes on
+MIN_PART = 64 * 1024  # bytes; the smallest part of a response, for a proxy that limits request bodies
+PART_INTERVAL = 25.0  # seconds without data after which the server sends an empty part, to show that it is there
 PART_TIMEOUT = 35.0  # seconds without a part after which the relay ends a response in parts
 PART_TRIES = 8  # attempts to send one part
 MAX_FROM_ADDRESS = 500  # requests from one client address waiting or in flight at one server; the next gets 503
@@ -160,7 +160,7 @@ RECONNECT_WAIT = 10.0  # seconds that a request waits for a server without a con
 RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server treats a quicker empty P3 as an error
 DISCONNECTED_AFTER = 2.0  # seconds without a connection before a server is shown as disconnected
 MAX_CHECK_AGE = 10.0  # seconds; three health checks within them mean that a balancer checks this relay
-DRAIN_TIME = 6.0  # seconds for which such a relay works on at a stop; HAProxy needs 3 failed checks, one every 2 s
+DRAIN_TIME = 6.0  # seconds that such a relay still serves at a stop; HAProxy needs 3 failed checks, one every 2 s
 UNAVAILABLE_AFTER = 60.0  # seconds without a connection after which new requests get 503 at once
 MAX_IDLE_AGE = 20.0  # seconds; an idle connection older than this is not reused: a NAT may have dropped it
 APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response, then 504
@@ -478,7 +478,7 @@ class Body:
     complete = True  # False while the peer has not sent all of it
     expects = False  # the peer waits for 100 Continue before it sends the body
     replayable = False  # `write_to` may be called again, and starts from the beginning
-    begun = False  # some of it was asked for, where that is noted
+    begun = False  # reading has begun; only PrefixedBody sets it
     _pieces: AsyncIterator[bytes] | None = None
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -554,7 +554,7 @@ class BytesBody(Body):
 
 
 class PrefixedBody(Body):
-    """A body with some bytes in front of it, which notes in `begun` that it was asked for."""
+    """A body with some bytes before it. Sets `begun` when reading begins."""
 
     def __init__(self, prefix: bytes, body: Body) -> None:
         self._prefix = prefix
@@ -1225,7 +1225,7 @@ async def linger(connection: Connection) -> None:
 
 
 def due(items: Collection[T], turn: int) -> list[T]:
-    """Return those that a sweep checks in this turn: all of a thousand, but of four thousand a quarter."""
+    """Return the connections that a sweep checks in this turn: of many, only a part, so that a turn stays short."""
     parts = min(1 + len(items) // 1000, 4)
     return list(itertools.islice(items, turn % parts, None, parts))
 
@@ -1755,7 +1755,7 @@ def wants_close(request: Request) -> bool:
 
 
 def is_body_soon_read(body: Body) -> bool:
-    """Return whether what a handler left of a request's body is worth reading, to keep the connection."""
+    """Return whether the rest of a request's body is small enough to be read, to keep the connection."""
     return not body.expects and (body.complete or (body.length or 0) <= MAX_DRAIN)
 
 
@@ -2710,7 +2710,7 @@ def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True,
     The name of the `server` is added to its realms; without a name they stay unchanged.
     """
     dropped = set(headers.tokens("connection"))
-    if status == 304:  # what it says becomes true of what the browser has stored: that must not leave the sandbox
+    if status == 304:  # a browser updates its stored response by it (RFC 9111, 4.3.4), which must not lose the sandbox
         dropped |= _NOT_IN_304
     result: Fields = []
     for name, value in headers.pairs:
@@ -3296,7 +3296,7 @@ if(answer.ok){name.value="";return refresh()}add({name:name.value},reason(answer
 
 
 def _sum_up(entries: list[ListingEntry]) -> str:
-    """Return how many folders and files these are, and how large, for people."""
+    """Return the number of folders and files, and their size, as text."""
     readable = [entry for entry in entries if not entry.error]
     folders = sum(entry.is_dir for entry in readable)
     facts = [format_count(n, noun) for n, noun in ((folders, "folder"), (len(readable) - folders, "file")) if n]
@@ -4727,7 +4727,7 @@ class Uploads:
 
 
 def _property_row(path: str, entry: ListingEntry) -> str:
-    """Make the element that tells what is at one path."""
+    """Make the XML element for one path."""
     kind = "<D:collection/>" if entry.is_dir else ""
     return (
         f"<D:response><D:href>{escape(path)}</D:href><D:propstat><D:prop><D:resourcetype>{kind}</D:resourcetype>"
@@ -4738,7 +4738,7 @@ def _property_row(path: str, entry: ListingEntry) -> str:
 
 
 def _form_failure(failed: list[ProtocolError], stored: list[str]) -> ProtocolError:
-    """Return the error for a form of which not all, or nothing, was stored."""
+    """Return the error for a form of which some files, or all, were not stored."""
     lists = {"not stored": [error.reason for error in failed[:100]], "stored": stored[:100]}
     reason = "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
     return ProtocolError(failed[0].status if failed else 400, reason or "no file was chosen")
@@ -4803,7 +4803,7 @@ def with_site_options(handler: Handler, options: SiteOptions, realm: str, *, app
 
 
 def with_password(handler: Handler, password: str, realm: str, *, pass_on: bool) -> Handler:
-    """Wrap a handler: demand "USER:PASSWORD" by Basic (RFC 7617). The handler gets it only if `pass_on` is true."""
+    """Wrap a handler: require "USER:PASSWORD" by Basic (RFC 7617). The handler gets it only if `pass_on` is true."""
     secret = password.encode("utf-8", "surrogateescape")
     challenge = ("WWW-Authenticate", f'Basic realm="{realm}", charset="UTF-8"')
 
@@ -4868,13 +4868,13 @@ def server_handler(site: Site, name: str) -> Handler:
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
-# What this program can do, said in P1 and in P3. `listen`: a P5 with Prefer: wait is the next P1, too.
+# The optional features of this program, sent in P1 and in P3. `listen`: a P5 with Prefer: wait is the next P1, too.
 FEATURES = ("PTTH-Features", "body, upgrade, parts, listen")
 MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST
 
 
 def _proxy_fields(request: Request, host: str, trusted: bool) -> Fields:
-    """Return the fields that say for whom, and by which way, a proxy forwards a request."""
+    """Return the fields that a proxy adds: the client's address, scheme and host, and Via."""
     headers = request.headers
     forwarded = headers.get("x-forwarded-for", "") if trusted else ""
     proto = headers.get("x-forwarded-proto", "") if trusted else ""
@@ -4921,12 +4921,12 @@ def pack_request(
 
 
 def without_upgrade(head: bytes) -> bytes:
-    """Return a request's head as `pack_request` makes it, without what it says of an upgrade."""
+    """Return a head that `pack_request` has made, without its fields for an upgrade."""
     return head.replace(b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", b"\r\n")
 
 
 _REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IGNORECASE)
-# Makes the body of a request from its id and framing: a number of bytes, CHUNKED, or None for a stream behind a 101.
+# Makes the body of a request from its id and framing: a number of bytes, CHUNKED, or None for a stream after a 101.
 Fetch = Callable[[str, "int | None"], Body]
 
 
@@ -5047,7 +5047,7 @@ def unpack_responses(data: bytes) -> Iterator[BatchedResponse]:
 def parse_inner_response(head: bytes, upgrade: str = "") -> tuple[int, Headers]:
     """Parse a response's head from the tunnel. ProtocolError 502 if a client must not get it.
 
-    101 is for a client that asked for that `upgrade`.
+    101 is accepted only for the `upgrade` that the client asked for.
     """
     if len(head) > MAX_INNER_HEAD:
         raise ProtocolError(502, "its head is too large")
@@ -5060,13 +5060,13 @@ def parse_inner_response(head: bytes, upgrade: str = "") -> tuple[int, Headers]:
 
 
 def is_endless(response: Response) -> bool:
-    """Return whether a response is a WebSocket or an event stream: it may stay open for ever, and end anywhere."""
+    """Return whether a response is a WebSocket or an event stream, which may stay open for ever."""
     kind = Headers(response.headers).get("content-type", "").partition(";")[0].strip().lower()
     return response.status == 101 or kind == "text/event-stream"
 
 
 def is_stream(response: Response) -> bool:
-    """Return whether what comes of a response is wanted at once."""
+    """Return whether each piece of a response should be forwarded at once."""
     headers = Headers(response.headers)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     unbuffered = headers.get("x-accel-buffering", "").strip().lower() == "no"
@@ -5074,7 +5074,7 @@ def is_stream(response: Response) -> bool:
 
 
 def part_fields(offset: int, more: bool) -> Fields:
-    """Return the fields of a part of a response's body: the bytes before it, and whether it is not the last one."""
+    """Return the fields of a part of a response's body: its offset, and PTTH-More if another one follows."""
     return [("PTTH-Offset", str(offset)), *([("PTTH-More", "1")] if more else [])]
 
 
@@ -5460,7 +5460,7 @@ class Exchange:
         if not self.response.done():
             headers = [("Retry-After", "5")] if status == 503 else []
             self.response.set_exception(ProtocolError(status, reason, headers=headers))
-            self.response.exception()  # retrieved, so that asyncio logs nothing if the client is gone
+            self.response.exception()  # retrieved, so that asyncio logs nothing when the client is gone
 
 
 class UploadBody(Body):
@@ -5477,18 +5477,18 @@ class UploadBody(Body):
 
 
 class ClientStream:
-    """What a client sends after a 101, for a server that asks for it by one poll after another."""
+    """The bytes that a client sends after a 101. The server gets them by polls, one after another."""
 
     def __init__(self, body: Body) -> None:
         self._body = body
-        self._position = 0  # bytes that were handed over
-        self._reading: asyncio.Task[bytes] | None = None  # goes on from one poll to the next
-        self._latest: object = None  # the poll that gets what comes: the connection of an earlier one may be dead
+        self._position = 0  # bytes that polls have returned
+        self._reading: asyncio.Task[bytes] | None = None  # continues from one poll to the next
+        self._latest: object = None  # the last poll, which gets the bytes: the connection of an earlier one may be dead
 
     async def poll(self, offset: int, wait: float) -> bytes | None:
-        """Return what has come, or None when nothing has come for `wait` seconds; b"" after the end.
+        """Return received bytes, None after `wait` seconds without any, or b"" after the end.
 
-        IncompleteBody when the server does not have all that was handed over.
+        IncompleteBody if `offset` is not the number of bytes that were returned: the server has lost some.
         """
         if offset != self._position:
             raise IncompleteBody("bytes of the client's were lost on their way to the server")
@@ -5506,7 +5506,7 @@ class ClientStream:
         return data
 
     async def end(self) -> None:
-        """Read no more of the client's connection, which is the HTTP server's now; further polls get b""."""
+        """Stop reading the client's connection, because the HTTP server reads it again. Further polls get b""."""
         self._reading = self._reading or asyncio.create_task(self._body.read())
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)
@@ -5557,7 +5557,7 @@ class RegisteredServer:
     def __init__(self, entry: ServerEntry) -> None:
         self.entry = entry
         self.name = entry.name
-        self.hosts: list[str] = []  # that are its own
+        self.hosts: list[str] = []  # its own hosts
         self.waiting: dict[str, Exchange] = {}
         self.offered: dict[str, Exchange] = {}  # sent in a P3, not yet claimed
         self.exchanges: dict[str, Exchange] = {}  # all whose clients do not have the whole response yet
@@ -5596,7 +5596,7 @@ class RegisteredServer:
         self.addresses[exchange.address] += 1
 
     def add_stream(self, exchange: Exchange) -> None:
-        """Give a response without an end a place of its own; ProtocolError 503 when there is none."""
+        """Count a response without an end separately. ProtocolError 410 if there are MAX_STREAMS already."""
         if len(self.streams) >= MAX_STREAMS:
             exchange.fail(503, f"too many streams of {self.name} are open")
             raise ProtocolError(410, "too many streams are open", headers=[NO_STORE])
@@ -5776,21 +5776,21 @@ class Part(NamedTuple):
 class TunnelBody(Body):
     """The body of a response as P5 brings it, whole or in parts: nothing is kept here, a slow client slows the server.
 
-    After what broke off, and after each part, the next one may come for `patience` seconds; what the client has of it
-    is passed over. The connection of a P5 belongs to its own exchange, so there is nothing to close.
+    After each part, also an incomplete one, the next may arrive within `patience` seconds. Bytes that the client has
+    already are skipped. `aclose` does nothing: the HTTP server closes the connection of each P5.
     """
 
     def __init__(self, part: Part, length: int | None, patience: float) -> None:
         self.length = length
         self._patience = patience
-        self._position = 0  # bytes that the client was sent
+        self._position = 0  # bytes that were sent to the client
         self._more = True
         self._current = part
         self._parts: asyncio.Queue[Part | None] = asyncio.Queue()
         self.add(part)
 
     def add(self, part: Part) -> None:
-        """Go on with this part; one that is being read ends, as its connection may be dead."""
+        """Continue with this part, and end one that is being read, because its connection may be dead."""
         if part is not self._current and not self._current.taken.done() and self._current.connection:
             self._current.connection.abort()
         if part.more:
@@ -5799,11 +5799,11 @@ class TunnelBody(Body):
         self._parts.put_nowait(part)
 
     def give_up(self) -> None:
-        """End the response where it is."""
+        """End the response, incomplete."""
         self._parts.put_nowait(None)
 
     async def _next_part(self) -> Part:
-        """Wait for the next part; IncompleteBody when it does not come, or bytes are missing before it."""
+        """Wait for the next part. IncompleteBody if it does not arrive in time, or bytes before it are missing."""
         try:
             async with asyncio.timeout(self._patience):
                 part = await self._parts.get()
@@ -5814,7 +5814,7 @@ class TunnelBody(Body):
         return part
 
     async def _read(self, part: Part) -> AsyncIterator[bytes]:
-        """Yield what is new in a part."""
+        """Yield the bytes of a part that the client does not have yet."""
         known = self._position - part.offset
         try:
             while piece := await part.body.read():
@@ -5828,7 +5828,7 @@ class TunnelBody(Body):
             if not part.taken.done():
                 broken = ProtocolError(400, f"the response broke off: {format_error(error)}", close=True)
                 part.taken.set_exception(broken)
-                part.taken.exception()  # looked at: who brought the part may have gone
+                part.taken.exception()  # retrieved, so that asyncio logs nothing if the part's sender is gone
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while self._more:
@@ -5846,7 +5846,7 @@ class TunnelBody(Body):
             self._parts.get_nowait()
             begun = sink.written
             try:
-                await whole.body.write_to(sink)  # perhaps from socket to socket
+                await whole.body.write_to(sink)  # if possible, by splice
                 return
             except IncompleteBody:
                 self._position = sink.written - begun
@@ -6476,7 +6476,10 @@ class Backend:
         return response
 
     async def _begin(self, request: Request, exchange: Exchange) -> None:
-        """Give a P5 to the client as its response, and wait until it is there."""
+        """Forward a P5 to the client as its response, and wait until the client has it.
+
+        ProtocolError 410 when no client waits for it, 400 when the P5 is invalid; its client gets 502.
+        """
         try:
             status, headers, content = await self._read_response(request, exchange)
             if self.state.exchanges.pop(exchange.request_id, None) is None or exchange.response.done():
@@ -6498,10 +6501,10 @@ class Backend:
         await self._wait_for_client(exchange, part)
 
     async def _go_on(self, request: Request, exchange: Exchange) -> None:
-        """Go on with a response by a further part, or one that is repeated, and wait until the client has it."""
+        """Continue a response with a further or repeated part, and wait until the client has it. ProtocolError 410."""
         body, headers = exchange.tunnel_body, request.headers
         if body is None or not {"ptth-offset", "ptth-more"} & set(headers):
-            raise ProtocolError(*_GONE, headers=[NO_STORE])  # a P5 that is repeated as a whole
+            raise ProtocolError(*_GONE, headers=[NO_STORE])  # the whole P5 was repeated
         content = request.body
         if _has_head(request):
             _, _, content = await self._read_response(request, exchange)
@@ -6516,14 +6519,14 @@ class Backend:
 
     @staticmethod
     async def _wait_for_client(exchange: Exchange, part: Part) -> None:
-        """Wait until the client has a part, and all with the last one; ProtocolError 410 when it has gone."""
+        """Wait until the client has this part; with the last one, all. ProtocolError 410 when the client is gone."""
         assert exchange.delivered
         await asyncio.wait({exchange.delivered, part.taken}, return_when=asyncio.FIRST_COMPLETED)
         if not (part.taken if part.taken.done() else exchange.delivered).result():
             raise ProtocolError(*_GONE, headers=[NO_STORE])
 
     async def _read_response(self, request: Request, exchange: Exchange) -> tuple[int, Headers, Body]:
-        """Read the inner head of P5; return status, fields and what follows. ProtocolError 502."""
+        """Read the inner head of P5; return status, fields and body. ProtocolError 502."""
         original, content = request.headers.get(RUST_FIELD.lower()), request.body
         if original is not None:
             # Faults of the server in Rust are forwarded, such as an ETag without quotes, which it wants back in
@@ -6554,7 +6557,7 @@ class Backend:
         if status in (101, 426) and "upgrade" in headers:
             fields.append(("Upgrade", headers["upgrade"]))
         if more:
-            fields.append(("X-Accel-Buffering", "no"))  # a proxy in front passes it on as it comes
+            fields.append(("X-Accel-Buffering", "no"))  # nginx in front forwards each piece at once
         told, length = parse_framing(headers), None if more else content.length
         if not has_body(exchange.method, status):
             if length:
@@ -6584,7 +6587,7 @@ class Backend:
         return Response(200, [NO_STORE])
 
     def _deliver_batch(self, data: bytes, server: RegisteredServer) -> None:
-        """Give each response of a batch to the client that waits for it."""
+        """Forward each response of a batch to its client."""
         for request_id, status, headers, content, error in unpack_responses(data):
             exchange = self.state.exchanges.get(request_id)
             if exchange is None or exchange.server is not server or exchange.response.done():
@@ -6968,7 +6971,7 @@ class Workers:
             self.done(request_id)
 
     def ids_from(self, sender: Sender) -> list[str]:
-        """Return the newest ids of requests from the sender's relay that are not answered, MAX_LOST at most."""
+        """Return the newest ids of requests from the sender's relay without a response, MAX_LOST at most."""
         found = (key for key, value in reversed(self.request_ids.items()) if value is sender)
         return list(itertools.islice(found, MAX_LOST))
 
@@ -6978,7 +6981,7 @@ class Workers:
             self.request_ids.pop(request_id, None)
 
     def batch_taken(self, count: int) -> None:
-        """Note that so many small responses wait no more for their batch."""
+        """Record that `count` small responses no longer wait for a batch."""
         self._batched -= count
         self._look_for_room()
 
@@ -6997,7 +7000,7 @@ class PartReader:
         self._reading: asyncio.Task[bytes | None] | None = None
 
     async def next(self, size: int) -> Body:
-        """Return the next `size` bytes at most; none after PART_INTERVAL without any, or at the end."""
+        """Return at most `size` bytes as a body; an empty one after PART_INTERVAL without data, or at the end."""
         self.offset += self._size
         length = self._body.length
         part = self._body.part(self.offset, size)
@@ -7011,12 +7014,12 @@ class PartReader:
         return part
 
     def put_back(self, part: Body) -> None:
-        """Take the last part back, which will be cut smaller."""
+        """Take the last part back, so that it is sent again in smaller ones."""
         self._size, self.ended = 0, False
         self._held = (part.data or b"") + self._held
 
     async def _read(self) -> bytes:
-        """Return what there is to read, when there is something."""
+        """Return bytes that have arrived, b"" after PART_INTERVAL without any."""
         if not self._stopped:
             self._reading = self._reading or asyncio.create_task(self._next_piece())
             await asyncio.wait({self._reading}, timeout=PART_INTERVAL)
@@ -7035,7 +7038,7 @@ class PartReader:
         return await anext(self._pieces, None)
 
     def stop(self) -> None:
-        """Let the body end here."""
+        """End the body here."""
         self._stopped = True
         if self._reading:
             self._reading.cancel()
@@ -7048,11 +7051,11 @@ class PartReader:
 
 
 class Batch(NamedTuple):
-    """Small responses that leave together."""
+    """Small responses that are sent together."""
 
     request_ids: list[str] = []
     data: bytes = b""
-    pieces: list[bytes] = []  # of the data, one for each
+    pieces: list[bytes] = []  # each response's part of `data`
 
 
 class Sender:
@@ -7063,9 +7066,9 @@ class Sender:
         self.name = name
         self.rust_relay = False  # the relay uses the Rust form
         self.features: set[str] = set()  # of the relay
-        self._part_size = 0  # bytes of a POST that a proxy in front of it seems to take; 0 is any number
-        self._passed = 0  # bytes of the largest that got through
-        self.most_batches = 1  # under way at once
+        self._part_size = 0  # bytes of a POST that the proxy in front of the relay probably accepts; 0: no limit known
+        self._passed = 0  # bytes of the largest POST that was accepted
+        self.most_batches = 1  # in flight at the same time
         self._key = key
         self._workers = workers
         self._log_change = log
@@ -7077,7 +7080,7 @@ class Sender:
 
     @property
     def has_batch(self) -> bool:
-        """Whether small responses have gathered."""
+        """Whether small responses are queued."""
         return bool(self._batch)
 
     def can_batch(self, response: Response) -> bool:
@@ -7086,7 +7089,7 @@ class Sender:
         return data is not None and len(data) <= MAX_BATCHED_BODY and not (self.client.limiter or self.rust_relay)
 
     def batch(self, request_id: str, response: Response, method: str) -> None:
-        """Let a small response leave with those of this turn of the loop, and of the time that the last batch took."""
+        """Queue a small response. The next batch has those of this turn of the loop, or since the last batch began."""
         body = response.body.data or b"" if has_body(method, response.status) else b""
         try:
             self._batch.append((request_id, pack_batched(request_id, response, body)))
@@ -7094,10 +7097,10 @@ class Sender:
             self.batch(request_id, error_response(_NO_REQUEST, error), method)
             return
         if len(self._batch) == 1:
-            asyncio.get_running_loop().call_soon(self._start)  # a listener comes before, and takes it along
+            asyncio.get_running_loop().call_soon(self._start)  # a poll that is sent before that takes the batch
 
     def _start(self) -> None:
-        """Post what has gathered, if no batch is under way."""
+        """Start to post batches, unless `most_batches` are in flight."""
         if self._batch and self._sending < self.most_batches:
             self._sending += 1
             self._workers.spawn(self._send_batches())
@@ -7113,7 +7116,7 @@ class Sender:
             self._sending -= 1
 
     def take_batch(self) -> Batch:
-        """Take small responses that have gathered, MAX_BATCH_BYTES of them at most."""
+        """Remove small responses from the queue, MAX_BATCH_BYTES at most, and return them."""
         request_ids: list[str] = []
         pieces: list[bytes] = []
         size = 0
@@ -7127,7 +7130,7 @@ class Sender:
         return Batch(request_ids, b"".join(pieces), pieces)
 
     async def send_batch(self, batch: Batch) -> None:
-        """Post small responses."""
+        """Post a batch."""
         smaller = False
         try:
             smaller = await self._post(batch.request_ids, f"http_responses/{self.name}", BytesBody(batch.data))
@@ -7135,7 +7138,7 @@ class Sender:
             self._end_batch(batch, smaller)
 
     def settle(self, batch: Batch, status: int, headers: Headers) -> None:
-        """Note the answer to a batch that is none to a P1."""
+        """Handle the answer to a batch that was also a P1, if that answer is not a P3."""
         through = self._got_through(status, headers)
         smaller = status == 413 and self._shrink_parts(len(batch.data))
         if not (through or smaller):
@@ -7143,7 +7146,7 @@ class Sender:
         self._end_batch(batch, smaller)
 
     def _end_batch(self, batch: Batch, smaller: bool) -> None:
-        """Note the end of a batch, or let its responses leave in `smaller` ones."""
+        """Record that a batch was sent, or queue its responses again for `smaller` ones."""
         if smaller and len(batch.pieces) > 1:
             self._batch.extendleft(reversed([*zip(batch.request_ids, batch.pieces, strict=True)]))
             self._workers.batch_taken(-len(batch.pieces))
@@ -7175,18 +7178,18 @@ class Sender:
             await body.aclose()
 
     def end_streams(self) -> None:
-        """End all that has no end: nobody shall wait for it at a stop."""
+        """End WebSockets and event streams, so that a stop does not wait for them."""
         for parts in self._endless:
             parts.stop()
 
     def _is_too_large(self, body: Body) -> bool:
-        """Return whether a proxy would not let a response through as a whole."""
+        """Return whether a proxy in front of the relay would probably refuse the whole response in one POST."""
         return bool(self._part_size) and (body.length is None or body.length > self._part_size)
 
     async def _send_parts(self, request_id: str, head: bytes, body: Body, *, endless: bool) -> None:
-        """Post a response in parts, as soon as there is something, and every PART_INTERVAL at least.
+        """Post a response in parts: data as soon as it arrives, and an empty part after PART_INTERVAL without any.
 
-        The head travels alone, so that the client has it at once.
+        The first part is the head alone, so that the client gets it at once.
         """
         delivered = False
         parts = PartReader(body)
@@ -7205,7 +7208,7 @@ class Sender:
                     raise ConnectionError(f"the relay, or a proxy in front of it, does not take {part.length} bytes")
             delivered = True
         except (OSError, ProtocolError) as error:
-            self._log_change(f"P5 broke off: {format_error(error)}")
+            self._log_change(f"sending a response to the relay failed, the client's is cut off: {format_error(error)}")
         finally:
             self._endless.discard(parts)
             await parts.aclose()
@@ -7213,13 +7216,13 @@ class Sender:
                 self._lose(request_id)
 
     def _shrink_parts(self, size: int | None) -> bool:
-        """Make parts smaller than the bytes that a proxy did not take (413); return whether that is possible."""
+        """Make parts smaller, after a proxy has refused `size` bytes (413). Return whether that is possible."""
         size = size or 2 * READ_SIZE
         self._part_size = min(self._part_size or size, max(size // 2, MIN_PART))
         return size > self._part_size
 
     async def _post_part(self, request_id: str, content: Body, fields: Fields) -> int:
-        """Post one part, again when that fails; return 200, 410 or 413. ConnectionError in the end."""
+        """Post one part, at most PART_TRIES times; return 200, 410 or 413. ConnectionError if all fail."""
         headers = Headers([("X-ApiKey", self._key), *fields])
         request = Request("POST", f"{BACKEND}http_response/{request_id}", headers, body=content)
         why = ""
@@ -7227,11 +7230,11 @@ class Sender:
             await asyncio.sleep(min(BACKOFF_MIN * 2**attempt, BACKOFF_MAX) if attempt else 0)
             try:
                 response = await self.client.handle(request, repeatable=True)
-                with contextlib.suppress(OSError, ProtocolError):  # the status is all that counts
+                with contextlib.suppress(OSError, ProtocolError):  # only the status is needed
                     await response.body.drain()
                 await response.body.aclose()
             except IncompleteBody:
-                raise  # the part's, as a file that changed
+                raise  # the part itself, such as a file that changed
             except (OSError, ProtocolError) as error:
                 why = format_error(error)
                 continue
@@ -7245,13 +7248,13 @@ class Sender:
     async def _post(
         self, request_ids: list[str], path: str, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
     ) -> bool:
-        """Post the responses to `request_ids`. When they do not get through, the relay is told by the next P1.
+        """Post the responses to `request_ids`. If that fails, PTTH-Lost of the next P1 lists these ids.
 
-        What is in memory is repeated in any case: a relay that had it passes it over. Returns whether it can be sent in
-        smaller pieces instead, since a proxy does not take so much at once.
+        A body in memory is sent again after an error: a relay ignores responses that it has already. Returns True if a
+        proxy refused the size and the body can be sent in smaller parts.
         """
         delivered = smaller = False
-        # What can be read only once stays untouched until it is known that a proxy takes that much.
+        # A body that can be read only once is sent after 100 Continue, if no POST of that size was accepted yet.
         asks = "parts" in self.features and not body.replayable and (body.length or 0) > max(self._passed, READ_SIZE)
         try:
             fields = [kind, ("Expect", "100-continue")] if asks else [kind]
@@ -7268,17 +7271,17 @@ class Sender:
         return smaller
 
     def _lose(self, *request_ids: str) -> None:
-        """Tell the relay which responses did not get through."""
+        """Add ids of responses that did not reach the relay, and report them."""
         self.lost.extend(request_ids)
         self.on_loss()
 
     async def _post_once(self, path: str, body: Body, fields: Fields) -> tuple[int, bool]:
-        """Post a body; return the status, and whether it got through."""
+        """Post a body; return the status, and whether the relay accepted it."""
         status, headers = await self.client.post(BACKEND + path, [("X-ApiKey", self._key), *fields], body)
         return status, self._got_through(status, headers)
 
     def _got_through(self, status: int, headers: Headers) -> bool:
-        """Return whether an answer says so, and log who refused the response if not."""
+        """Return whether the relay has accepted a response; if not, log the status and what to do."""
         if status in (200, 410) or self.rust_relay and status == 400:  # from Rust, 400 means that the client is gone
             return True
         who = headers.get("server", "the relay, or a proxy in front of it")[:60]
@@ -7359,7 +7362,7 @@ def backoff() -> Iterator[float]:
 
 
 class PolledBody(FetchedBody):
-    """What a client sends after a 101: each poll asks the relay for what has come."""
+    """The bytes that a client sends after a 101, fetched from the relay by polls."""
 
     def __init__(self, client: HTTPClient, key: str, request_id: str) -> None:
         super().__init__(client, key, request_id, None)
@@ -7575,7 +7578,7 @@ class Link:
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
                     raise ConnectionError("the relay answers a P1 at once and with nothing")
                 await self._workers.room.wait()
-                await asyncio.sleep(0)  # in this turn of the loop fast handlers answer
+                await asyncio.sleep(0)  # fast handlers respond in this turn, so that the next P1 has a batch
         except (OSError, ProtocolError) as error:
             if not failure.done():
                 failure.set_result(error)
@@ -7619,7 +7622,7 @@ class Link:
                 if batch.data and not is_p3(response.status, headers):
                     self._sender.lost.extend(lost)
                     self._sender.settle(batch, response.status, headers)
-                    return response.status != 200  # an older relay, or one that stops, takes it for a P5 only
+                    return response.status != 200  # an older relay, or one that stops, treats it as a P5 only
                 self._sender.rust_relay = check_p3(response.status, headers, self.client)
                 limit = MAX_RUST if self._sender.rust_relay else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
                 body = await response.body.read_all(limit)
@@ -7649,7 +7652,7 @@ class Link:
         original = self._sender.rust_relay and data
         try:
             for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, self._fetch):
-                if request_id in self._sender.lost:  # offered again before the relay was told: this time it may arrive
+                if request_id in self._sender.lost:  # offered again before PTTH-Lost was sent: handle it again
                     self._sender.lost.remove(request_id)
                 self._workers.add(request_id, request, self._sender)
         finally:
@@ -7729,7 +7732,7 @@ class _Stopped(Exception):
 
 
 def is_p3(status: int, headers: Headers) -> bool:
-    """Return whether this is a P3 of a relay of this program."""
+    """Return whether this is a P3 from a relay of this program, not from one in Rust."""
     return status == 200 and headers.get("content-type", "").partition(";")[0].strip().lower() == "application/http"
 
 
@@ -7836,7 +7839,7 @@ def is_tripcode(text: str) -> bool:
 
 
 class TOMLTable:
-    """A TOML table that is being read: returns values by key and type, and collects what is wrong with it."""
+    """A TOML table: returns values by key and type, and collects its problems."""
 
     def __init__(self, values: dict[str, object], where: str, problems: list[str]) -> None:
         self.values = values
@@ -7873,7 +7876,7 @@ class TOMLTable:
         return isinstance(self.values.get(key, ""), str)
 
     def tripcode(self, key: str, command: str) -> str:
-        """Return what a command of ptth.py has printed: 32 bytes in standard base64."""
+        """Return a tripcode or hash that ptth.py has printed: 32 bytes in standard base64."""
         code = self.text(key)
         if self.is_text(key) and not is_tripcode(code):
             self.problem(f"{key} must be what `ptth.py {command}` prints, 44 characters that end in =")
@@ -8413,7 +8416,7 @@ def has_terminal() -> bool:
 
 
 def load_again(command: str, what: str, load: Callable[[], T]) -> T | None:
-    """Load what a command had loaded at its start. If that fails, log why, and return None."""
+    """Load a configuration or certificate again. If that fails, log why, and return None."""
     try:
         return load()
     except UserError as error:
