@@ -8348,6 +8348,20 @@ class TestRealProcesses:
     def pair(self, start: object, tmp_path: object, big: str) -> Pair:
         return Pair(start, tmp_path, big)
 
+    def test_it_runs_as_a_module_without_being_compiled_anew(self, tmp_path: object) -> None:
+        """As the README's units start it: they name the directory that it lies in."""
+        program = tmp_path / "ptth.py"
+        shutil.copy(PROGRAM, program)
+        python = [sys.executable, "-m"]
+        mode = "--invalidation-mode=unchecked-hash"  # Python believes it whatever the source says
+        subprocess.run([*python, "compileall", "-q", mode, "."], cwd=tmp_path, check=True)
+        program.write_text("raise SystemExit('compiled anew')\n")
+        done = subprocess.run([*python, "ptth", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["ptth", ptth.__version__]
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            units = re.findall(r"WorkingDirectory=/opt/ptth\nExecStart=\S+ -m ptth (\S+) --config", file.read())
+        assert units == ["relay", "server"]
+
     def test_a_large_file_arrives_whole_in_little_memory(self, pair: Pair, big: str) -> None:
         got, expected = hashlib.sha256(), hashlib.sha256()
         connection = http.client.HTTPConnection("127.0.0.1", pair.port, timeout=60)
