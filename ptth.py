@@ -426,8 +426,9 @@ class Headers(dict[str, str]):
 
     def tokens(self, name: str) -> list[str]:
         """Return the members of a comma-separated list in lower case (RFC 9110, 5.6.1); after MAX_MEMBERS the rest."""
-        parts = self.get(name, "").split(",", MAX_MEMBERS)
-        return [member for part in parts if (member := part.strip(" \t").lower())]
+        if name not in self:
+            return []
+        return [member for part in self[name].split(",", MAX_MEMBERS) if (member := part.strip(" \t").lower())]
 
 
 class Peer(Protocol):
@@ -638,7 +639,7 @@ _FORMATTED = re.compile(rf"[!-~\x80-\xff][\x20-\x7e\x80-\xff]*\r\n{_FIELD_LINES}
 _FIELD = re.compile(r"([^:]+):[ \t]*+(.*[^ \t\r\n]|)[ \t]*+\r\n")  # of lines that _FIELD_LINES has matched
 # Bytes that no head may contain. They are searched in partial heads, too: a bad head is refused as soon as it arrives.
 _NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
-_REG_NAME = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*"  # RFC 3986, 3.2.2
+_REG_NAME = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=]++|%[0-9A-Fa-f]{2})*+"  # RFC 3986, 3.2.2
 _HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|{_REG_NAME})(?::[0-9]*)?")
 _ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]+")
@@ -6718,7 +6719,7 @@ class Relay:
             hint = "if it is yours, start it with: python3 ptth.py server; otherwise try again later"
             retry = [("Retry-After", "30")]
             raise ProtocolError(503, f"the server {server.name} is not connected to this relay; {hint}", headers=retry)
-        inline = await self._read_inline(request, server)
+        inline = b"" if request.body is EMPTY else await self._read_inline(request, server)
         trusted = self.state.trusts(request.peer)
         exchange = Exchange(route, request, self.state.loop.time(), inline, trusted)
         exchange.address = outer_address(client)
@@ -6745,7 +6746,7 @@ class Relay:
     async def _read_inline(self, request: Request, server: RegisteredServer) -> bytes | None:
         """Return a request's body if it is small enough for P3; None if the server is to fetch it."""
         body = request.body
-        if body is EMPTY or request.upgrade:
+        if request.upgrade:
             return b""
         if "body" not in server.features:
             if request.method not in ("GET", "HEAD"):
