@@ -4636,14 +4636,18 @@ class Uploads:
         return Response(201 if created else 204, fields)
 
     def _open_folder(self, segments: tuple[bytes, ...]) -> bytes:
-        """Return a folder's path in the file system. ProtocolError 409 if it is missing or not served."""
-        if not is_refused(segments, self._site.options.hidden):
+        """Return a folder's path in the file system. ProtocolError 409 if it is not there, 403 behind a link."""
+        options, found = self._site.options, None
+        if not is_refused(segments, options.hidden):
             with contextlib.suppress(ProtocolError):
                 found = self._site.open(segments)
-                if found.fd is None:
-                    return found.place
-                os.close(found.fd)
-        raise ProtocolError(409, "there is no such folder")
+        if found and found.fd is not None:
+            os.close(found.fd)
+        if not found or found.fd is not None:
+            raise ProtocolError(409, "there is no such folder")
+        if not options.follow_symlinks and found.place != self._site._inside + (b"/".join(segments) or b"."):
+            raise ProtocolError(403, "files are not uploaded through a symbolic link without --follow-symlinks")
+        return found.place
 
     def _check_name(self, name: bytes) -> bytes:
         """Return the name of a new file. ProtocolError 400 if it is invalid, 403 if such a file would not be served."""

@@ -3375,7 +3375,7 @@ class TestUploads:
     NAMES = [  # (path, status)
         ("/.x", 403), ("/.git/x", 409), ("/%2ex", 403), ("/a%2Fb", 403), ("/..%2Fx", 403), ("/a%0Ab", 400), ("/a%7F", 400), ("/a%C2%85", 400),
         ("/" + "x" * 256, 400), ("/" + "%C3%BC" * 128, 400), ("/ptth_server.toml", 403), ("/ptth_relay.toml.bak", 403), ("/a%00", 400), ("/%zz", 400),
-        ("/.ptth-upload-1", 403), ("/link", 403), ("/dangling", 403), ("/out/x", 409), ("/dead/x", 409), ("/fifo", 403),
+        ("/.ptth-upload-1", 403), ("/link", 403), ("/dangling", 403), ("/out/x", 409), ("/dead/x", 409), ("/fifo", 403), ("/sub/x", 403), ("/sub/x/", 403),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("path", "status"), NAMES)
@@ -3385,12 +3385,14 @@ class TestUploads:
         (tmp_path / "secret" / "x").write_text("secret")
         (inbox.root / "hello").write_text("hello")
         (inbox.root / ".git").mkdir()
+        (inbox.root / "folder").mkdir()
         os.mkfifo(inbox.root / "fifo")
         for link, aim in (
             ("link", "hello"),
             ("dangling", tmp_path / "new"),
             ("out", tmp_path / "secret"),
             ("dead", "/no"),
+            ("sub", "folder"),
         ):
             (inbox.root / link).symlink_to(aim)
         before = sorted(os.walk(tmp_path))
@@ -3398,6 +3400,13 @@ class TestUploads:
             assert inbox.put(path, b"evil", fields=fields) in (status, 412 if status == 403 else 0)
         assert sorted(os.walk(tmp_path)) == before
         assert (inbox.root / "hello").read_text() == "hello" and (tmp_path / "secret" / "x").read_text() == "secret"
+
+    def test_links_to_folders_are_followed_where_all_links_are(self, open_inbox: object, tmp_path: object) -> None:
+        inbox = open_inbox(follow_symlinks=True)
+        (tmp_path / "disk").mkdir()
+        (inbox.root / "link").symlink_to(tmp_path / "disk")
+        assert [inbox.put("/link/x", b"x"), inbox.put("/link/new/", b"")] == [201, 201]
+        assert sorted(os.listdir(tmp_path / "disk")) == ["new", "x"]
 
     def test_every_name_that_a_listing_shows_can_be_uploaded(self, inbox: Inbox) -> None:
         names = [
