@@ -701,7 +701,7 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
             raise ProtocolError(400, "the Host field is missing", close=True)
     elif not is_host(host):  # two fields are joined by ", ", which is not a host either
         raise ProtocolError(400, "two Host fields, or one that is not a host", close=True)
-    if target[0] != "/":
+    if target[0] != "/" or method == "CONNECT":
         _parse_odd_target(request)
     elif "#" in target:
         raise ProtocolError(400, "a fragment in the request target", close=True)

@@ -760,6 +760,7 @@ class TestSyntax:
         (b"GET / HTTP/1.1\r\nHost: a\r\nX: \x0b\r\n\r\n", 400), (b"GET x HTTP/1.1\r\nHost: a\r\n\r\n", 400),
         (b"GET * HTTP/1.1\r\nHost: a\r\n\r\n", 400), (b"GET http:///x HTTP/1.1\r\nHost: a\r\n\r\n", 400),
         (b"GET /#f HTTP/1.1\r\nHost: a\r\n\r\n", 400), (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+        (b"CONNECT /x HTTP/1.1\r\nHost: a\r\n\r\n", 405), (b"CONNECT http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 405),
         (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414), (b"GET /" + b"x" * 9000, 414),
         (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 100 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 33000 + b"\r\n\r\n", 431),
