@@ -2412,6 +2412,9 @@ class HTTPClient:
         try:
             sending = await self._send_request(connection, request, timeout)
             status, headers = await read_response_head(connection, math.inf if sending else timeout)
+            if connection.on_continue:  # a final response, not 100 Continue: the body is not wanted
+                connection.must_close, connection.on_continue = True, None
+                await end_task(sending)
             if status == 101:
                 if request.upgrade not in headers.tokens("upgrade"):
                     raise ProtocolError(502, "a change of protocol that the request did not ask for", close=True)
@@ -2446,6 +2449,7 @@ class HTTPClient:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(EXPECT_TIMEOUT):
                         await go.wait()
+                connection.on_continue = None
             await write_body(connection, body, chunked=body.length is None and not request.upgrade)
             if request.upgrade:
                 connection.silence_timeout = timeout  # seconds without a byte, in which the other side should end, too
@@ -6371,9 +6375,12 @@ class Backend:
 
     @staticmethod
     def _give_body(exchange: Exchange) -> Response:
-        """Answer a fetch with the body of a request, from the client's connection. ProtocolError 410 if repeated."""
-        if exchange.body is None or exchange.was_fetched:
-            raise ProtocolError(410, "the body was fetched before", headers=[NO_STORE])
+        """Answer a fetch with the body of a request, from the client's connection. ProtocolError 410 if repeated.
+
+        410 also when 100 Continue, which asks the client for the body, would come inside the response.
+        """
+        if exchange.body is None or exchange.was_fetched or exchange.body.expects and exchange.response.done():
+            raise ProtocolError(410, "the body was fetched before, or is not wanted any more", headers=[NO_STORE])
         exchange.was_fetched = True
         fields = [("Content-Type", "application/octet-stream"), ("Cache-Control", "no-store, no-transform")]
         return Response(200, fields, UploadBody(exchange, exchange.body))

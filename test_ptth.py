@@ -1787,6 +1787,34 @@ class TestHTTPClient:
         status, *_ = asyncio.run(self.ask(reply, request, reads=reads))
         assert (status, body.sent) == (413 if not sent else 200, sent)
 
+    def test_after_a_final_response_the_body_is_not_sent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also when the response's body takes longer than the wait for 100 Continue."""
+        monkeypatch.setattr(ptth, "EXPECT_TIMEOUT", 0.05)
+
+        async def talk() -> int:
+            async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 413 No\r\nContent-Length: 5\r\n\r\n")
+                await asyncio.sleep(0.2)
+                writer.write(b"large")
+                await reader.read()
+                writer.close()
+
+            server = await asyncio.start_server(origin, "127.0.0.1", 0)
+            client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
+            request = ptth.Request("PUT", "/", ptth.Headers([("Expect", "100-continue")]), body=self.Slow(1))
+            async with asyncio.timeout(20):
+                response = await client.handle(request)
+                assert (response.status, await response.body.read_all(9)) == (413, b"large")
+                await response.body.aclose()
+            idle = client.idle_count
+            client.close()
+            server.close()
+            assert request.body.sent == 0
+            return idle
+
+        assert asyncio.run(talk()) == 0  # the origin still waits for the body
+
     def test_an_upgrade_gives_two_plain_directions(self) -> None:
         request = ptth.Request("GET", "/", ptth.Headers(), body=self.Slow(1), upgrade="websocket")
         reply = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n\r\nhello"
@@ -5442,6 +5470,28 @@ class TestBodies:
                     while piece := sock.recv(1 << 16):
                         answer += piece
                     assert b'"size": 5' in answer
+
+    def test_a_body_is_not_asked_for_inside_the_response(self, hand: Hand, bare_relay: Tunnel) -> None:
+        """100 Continue would be read as bytes of the response."""
+        hand.listen(20, "PTTH-Features: body")
+        with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as sock:
+            head = b"PUT /frontend/servers/n/x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
+            sock.sendall(head)
+            (identity, _), *_ = re.findall(rb"PTTH-Request-Id: (\w+)()", hand.answer()[2])
+            inner = b"HTTP/1.1 413 No\r\nContent-Length: 5\r\n\r\n"
+            hand.respond(identity.decode(), b"", "Transfer-Encoding: chunked")
+            hand.sock.sendall(ptth.format_chunk(inner))
+            answer = b""
+            while b"\r\n\r\n" not in answer:
+                answer += sock.recv(1 << 16)
+            other = Hand(bare_relay.port)
+            other.send("GET", f"http_request/{identity.decode()}")
+            assert other.answer()[0] == 410
+            other.close()
+            hand.sock.sendall(ptth.format_chunk(b"large") + b"0\r\n\r\n")
+            while piece := sock.recv(1 << 16):
+                answer += piece
+            assert one(answer)[::2] == (413, b"large")
 
     @pytest.mark.parametrize("framing", ["Content-Length: 30000000", "Transfer-Encoding: chunked"])
     def test_an_early_refusal_reaches_a_client_that_sends_all_first(self, framing: str, app_tunnel: Tunnel) -> None:
