@@ -946,6 +946,19 @@ class Connection:
         elif self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self._end()
 
+    def has_unasked(self) -> bool:
+        """Return whether an idle connection has received bytes: nobody asked for them, and it must not be used again.
+
+        Some servers send 408 before they close an idle connection. It would be taken for the next response.
+        """
+        reading = self.reader.read(1)
+        try:
+            reading.send(None)  # one step: without bytes it would wait
+        except (StopIteration, OSError):  # the error is that of an earlier read
+            return True
+        reading.close()
+        return False
+
     async def fill(self, timeout: float | None = None) -> bool:
         """Append at least one received byte to `buffer`; return False at the end of the stream.
 
@@ -2351,7 +2364,7 @@ class HTTPClient:
         self._drop_stale()
         while self._idle:
             connection, _ = self._idle.popleft() if oldest else self._idle.pop()
-            if not connection.at_eof():
+            if not (connection.at_eof() or connection.has_unasked()):
                 return connection
             connection.close()
         return None

@@ -1815,6 +1815,34 @@ class TestHTTPClient:
 
         assert asyncio.run(talk()) == 0  # the origin still waits for the body
 
+    def test_an_idle_connection_that_received_something_is_not_used_again(self) -> None:
+        """An origin sends 408 before it closes: that is not the next response."""
+
+        async def talk() -> list[int]:
+            async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(self.OK)
+                await idle.wait()
+                writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+                writer.close()
+
+            idle = asyncio.Event()
+            server = await asyncio.start_server(origin, "127.0.0.1", 0)
+            client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
+            async with asyncio.timeout(20):
+                first = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
+                (connection,) = client.connections
+                assert client.idle_count == 1 and not connection.has_unasked()
+                idle.set()
+                while not connection.has_unasked():
+                    await asyncio.sleep(0.001)
+                second = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
+            client.close()
+            server.close()
+            return [first.status, second.status]
+
+        assert asyncio.run(talk()) == [200, 200]
+
     def test_an_upgrade_gives_two_plain_directions(self) -> None:
         request = ptth.Request("GET", "/", ptth.Headers(), body=self.Slow(1), upgrade="websocket")
         reply = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n\r\nhello"
