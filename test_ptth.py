@@ -1,9 +1,9 @@
 """Tests of ptth.py, in the order of its sections.
 
-`python3 test_ptth.py` runs them on a fresh machine: where pytest cannot be imported it makes .venv beside this file,
-installs pytest and blake3 there, and goes on inside.  `pytest` works as ever.  Arguments go to pytest.  With
-PTTH_LONG=3600 in the environment the soak and the fuzzers take an hour, and a dead link is tried, too.  With PTTH_PLAIN=1
-Python lacks what it has on some systems only: os.splice, os.sendfile, os.pread and Unix sockets.
+`python3 test_ptth.py` runs them on any machine. If pytest cannot be imported, it makes .venv beside this file, installs
+pytest and blake3 there, and uses that. Arguments are given to pytest. Or run `pytest`. With PTTH_LONG=3600 in the
+environment the soak and the fuzzers take an hour, and a dead link is tested, too. PTTH_PLAIN=1 tests without functions
+that only some systems have: os.splice, os.sendfile, os.pread and Unix sockets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def enter_venv() -> None:
-    """Run this file again in .venv, made when it is missing; does not return."""
+    """Run this file again in .venv, which is made if it is missing. Does not return."""
     python = os.path.join(HERE, ".venv", "Scripts" if os.name == "nt" else "bin", "python")
     if not os.path.exists(python):
         try:
@@ -75,11 +75,11 @@ import urllib.request
 import xml.etree.ElementTree
 import zlib
 
-PLAIN = os.environ.get("PTTH_PLAIN", "") != ""  # test as on a system that has only what all systems have
+PLAIN = os.environ.get("PTTH_PLAIN", "") != ""  # test without functions that only some systems have
 
 
 def take_away() -> None:
-    """Take away what Python has on some systems only."""
+    """Remove functions that Python has on some systems only."""
     import functools
     import os
     import shutil
@@ -99,16 +99,16 @@ if PLAIN:
 
 import ptth
 
-ptth.SWEEP_INTERVAL = 0.05  # seconds; many a test waits for a sweep
+ptth.SWEEP_INTERVAL = 0.05  # seconds; many tests wait for a sweep
 PROGRAM = os.path.join(HERE, "ptth.py")
-LONG = int(os.environ.get("PTTH_LONG", "0"))  # seconds for what may run for long: the soak, the fuzzers, a dead link
+LONG = int(os.environ.get("PTTH_LONG", "0"))  # seconds for the soak and the fuzzers; not 0: test also a dead link
 KEY = "correct-horse-battery-staple"
 
 # -- helpers --
 
 
 def reader_of(*pieces: bytes) -> asyncio.StreamReader:
-    """A stream reader that holds these pieces and then ends."""
+    """Return a stream reader with these pieces, at its end."""
     reader = asyncio.StreamReader(limit=ptth.READ_SIZE)
     for piece in pieces:
         reader.feed_data(piece)
@@ -117,7 +117,7 @@ def reader_of(*pieces: bytes) -> asyncio.StreamReader:
 
 
 class FakeWriter:
-    """A writer, and its own transport, that collects what is written."""
+    """A writer and its transport in one, which collects the written bytes."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -147,7 +147,7 @@ class FakeWriter:
 
 
 class FakeProxy:
-    """A forward proxy, or a relay, that gives every request the same answer, on 127.0.0.1."""
+    """A forward proxy, or a relay, on 127.0.0.1 that sends the same response to every request."""
 
     def __init__(self, answer: bytes) -> None:
         self.sock = socket.create_server(("127.0.0.1", 0))
@@ -155,7 +155,7 @@ class FakeProxy:
         self.answer = answer
         self.connections = 0
         self.asked: list[bytes] = []
-        self.tls = False  # what came after the answer was TLS
+        self.tls = False  # the bytes after the response were TLS
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -176,7 +176,7 @@ class FakeProxy:
                     self.tls = connection.recv(1) == b"\x16"
 
     def close(self) -> None:
-        """Stop, after all connections that were made before."""
+        """Stop, after serving all connections made before."""
         with socket.create_connection(("127.0.0.1", self.port)) as last:
             last.sendall(b"stop\r\n\r\n")
             self._thread.join(20)
@@ -185,7 +185,7 @@ class FakeProxy:
 
 
 def say(handler: ptth.Handler, *pieces: bytes) -> bytes:
-    """What an HTTP server answers on one connection to these bytes."""
+    """Return the bytes that an HTTP server sends on one connection in response to these."""
 
     async def talk() -> bytes:
         writer = FakeWriter()
@@ -196,7 +196,7 @@ def say(handler: ptth.Handler, *pieces: bytes) -> bytes:
 
 
 async def echo(request: ptth.Request) -> ptth.Response:
-    """A handler that tells what it was asked, and returns the request's body to POST."""
+    """A handler that responds with the request's method and target, and to POST with its body."""
     if request.method == "POST":
         pieces = [piece async for piece in request.body]
         return ptth.Response(200, [], ptth.BytesBody(b"".join(pieces)))
@@ -205,7 +205,7 @@ async def echo(request: ptth.Request) -> ptth.Response:
 
 @contextlib.contextmanager
 def serving(background: Background, handler: ptth.Handler, **options: object) -> object:
-    """An HTTP server with a handler, on a port of its own; `serving.servers` is the last one."""
+    """Run an HTTP server with a handler; yield its port. `serving.servers` is the last one."""
     server = ptth.HTTPServer(handler, **options)
     sock = ptth.open_socket("127.0.0.1", 0)
     serving.servers = [server]
@@ -260,7 +260,7 @@ def fetch(port: int, request: bytes, *, half_close: bool = True, patience: float
 
 
 def get(path: str, *fields: str, method: str = "GET", host: str = "example.com") -> bytes:
-    """A request's bytes; the connection closes behind it."""
+    """Return a request's bytes, with Connection: close."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", *fields, "", ""]
     return "\r\n".join(lines).encode("latin-1")
 
@@ -271,7 +271,7 @@ HELLO = b"hello, world\n"
 
 
 def make_tree(root: str) -> None:
-    """Make the directory that the Files table asks for."""
+    """Make the directory for the table FILES."""
     files = {
         b"hello.txt": HELLO,
         b"empty": b"",
@@ -322,7 +322,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Background:
-    """An event loop in a thread, for servers that tests talk to from outside."""
+    """An event loop in a thread, for servers that tests connect to."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -353,7 +353,7 @@ def background() -> object:
 
 
 class Tunnel:
-    """A relay with one server, n, whose handler is given; all in one loop, over real sockets."""
+    """A relay and its only server, n, with a handler; both in one loop, over real sockets."""
 
     relay: ptth.Relay
     server: ptth.TunnelServer
@@ -401,14 +401,14 @@ def files_tunnel(background: Background, root: str) -> object:
 
 @pytest.fixture
 def bare_relay(background: Background) -> object:
-    """A relay without a server: the test plays it by hand."""
+    """A relay without a server: the test sends P1 and P5 itself."""
     made = Tunnel(background, None)
     yield made
     made.close()
 
 
 class Process:
-    """ptth.py as a real process; `port` is the one that it announces."""
+    """ptth.py as a real process; `port` is the one that it prints."""
 
     def __init__(
         self,
@@ -445,7 +445,7 @@ class Process:
             self.lines.put(line)
 
     def wait_for(self, text: str, patience: float = 20) -> str:
-        """Return the next line that holds `text`."""
+        """Return the next line that contains `text`."""
         end = time.monotonic() + patience
         while True:
             try:
@@ -456,7 +456,7 @@ class Process:
                 return line
 
     def listening(self) -> Process:
-        """Wait until it announces its port."""
+        """Wait until it prints its port."""
         self.port = int(re.search(r"http://[^/ ]*:(\d+)/", self.wait_for("http://"))[1])
         return self
 
@@ -470,19 +470,19 @@ class Process:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def resident_mib(self) -> float:
-        """The memory that it has now, in MiB."""
+        """Return its resident memory in MiB."""
         with open(f"/proc/{self.process.pid}/status") as file:
             return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) / 1024
 
     def peak_mib(self) -> float:
-        """The most memory that it has had, in MiB."""
+        """Return its peak of resident memory in MiB."""
         with open(f"/proc/{self.process.pid}/status") as file:
             return int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1]) / 1024
 
 
 @pytest.fixture
 def start() -> object:
-    """Start ptth.py with arguments; ended by its pid when the test ends."""
+    """Start ptth.py with arguments. It is ended by its pid when the test ends."""
     started = []
 
     def begin(*args: str, **options: object) -> Process:
@@ -505,11 +505,11 @@ def write_configs(where: object, port: int, root: str = ".", **more: object) -> 
     path.chmod(0o600)
 
 
-EC = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")  # made in no time
+EC = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")  # faster to make than an RSA key
 
 
 def make_certificate(where: object, kind: tuple[str, ...] = EC) -> ssl.SSLContext:
-    """Make the files `cert` and `key` for localhost, and a server's context of them."""
+    """Make the files `cert` and `key` for localhost; return a TLS context for a server."""
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", *kind, "-nodes", "-keyout", "key", "-out", "cert", "-days", "2", "-subj", "/CN=localhost",
          "-addext", "subjectAltName=DNS:localhost,IP:::1"], cwd=where, check=True, capture_output=True,
@@ -538,12 +538,12 @@ def eventually(check: object, patience: float = 20) -> None:
 
 
 def in_time(work: object, patience: float = 20) -> object:
-    """Run a coroutine to its end, which must come."""
+    """Run a coroutine; it must end within `patience` seconds."""
     return asyncio.run(asyncio.wait_for(work, patience))
 
 
 class TestShape:
-    """The file as a text: its map is true, its sections are layers, its functions are short."""
+    """The source: its docstring has the right sections, sections use earlier ones only, functions are short."""
 
     source = open(PROGRAM, encoding="utf-8").read()
     tree = ast.parse(source)
@@ -950,7 +950,7 @@ def chunked(*fields: str) -> bytes:
 
 
 class TestStreams:
-    CHUNKED = [  # what follows the head: the body, or the status that refuses it
+    CHUNKED = [  # bytes after the head: the body, or the status of the error
         (b"5\r\nhello\r\n0\r\n\r\n", b"hello"), (b"0" * 15 + b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
         (b"5;a=b;c\r\nhello\r\n0\r\n\r\n", b"hello"), (b"0\r\n\r\n", b""),
         (b"00A\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n", b"0123456789"), (b"1\r\na\r\n1\r\nb\r\n0\r\n\r\n", b"ab"),
@@ -1034,7 +1034,7 @@ class TestConnections:
 
     @staticmethod
     async def pair(small: bool = False) -> tuple[ptth.Connection, socket.socket]:
-        """A connection and the plain socket at its other end, which takes little when it is `small`."""
+        """Return a connection and the socket at its other end, which has `small` buffers."""
         with socket.create_server(("127.0.0.1", 0)) as listening:
             if small:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -1045,7 +1045,7 @@ class TestConnections:
 
     @staticmethod
     async def swept(stream: ptth.Connection, work: object) -> object:
-        """The result of `work` on a connection whose deadlines are checked without delay."""
+        """Return the result of `work` on a connection that is swept all the time."""
         task = asyncio.ensure_future(work)
         while not task.done():
             await asyncio.sleep(0.005)
@@ -1125,7 +1125,7 @@ class TestConnections:
 
     @staticmethod
     async def outcome(work: object) -> object:
-        """The result of `work`, or what it raised."""
+        """Return the result of `work`, or the exception that it raised."""
         return (await asyncio.gather(work, return_exceptions=True))[0]
 
     splices = pytest.mark.skipif(not hasattr(os, "splice"), reason="no os.splice")
@@ -1278,7 +1278,7 @@ class TestConnections:
         assert taken >= {"ends": 5_000_000, "sends much": 3_000_000}.get(how, 1)
 
     def test_both_ends_are_tuned(self, background: Background) -> None:
-        """So that the kernel finds dead peers, nothing waits for more to send, and slow readers are seen to read."""
+        """Keepalive finds dead peers, NODELAY sends at once, NOTSENT_LOWAT shows the progress of slow readers."""
         expected = {"NODELAY": 1, "KEEPIDLE": 20, "KEEPINTVL": 5, "KEEPCNT": 3, "NOTSENT_LOWAT": ptth.WRITE_HIGH_WATER}
 
         async def options(port: int) -> list[dict[str, int]]:
@@ -1455,7 +1455,7 @@ class TestHTTPServer:
                 assert begun.wait(20)
                 if half_close:
                     sock.shutdown(socket.SHUT_WR)
-                    assert not ended.wait(3 * ptth.SWEEP_INTERVAL)  # it may still wait for its response
+                    assert not ended.wait(3 * ptth.SWEEP_INTERVAL)  # half-closed: the client waits for its response
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 sock.close()
                 assert ended.wait(20)
@@ -1551,7 +1551,7 @@ class TestHTTPServer:
 
     @staticmethod
     def steps(work: object) -> int:
-        """How many steps Python takes for it: the same on every machine, where the time is not."""
+        """Return the number of bytecode steps of `work`: unlike its time, the same on every machine."""
         count = 0
 
         def trace(frame: object, event: str, argument: object) -> object:
@@ -1591,7 +1591,7 @@ class TestHTTPServer:
 
     @staticmethod
     def go_round(request: ptth.Request) -> None:
-        """What relay and server do with a head on its way."""
+        """Do what relay and server do with the head of a request."""
         with contextlib.suppress(ptth.ProtocolError):
             list(ptth.unpack_requests(ptth.pack_request("0" * 32, request, request.target, [], prefix="/p")))
         ptth.wants_json(request.headers)
@@ -1634,12 +1634,12 @@ class TestHTTPServer:
 
 
 class TestHTTPClient:
-    """`Client.handle` towards an origin that is played by hand."""
+    """`HTTPClient.handle` with a server that the test plays itself."""
 
     async def ask(
         self, reply: bytes, request: ptth.Request, *, chunks: int = 1, reads: bytes = b"", **options: object
     ) -> object:
-        """(status, fields, body, what the origin got) for an origin that answers once it has read `reads`."""
+        """Return (status, fields, body, bytes that the server got) for a server that responds after reading `reads`."""
         got = bytearray()
         ended = asyncio.Event()
 
@@ -1716,7 +1716,7 @@ class TestHTTPClient:
          (b"HTTP/1.1 200 OK\r\n\r\nhello", None)],
     )  # fmt: skip
     def test_a_body_that_has_arrived_with_its_head_is_in_memory(self, reply: bytes, data: bytes | None) -> None:
-        """So that a server sends it to its relay together with others."""
+        """Only then can a server send it to its relay in a batch."""
 
         async def talk() -> bytes | None:
             server = await asyncio.start_server(lambda reader, writer: writer.write(reply), "127.0.0.1", 0)
@@ -1732,7 +1732,7 @@ class TestHTTPClient:
         assert asyncio.run(talk()) == data
 
     class Slow(ptth.Body):
-        """A body that ends, or breaks, when it is told to; `sent` pieces have been asked for."""
+        """A body that ends, or raises, when the test says so; `sent` counts its pieces."""
 
         complete = False
 
@@ -1886,7 +1886,7 @@ class TestHTTPClient:
         asyncio.run(talk())
 
 
-ETAG = '"of-hello.txt"'  # stands in the table for what depends on the file's inode
+ETAG = '"of-hello.txt"'  # the tables use it for the file's ETag, which depends on its inode
 TEXT = {"content-type": "text/plain; charset=utf-8", "etag": ETAG, "last-modified": DATE, "accept-ranges": "bytes"}
 
 
@@ -1993,7 +1993,7 @@ class TestConnecting:
 
     @staticmethod
     def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
-        """Let the names below .example have these addresses."""
+        """Make names below .example resolve to these addresses."""
         real = socket.getaddrinfo
 
         def getaddrinfo(host: str, port: int, *args: int, **options: int) -> list[object]:
@@ -2005,7 +2005,7 @@ class TestConnecting:
 
     @contextlib.contextmanager
     def swallowing(self, address: str, port: int) -> object:
-        """An address that swallows packets: its queue is full."""
+        """Return an address at which connecting hangs: the queue of its socket is full."""
         with socket.socket() as full, contextlib.ExitStack() as clients:
             full.bind((address, port))
             full.listen(0)
@@ -2118,7 +2118,7 @@ class TestConnecting:
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     @pytest.mark.parametrize(("listening", "known"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
     def test_localhost_is_both_addresses(self, listening: str, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Many systems, containers above all, know only one of them by that name; Node listens on ::1."""
+        """On many systems, such as containers, the name has only one of them; Node listens on ::1."""
         real = socket.getaddrinfo
         table = {"localhost": known}
         monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: real(table.get(host, host), *more, **how))
@@ -2280,7 +2280,7 @@ class TestFileServer:
     def both(
         self, root: str, tunnel: Tunnel, path: str, fields: list[str], method: str = "GET"
     ) -> tuple[int, dict[str, str], bytes]:
-        """The answer to a request, which must be the same directly and through the tunnel."""
+        """Return the response to a request, which must be the same directly and through the tunnel."""
         direct = parse_answer(fetch_direct(root, get(path, *fields, method=method)), method)
         through = parse_answer(tunnel.fetch(get("/frontend/servers/n/files" + path, *fields, method=method)), method)
         for _, answer, _ in (direct, through):
@@ -2371,7 +2371,7 @@ class TestFileServer:
         "&amp;",
         "+;",
     ]
-    READERS = {  # how programs find the entries in a listing, one pattern for each line and one for the whole page
+    READERS = {  # how programs find the entries in a listing: patterns for each line, and for the whole page
         "Kodi 21": r'(?m)<a href="([^"]*)"[^>]*>\s*(.*?)\s*</a>(.+?)(?=<a|</tr|$)',
         "Kodi 13": r'<a href="(.*)">(.*)</a>()',
         "fsspec": r"""<(?:a|A)\s+(?:[^>]*?\s+)?(?:href|HREF)=["']([^"']+)()()""",
@@ -2636,7 +2636,7 @@ class TestFileServer:
 
     @staticmethod
     def unpack(data: bytes) -> dict[str, bytes]:
-        """The members of a zip, read from front to back as from a pipe, before its directory is seen."""
+        """Return the members of a zip, read in one pass as from a pipe, without its central directory."""
         members: dict[str, bytes] = {}
         while data[:4] == b"PK\3\4":
             version, flags, method, _, _, checksum, packed, size, name_length, extra_length = struct.unpack_from(
@@ -2829,7 +2829,7 @@ class TestFileServer:
             assert one(say(handler, get("/closed/", *fields)))[0] == 403
         assert one(say(handler, get("/closed/?zip")))[0] == 403
 
-    CHANGES = {  # what happens to a file of 3 MiB while it is zipped: (what the member holds then, what is noted)
+    CHANGES = {  # changes of a file of 3 MiB while it is zipped: (the member's content, the line in could-not-be-read.txt)
         "it grows": (3 << 20, ""), "it shrinks": (1 << 20, "changed"), "it is written again": (3 << 20, "changed"),
     }  # fmt: skip
 
@@ -3104,7 +3104,7 @@ class TestFileServer:
         assert one(say(self.site(tmp_path), get("/x", f"If-None-Match: {tag}")))[2] == b"new"
 
     GZIPPED = gzip.compress(b"new")
-    STALE = [  # (the compressed file, how much newer than the plain one it is in nanoseconds, is it taken)
+    STALE = [  # (the compressed file, how much newer than the plain one it is in nanoseconds, whether it is sent)
         (GZIPPED, 10**9, True), (GZIPPED, 0, True), (GZIPPED, -123_456_789, True), (GZIPPED, -789, True), (GZIPPED, -1, False), (GZIPPED, -10**9, False),
         (GZIPPED, -456_789, False), (b"", 10**9, False), (b"new", 10**9, False), (b"\x1f", 10**9, False), (b"PK\3\4", 10**9, False),
     ]  # fmt: skip
@@ -3312,7 +3312,7 @@ class TestFileServer:
 
 
 def parse_answer(data: bytes, method: str) -> tuple[int, dict[str, str], bytes]:
-    """The one answer to a request; that to HEAD has a length and no body."""
+    """Return the only response to a request; to HEAD it has a length and no body."""
     if method != "HEAD":
         return one(data)
     status, fields, body = one(re.sub(rb"(?i)\r\nContent-Length: ", b"\r\nLength: ", data))
@@ -3320,7 +3320,7 @@ def parse_answer(data: bytes, method: str) -> tuple[int, dict[str, str], bytes]:
 
 
 def fetch_direct(root: str, request: bytes) -> bytes:
-    """What a file server answers, over a real socket, so that files leave by sendfile."""
+    """Return the response of a file server over a real socket, so that it uses sendfile."""
 
     async def talk() -> bytes:
         server = ptth.HTTPServer(ptth.site_handler(ptth.Site(root)))
@@ -3334,7 +3334,7 @@ def fetch_direct(root: str, request: bytes) -> bytes:
 
 
 class Inbox:
-    """A folder that takes uploads, directly or through a tunnel."""
+    """A folder for uploads, directly or through a tunnel."""
 
     def __init__(self, background: Background, where: object, through: str, **options: object) -> None:
         self.root = where / "inbox"
@@ -3366,7 +3366,7 @@ class Inbox:
         return one(fetch(self.port, get(self.prefix + path)))[1]["etag"]
 
     def files(self) -> dict[str, bytes]:
-        """Everything below the folder: names with a slash for folders, and what is in the files."""
+        """Return everything below the folder: names (with a slash for folders) and contents."""
         found = {}
         for path in sorted(self.root.rglob("*")):
             name = str(path.relative_to(self.root))
@@ -3384,7 +3384,7 @@ def inbox(request: pytest.FixtureRequest, background: Background, tmp_path: obje
 
 @pytest.fixture
 def open_inbox(background: Background, tmp_path: object) -> object:
-    """Make an inbox with options, directly."""
+    """Make an inbox with options, without a tunnel."""
     made = []
 
     def make(**options: object) -> Inbox:
@@ -3751,7 +3751,7 @@ class TestUploads:
 
     @staticmethod
     def form(*parts: bytes, boundary: str = "b", end: bytes = b"--b--\r\n") -> tuple[bytes, list[str]]:
-        """A form's body of parts, each with its head, and the field that tells what it is."""
+        """Return a form's body of these parts, each with its head, and its Content-Type field."""
         body = b"".join(b"--b\r\n" + part + b"\r\n" for part in parts) + end
         return body, [f"Content-Type: multipart/form-data; boundary={boundary}"]
 
@@ -4020,7 +4020,7 @@ class TestTunnelMessages:
         )
         assert self.pack(head, prefix="") == own  # on a host of its own
 
-    FORGED = [  # a client's field, what the server gets of it from a stranger and from a trusted proxy
+    FORGED = [  # a client's field, and what the server gets of it: from a stranger, and from a trusted proxy
         ("X-Forwarded-Proto: https", b"X-Forwarded-Proto: http\r\n", b"X-Forwarded-Proto: https\r\n"),
         ("X-Forwarded-Host: evil", b"X-Forwarded-Host: example.com\r\n", b"X-Forwarded-Host: example.com\r\n"),
         ("X-Forwarded-For: 1.1.1.1", b"X-Forwarded-For: 192.0.2.9\r\n", b"X-Forwarded-For: 1.1.1.1, 192.0.2.9\r\n"),
@@ -4035,7 +4035,7 @@ class TestTunnelMessages:
             head = self.pack(get("/", field), prefix="", trusted=trusted)
             assert (expected in head) if expected else (name not in head), head
 
-    P3 = [  # what follows the id in an inner head: the body, or the error
+    P3 = [  # the bytes after the id in an inner head: the body, or the error
         (b"Content-Length: 5\r\n\r\nhello", b"hello"), (b"content-length: 05\r\n\r\nhello", b"hello"),
         (b"PTTH-Body-Length: 7\r\n\r\n", 7), (b"PTTH-Body-Length: chunked\r\n\r\n", ptth.CHUNKED),
         (b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", OSError), (b"Content-Length: 5\r\n\r\nhell", OSError),
@@ -4083,7 +4083,7 @@ class TestTunnelMessages:
         with pytest.raises(ptth.ProtocolError):
             list(ptth.unpack_requests(data))
 
-    DANGEROUS = (  # of the whole origin, of a proxy in front, of the connection, or of the tunnel
+    DANGEROUS = (  # fields that affect the whole origin, a proxy in front, the connection, or the tunnel
         "Set-Cookie", "sEt-cOOkie", "Set-Cookie2", "Service-Worker-Allowed", "Clear-Site-Data", "Strict-Transport-Security", "Alt-Svc", "NEL",
         "Report-To", "Reporting-Endpoints", "Use-As-Dictionary", "Accept-CH", "Critical-CH", "Set-Login", "Public-Key-Pins", "Expect-CT",
         "Origin-Trial", "Origin-Agent-Cluster", "Observe-Browsing-Topics", "Speculation-Rules", "Supports-Loading-Mode", "Document-Policy",
@@ -4093,7 +4093,7 @@ class TestTunnelMessages:
         "Proxy-Authenticate", "Proxy-Authentication-Info", "Proxy-Connection", "PTTH-Request-Id", "Transfer-Encoding", "Keep-Alive", "Upgrade",
         "Date", "Content-Length", "X-Content-Type-Options",
     )  # fmt: skip
-    HARMLESS = (  # of this one resource
+    HARMLESS = (  # fields that affect this one resource
         "ETag", "Last-Modified", "Accept-Ranges", "Content-Range", "Content-Encoding", "Content-Language", "Content-Disposition", "CONTENT-MD5",
         "Content-Location", "Digest", "Cache-Control", "Expires", "Vary", "Age", "Pragma", "Allow", "Location", "Retry-After", "Link",
         "Access-Control-Allow-Origin", "access-control-expose-headers", "Timing-Allow-Origin", "X-Frame-Options", "X-Robots-Tag", "X-My-Own",
@@ -4249,7 +4249,7 @@ class TestTunnelMessages:
 
 
 class TestOriginalMessages:
-    """The bytes that were recorded between the original's relay and server."""
+    """The Rust form: bytes that were recorded between the original relay and server."""
 
     P3 = bytes.fromhex(
         "9192ba303146344236314351463147593339424d354832345352394833938100c0a72f66696c65732f81a4686f73749b6578616d706c652e636f6d"
@@ -4377,7 +4377,7 @@ class TestOriginalMessages:
 
 
 class Hand:
-    """A server played by hand on one connection to the relay."""
+    """A server that the test plays, on one connection to the relay."""
 
     def __init__(self, port: int, name: str = "n", key: str = KEY) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
@@ -4393,7 +4393,7 @@ class Hand:
         self.sock.sendall("\r\n".join(lines).encode() + body)
 
     def answer(self) -> tuple[int, dict[str, str], bytes]:
-        """The next answer on this connection."""
+        """Return the next response on this connection."""
         while True:
             head, end, rest = self.data.partition(b"\r\n\r\n")
             if end:
@@ -4406,30 +4406,30 @@ class Hand:
             self.data += piece
 
     def answer_without_length(self) -> tuple[int, dict[str, str], bytes]:
-        """The answer of a status that has no body."""
+        """Return a response whose status has no body."""
         while b"\r\n\r\n" not in self.data:
             self.data += self.sock.recv(1 << 16)
         data, self.data = self.data, b""
         return one(data)
 
     def listen(self, wait: int = 20, *fields: str) -> None:
-        """P1"""
+        """Send a P1."""
         self.send("GET", f"http_listen/{self.name}", b"", "Accept: application/http", f"Prefer: wait={wait}", *fields)
 
     def requests(self) -> list[tuple[str, str]]:
-        """P3: the (id, target) of its requests"""
+        """Read a P3; return the (id, target) of its requests."""
         status, fields, body = self.answer()
         assert (status, fields["content-type"], fields["cache-control"]) == (200, ptth.REQUESTS_TYPE, "no-store")
         return [(identity, request.target) for identity, request in ptth.unpack_requests(body)]
 
     def respond(self, identity: str, inner: bytes, *fields: str) -> None:
-        """P5"""
+        """Send a P5."""
         self.send(
             "POST", f"http_response/{identity}", inner, "Content-Type: application/http; msgtype=response", *fields
         )
 
     def reply(self, identity: str, inner: bytes) -> int:
-        """P5 and P7"""
+        """Send a P5; return the status of P7."""
         self.respond(identity, inner)
         return self.answer()[0]
 
@@ -4438,7 +4438,7 @@ class Hand:
 
 
 class Client:
-    """A client in a thread, whose answer is looked at later."""
+    """A client in a thread; the test reads its response later."""
 
     def __init__(self, port: int, path: str = "/x", *fields: str, method: str = "GET", version: str = "1.1") -> None:
         request = get("/frontend/servers/n" + path, *fields, method=method).replace(
@@ -4458,7 +4458,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nh
 
 
 class TestApp:
-    """A web app as a handler: the app is an HTTP server of this module whose handler tells what it got."""
+    """A web app as a handler. The app is an HTTP server of ptth.py that responds with what it got."""
 
     PUBLIC = [("Host", "n.example.com"), ("X-Forwarded-Host", "n.example.com"), ("X-Forwarded-Proto", "https")]
 
@@ -4469,7 +4469,7 @@ class TestApp:
         mode: str = "auto",
         fields: object = (),
     ) -> list[tuple[int, dict[str, str], dict[str, object]]]:
-        """(status, fields, what the app got) for each request, with an app whose `refuse(request)` is a status or 0."""
+        """Return (status, fields, what the app got) for each request. `refuse(request)` is the app's error, or 0."""
         seen = []
 
         async def app(request: ptth.Request) -> ptth.Response:
@@ -4648,7 +4648,7 @@ class TestRelay:
     def hand_over(
         self, relay: Tunnel, hand: Hand, *clients: tuple[object, ...], **options: str
     ) -> tuple[list[Client], list[str]]:
-        """Let clients ask one after the other; return them and the ids of their requests."""
+        """Let clients send requests one after the other; return the clients and the ids of their requests."""
         made, ids = [], []
         for i, fields in enumerate(clients or ((),)):
             hand.listen()
@@ -4710,7 +4710,7 @@ class TestRelay:
         self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(ptth, "RENEWAL_TIME", 0.2)
-        hand.listen()  # nobody is there any more, but a proxy holds it open
+        hand.listen()  # its server is gone, but a proxy holds the P1 open
         eventually(lambda: bare_relay.relay.state.servers["n"].parked)
         new = Hand(bare_relay.port)
         new.listen(0)
@@ -4746,7 +4746,7 @@ class TestRelay:
         assert new.requests() == [(ids[0], "/0")]
         assert clients[1].answer()[0] == 502
         new.listen(0, "PTTH-Instance: one", f"PTTH-At-Work: {ids[2]}")
-        assert new.requests() == []  # once more, not for ever
+        assert new.requests() == []  # it is offered a second time, not a third
         assert clients[0].answer()[0] == 502
         assert [new.reply(ids[2], OK), new.reply(ids[3], OK)] == [200, 200]
         assert [client.answer()[0] for client in clients[2:]] == [200, 200]
@@ -4766,7 +4766,7 @@ class TestRelay:
         raw = begun.raw()
         assert b" 200 OK" in raw and raw.endswith(b"\r\n\r\n")
         assert hand.requests() == []
-        assert hand.reply(ids[2], OK) == 200  # behind more ids than anybody loses at once
+        assert hand.reply(ids[2], OK) == 200  # its id was after MAX_LOST others, and is ignored
         assert other.answer()[0] == 200
         assert not bare_relay.relay.state.servers["n"].exchanges
 
@@ -5009,7 +5009,7 @@ class TestRelay:
 
     @staticmethod
     def begin_batch(port: int, framing: str) -> Hand:
-        """A server that sends the first byte of a batch, and no more."""
+        """Return a server that has sent only the first byte of a batch."""
         hand = Hand(port)
         lines = ("POST /7ZSFUKGV/http_responses/n HTTP/1.1", "Host: r", f"X-ApiKey: {KEY}", framing, "", "1")
         hand.sock.sendall("\r\n".join(lines).encode() + (b"\r\nx" if framing.endswith("chunked") else b""))
@@ -5058,7 +5058,7 @@ class TestRelay:
         lazy.close()
 
     def original(self, port: int) -> Hand:
-        """The original's server, which says that it takes anything, and begins to wait."""
+        """Return a server in Rust, which sends Accept: */*, after its first P1."""
         hand = Hand(port)
         hand.send("GET", "http_listen/n", b"", "Accept: */*")
         return hand
@@ -5301,11 +5301,11 @@ class TestRelay:
 
 
 class TestKeys:
-    """Who verifies keys, and what that may cost."""
+    """Which keys are accepted, and the time for hashing them."""
 
     @pytest.fixture
     def counted(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """The keys that are hashed; a hash is said to take a millisecond, and a dear key's a second more."""
+        """Return the list of hashed keys. A hash seems to take a millisecond, that of "dear" a second more."""
         hashed: list[str] = []
 
         def tripcode(key: str) -> str:
@@ -5413,7 +5413,7 @@ class TestKeys:
 
 @pytest.fixture(scope="module")
 def app_tunnel(background: Background) -> object:
-    """A tunnel to an app that answers with what it got; `hold` and `heard` are for the test that needs them."""
+    """A tunnel to an app that responds with what it got. Some tests use its `hold` and `heard`."""
 
     async def app(request: ptth.Request) -> ptth.Response:
         path = request.target.partition("?")[0]
@@ -5632,12 +5632,12 @@ class TestBodies:
 
 
 class StreamApp:
-    """A web app that speaks by bytes: it follows an Upgrade, and streams what the test puts into `events`."""
+    """A web app on raw sockets: it accepts an Upgrade, and streams what the test puts into `events`."""
 
     HEAD = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
 
     def __init__(self) -> None:
-        self.left: list[asyncio.StreamWriter] = []  # connections whose visitors were noticed to leave
+        self.left: list[asyncio.StreamWriter] = []  # connections on which the app noticed that the client is gone
         self.heads: list[bytes] = []
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -5701,7 +5701,7 @@ def streams(background: Background) -> object:
 
 
 class Visitor:
-    """A client of a stream, by bytes."""
+    """A client of a stream, on a raw socket."""
 
     ASKS = (
         "Upgrade: websocket",
@@ -5844,7 +5844,7 @@ class TestUpgrades:
 
 
 class Parts:
-    """A response in parts, played by hand: a client, and the server's end of its exchange."""
+    """A client, and the server of its request, which the test plays: it sends a response in parts."""
 
     EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
     SWITCH = b"HTTP/1.1 101 X\r\nUpgrade: websocket\r\n\r\n"
@@ -5869,7 +5869,7 @@ class Parts:
         )
 
     def post(self, data: bytes, offset: int, **options: bool) -> int:
-        """Send a part, and return the status of its answer."""
+        """Send a part; return the status of its response."""
         self.send(data, offset, **options)
         status = self.hand.answer()[0]
         if status >= 400:
@@ -5878,7 +5878,7 @@ class Parts:
         return status
 
     def poll(self, offset: int, wait: int = 20) -> tuple[int, bytes]:
-        """Ask for what the client sent."""
+        """Poll for the bytes that the client sent."""
         self.hand.send("GET", f"http_request/{self.identity}", b"", f"PTTH-Offset: {offset}", f"Prefer: wait={wait}")
         while b"\r\n\r\n" not in self.hand.data:
             self.hand.data += self.hand.sock.recv(1 << 16)
@@ -5888,7 +5888,7 @@ class Parts:
         return status, body if status == 200 else b""
 
     def read(self, count: int = 1 << 40) -> bytes:
-        """What the client gets: `count` bytes of the body, or all until the end."""
+        """Return what the client gets: `count` bytes of the body, or all until the end."""
         while not self.head or len(self.data) < count:
             piece = b""
             with contextlib.suppress(ConnectionResetError):
@@ -6124,7 +6124,7 @@ class Cutter:
         return self.rng.randrange(1, self.most) if self.most else math.inf
 
     def arm(self, most: int) -> None:
-        """Cut all connections after less than `most` bytes, or none any more."""
+        """Cut each connection after fewer than `most` bytes; with 0, none."""
         self.most = most
         for left in self.lefts:
             left[0] = self.draw()
@@ -6177,7 +6177,7 @@ def tunnel_behind(background: Background, relay: Tunnel, port: int, handler: ptt
 
 
 class TestCutConnections:
-    """Whatever a proxy cuts: no byte of a stream is lost or doubled, or the stream ends."""
+    """A proxy cuts connections: no byte of a stream is lost or repeated, or the stream ends."""
 
     @pytest.fixture
     def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6362,7 +6362,7 @@ class TestLimits:
     DATA = random.Random(7).randbytes(3_000_000)
 
     class Once(ptth.Body):
-        """A body that can be read once only."""
+        """A body that can be read only once."""
 
         complete = False
 
@@ -6500,7 +6500,7 @@ class TestHosts:
 
 
 class TestLastRelease:
-    """Release 1.0.0 at the other end, as the bytes that it sent: files are served as before, bodies get 501."""
+    """Release 1.0.0 as the peer, by recorded bytes: files are served as before, request bodies get 501."""
 
     P1 = (
         b"GET /7ZSFUKGV/http_listen/n HTTP/1.1\r\nHost: 127.0.0.1:4000\r\nX-ApiKey: correct-horse-battery-staple\r\n"
@@ -6785,7 +6785,7 @@ class TestOperator:
 
 
 class Impostor:
-    """A relay that answers every P1 with the same bytes, and closes."""
+    """A relay that sends the same bytes in response to every P1, and closes."""
 
     def __init__(self, answer: bytes) -> None:
         self.sock = socket.create_server(("127.0.0.1", 0))
@@ -6816,7 +6816,7 @@ class Impostor:
 
     @staticmethod
     def whole(data: bytes) -> bool:
-        """Whether this is a request to its end, if that is told by a length."""
+        """Return whether this is a complete request, by its Content-Length if any."""
         head, end, body = data.partition(b"\r\n\r\n")
         length = re.search(rb"(?i)content-length: (\d+)", head)
         return bool(end) and len(body) >= (int(length[1]) if length else 0)
@@ -7494,7 +7494,7 @@ class TestServer:
 
 
 class TestSeveralRelays:
-    """One server at several relays, which know nothing of each other."""
+    """One server at several relays, which share no state."""
 
     @pytest.fixture
     def relays(self, background: Background) -> object:
@@ -7989,7 +7989,7 @@ class TestConfiguration:
 
 
 def run(*args: str, cwd: object = None) -> tuple[int, str, str]:
-    """Run ptth.py to its end: (status, stdout, stderr)."""
+    """Run ptth.py to its end; return (status, stdout, stderr)."""
     done = subprocess.run(
         [sys.executable, PROGRAM, *args], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
     )
@@ -7999,7 +7999,7 @@ def run(*args: str, cwd: object = None) -> tuple[int, str, str]:
 class TestCommandLine:
     @pytest.fixture
     def call(self, capfd: pytest.CaptureFixture[str]) -> object:
-        """Run the program in this process, which takes less time, to its end: (status, stdout, stderr)."""
+        """Run the program to its end in this process, which is faster; return (status, stdout, stderr)."""
 
         def call(*args: str) -> tuple[int, str, str]:
             try:
@@ -8179,7 +8179,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "</dev/full >/dev/full 2>/dev/full"])
     def test_poor_surroundings_stop_nothing(self, closed: str, root: str) -> None:
-        """No HOME, no locale of that name, no such time zone; and no client gets the log on its connection."""
+        """No HOME, an unknown locale and time zone. And no client gets the log on its connection."""
         port = free_port()
         command = f"exec {sys.executable} {PROGRAM} file-server {root} --port {port} {closed}"
         env = {"PATH": "", "TZ": "Nowhere/Never", "LC_ALL": "xx_YY.none", "PYTHONUTF8": "0"}
@@ -8401,7 +8401,7 @@ class Pair:
         return fetch(self.port, get("/frontend/servers/n/files" + path, *fields))
 
     def download(self, path: str) -> socket.socket:
-        """A connection on which the answer begins to come."""
+        """Start a download; return its connection after the first bytes."""
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         sock.sendall(get("/frontend/servers/n/files" + path))
         assert sock.recv(15).startswith(b"HTTP/1.1 200 OK")
@@ -8418,11 +8418,11 @@ def read_to_end(sock: socket.socket) -> int:
 
 
 class TestRealProcesses:
-    SIZE = 1 << 27  # bytes; more than all buffers on the way hold, and than the memory that is allowed
+    SIZE = 1 << 27  # bytes; more than all buffers on the way, and than the allowed memory
 
     @pytest.fixture
     def big(self, tmp_path: object) -> str:
-        """A directory with a large file that takes little space: in each MiB there is its number."""
+        """Make a directory with a large sparse file; each MiB has its number."""
         (tmp_path / "files").mkdir()
         with open(tmp_path / "files" / "big", "wb") as file:
             for start in range(0, self.SIZE, 1 << 20):
@@ -8534,7 +8534,7 @@ class TestRealProcesses:
 class TestFaults:
     """Real processes that are killed, stopped, starved and attacked."""
 
-    MEDIUM = 8_000_000  # bytes; more than the buffers on the way hold
+    MEDIUM = 8_000_000  # bytes; more than all buffers on the way
 
     @pytest.fixture
     def files(self, tmp_path: object) -> str:
@@ -8724,7 +8724,7 @@ class TestFaults:
 
     @staticmethod
     def median_time(port: int) -> float:
-        """The seconds that a small file takes."""
+        """Return the median of the seconds for a small file."""
         times = []
         for _ in range(15):
             begin = time.monotonic()
@@ -8827,7 +8827,7 @@ class TestFaults:
     def test_a_dead_link_is_noticed_and_the_address_may_change(
         self, start: object, tmp_path: object, files: str
     ) -> None:
-        """Nothing is answered any more, not even refused: the server's end of the cable is cut."""
+        """No packet passes, as if the cable were cut at the server's end."""
         space, near, far = "ptth-test", "ptth-near", "ptth-far"
         setup = [f"ip netns add {space}", f"ip link add {near} type veth peer name {far}", f"ip link set {far} netns {space}",
                  f"ip addr add 198.18.77.1/24 dev {near}", f"ip link set {near} up", f"ip -n {space} addr add 198.18.77.2/24 dev {far}",
@@ -8868,7 +8868,7 @@ class TestFaults:
             subprocess.run(["ip", "link", "del", near], check=False, capture_output=True)
 
     def test_a_soak_leaves_nothing_behind(self, pair: Pair, files: str) -> None:
-        """Traffic of all kinds for some seconds, or for PTTH_LONG: memory and descriptors stay as they were."""
+        """Traffic of all kinds, for a few or for PTTH_LONG seconds: memory and descriptors do not grow."""
         with open(os.path.join(files, "medium"), "rb") as file:
             digest = hashlib.sha256(file.read()).digest()
         stop = 0.0
@@ -8905,7 +8905,7 @@ class TestFaults:
         assert all(now < then + 16 for then, now in zip(before, memory, strict=True)), (before, memory)
 
     def test_a_random_life_keeps_its_promises(self, background: Background) -> None:
-        """Clients, servers and faults in random order: every request gets its own answer, or an honest error."""
+        """Clients, servers and faults in random order: every request gets its own response, or an error."""
         rng = random.Random(7)
         served: list[str] = []
 
@@ -8958,7 +8958,7 @@ class TestFaults:
 
 @contextlib.contextmanager
 def nginx(where: object, http_block: str) -> object:
-    """A real nginx with this http block."""
+    """Run a real nginx with this http block."""
     (where / "nginx.conf").write_text(
         f"daemon off; worker_processes 1; pid {where}/nginx.pid; error_log {where}/error.log;\n"
         f"events {{ worker_connections 512; }}\nhttp {{ access_log off; client_body_temp_path {where}; proxy_temp_path {where};\n"
@@ -9067,7 +9067,7 @@ class TestRealPrograms:
             server.wait_for("by POST")  # before any client has asked
             assert one(fetch(relay_port, get("/frontend/servers/n/files/big"), patience=20))[0] == 502
 
-    AS_INSTALLED = {  # program: (its arguments, its configuration), with nothing that helps
+    AS_INSTALLED = {  # program: (its arguments, its configuration), with default settings
         "nginx": (["-p", ".", "-c", "conf"], """daemon off; worker_processes 1; pid p; error_log e; events {{}} http {{ access_log off;
             client_body_temp_path .; proxy_temp_path .; fastcgi_temp_path .; uwsgi_temp_path .; scgi_temp_path .; client_max_body_size 1m;
             server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://127.0.0.1:{relay}; proxy_set_header Host $http_host; }} }}
@@ -9132,7 +9132,7 @@ class TestRealPrograms:
             http://:{front} {{\n bind 127.0.0.1\n reverse_proxy 127.0.0.1:{relay} {{\n flush_interval -1\n }}\n}}\n"""),
     }  # fmt: skip
     HIDDEN = b"GET /frontend/servers/n/smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
-    AMBIGUOUS = [  # the fields of a request whose body, by one of two readings, is another request
+    AMBIGUOUS = [  # fields of a request whose body is another request if they are read in another way
         "Content-Length: {n}\r\nTransfer-Encoding : chunked", "Content-Length: {n}\r\nTransfer-Encoding: xchunked",
         "Content-Length: {n}\r\nTransfer-Encoding:\x0bchunked", "Content-Length: {n}\r\n Transfer-Encoding: chunked",
         "Content-Length: {n}\r\nX: y\nTransfer-Encoding: chunked", "Content-Length: {n}\r\nContent-Length: 0",
@@ -9178,7 +9178,7 @@ class TestRealPrograms:
 
     @staticmethod
     def readme(language: str) -> list[str]:
-        """The blocks of that language in the README, without their indentation."""
+        """Return the blocks of that language in the README, without their indentation."""
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
             return [
                 textwrap.dedent(block)
@@ -9186,7 +9186,7 @@ class TestRealPrograms:
             ]
 
     def front_with_a_password(self, program: str, where: object, front: int, relay: int) -> list[str]:
-        """Write the configuration that the README shows, with the user me:secret; return the command."""
+        """Write the README's configuration with the user me:secret; return the command."""
         coded = "$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW"
         if program == "caddy":
             block = next(block for block in self.readme("caddy") if "basicauth" in block)
