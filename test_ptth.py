@@ -5660,6 +5660,12 @@ class StreamApp:
             while data := await reader.read(1 << 16):
                 writer.write(data)
                 await writer.drain()
+        elif path == "/deaf":
+            writer.write(self.HEAD)
+            await writer.drain()
+            await asyncio.wrap_future(self.hold)
+            while await reader.read(1 << 16):
+                pass
         elif path == "/speak":  # all at once, and then the end
             writer.write(self.HEAD + bytes(range(256)) * 8000)
             await writer.drain()
@@ -5776,6 +5782,22 @@ class TestUpgrades:
             visitor.sock.sendall(b"x" * 100_000)
             visitor.sock.shutdown(socket.SHUT_WR)
         assert visitor.read() == answer
+        visitor.close()
+
+    @WAYS
+    def test_an_app_that_does_not_read_stops_its_visitor(self, way: str, streams: StreamApp) -> None:
+        streams.hold = concurrent.futures.Future()
+        visitor = Visitor(streams.ports[way], "/deaf")
+        visitor.sock.setblocking(False)
+        sent, before = 0, -1
+        while sent != before:
+            before = sent
+            with contextlib.suppress(BlockingIOError):
+                while sent < 1 << 28:
+                    sent += visitor.sock.send(bytes(1 << 20))
+            time.sleep(0.1)
+        assert sent < 1 << 26  # the kernels' buffers on the way, and no more
+        streams.hold.set_result(None)
         visitor.close()
 
     @WAYS
@@ -6277,6 +6299,30 @@ class TestEventStreams:
             return writer in streams.left
 
         eventually(has_left)
+
+    def test_a_visitor_that_does_not_read_stops_the_app(self, background: Background) -> None:
+        made = []
+
+        class Flood(ptth.Body):
+            async def __aiter__(self) -> object:
+                while len(made) < 10_000:
+                    made.append(1)
+                    yield bytes(1 << 16)
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            return ptth.Response(200, [("Content-Type", "text/event-stream")], Flood())
+
+        tunnel = Tunnel(background, handler)
+        visitor = Visitor(tunnel.port, "/", "Connection: close")
+        before = -1
+        while len(made) != before:
+            before = len(made)
+            time.sleep(0.1)
+        assert before < 1000  # the kernels' buffers on the way, and no more
+        visitor.read(before << 16)
+        eventually(lambda: len(made) > before)
+        visitor.close()
+        tunnel.close()
 
     @pytest.mark.parametrize("kind", ["text/event-stream", "101"])
     def test_a_stop_waits_for_no_stream(self, kind: str, background: Background) -> None:
