@@ -6313,6 +6313,7 @@ class Backend:
     def __init__(self, state: RelayState, gate: Gate) -> None:
         self.state = state
         self.gate = gate
+        self.responses = Responses(state)
         self._offered_on: dict[Peer, list[Exchange]] = {}  # requests by the connection of their P3
 
     async def handle(self, request: Request, path: str) -> Response:
@@ -6326,7 +6327,7 @@ class Backend:
         by_id = {"http_response": [self.state.exchanges, self.state.responses], "http_request": [self.state.uploads]}
         exchange = next((held[rest] for held in by_id.get(action, ()) if rest in held), None)
         if exchange is None and action in by_id:
-            raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self._settle(request))
+            raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self.responses.settle(request))
         server = exchange.server if exchange else self.state.servers.get(rest)
         verified = await self.gate.is_server(request, server, server.name if server else rest)
         if exchange is None and server is not self.state.servers.get(rest):  # the configuration has changed meanwhile
@@ -6336,7 +6337,7 @@ class Backend:
             raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, challenge])
         if exchange:
             if method == "POST":
-                return await self._receive_response(request, exchange)
+                return await self.responses.receive(request, exchange)
             stream = exchange.client_stream
             return await self._give_stream(request, exchange, stream) if stream else self._give_body(exchange)
         return await (self._listen if method == "GET" else self._receive_batch)(request, server)
@@ -6470,8 +6471,23 @@ class Backend:
         elif reason:
             exchange.fail(502, reason)
 
+    async def _receive_batch(self, request: Request, server: RegisteredServer) -> Response:
+        """Receive a batch. With Prefer: wait=N it is also a P1, and its answer a P3."""
+        await self.responses.receive_batch(request, server)
+        server.last_seen = self.state.loop.time()
+        if "prefer" in request.headers and not self.state.stopping:
+            return await self._listen(request, server)
+        return Response(200, [NO_STORE])
+
+
+class Responses:
+    """Receives responses from servers, in P5, and forwards them to their clients."""
+
+    def __init__(self, state: RelayState) -> None:
+        self.state = state
+
     @staticmethod
-    async def _settle(request: Request) -> bool:
+    async def settle(request: Request) -> bool:
         """Before P7, discard the rest of a P5 in Rust form. Return whether its connection can be reused.
 
         After an early P7 the server in Rust sends no more of the body, but reuses the connection for its next P5. The
@@ -6479,7 +6495,7 @@ class Backend:
         """
         return RUST_FIELD.lower() not in request.headers or await request.body.drain()
 
-    async def _receive_response(self, request: Request, exchange: Exchange) -> Response:
+    async def receive(self, request: Request, exchange: Exchange) -> Response:
         """Receive a P5, or a part of one; return P7.
 
         200 when the client has all of it, 410 when no client waits for it, 400 when it is invalid; its client gets 502.
@@ -6497,7 +6513,7 @@ class Backend:
                 exchange.connection = None  # it may go on with other responses
             server.responding -= 1
             server.last_seen = self.state.loop.time()
-        response.close = response.close or not await self._settle(request)
+        response.close = response.close or not await self.settle(request)
         return response
 
     async def _begin(self, request: Request, exchange: Exchange) -> None:
@@ -6599,20 +6615,12 @@ class Backend:
             self.state.responses[exchange.request_id] = exchange
         return Response(status, fields, content, exchange.set_delivered)
 
-    async def _receive_batch(self, request: Request, server: RegisteredServer) -> Response:
+    async def receive_batch(self, request: Request, server: RegisteredServer) -> None:
         """Receive a batch, a P5 with several small responses. Each is sent to its client independently.
 
-        Unknown ids, and those with a response already, are ignored, so a server may send a batch again. With Prefer:
-        wait=N it is also a P1, and its answer a P3.
+        Unknown ids, and those with a response already, are ignored, so a server may send a batch again.
         """
-        self._deliver_batch(await self._read_batch(request.body, server), server)
-        server.last_seen = self.state.loop.time()
-        if "prefer" in request.headers and not self.state.stopping:
-            return await self._listen(request, server)
-        return Response(200, [NO_STORE])
-
-    def _deliver_batch(self, data: bytes, server: RegisteredServer) -> None:
-        """Forward each response of a batch to its client."""
+        data = await self._read_batch(request.body, server)
         for request_id, status, headers, content, error in unpack_responses(data):
             exchange = self.state.exchanges.get(request_id)
             if exchange is None or exchange.server is not server or exchange.response.done():
