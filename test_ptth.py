@@ -9421,6 +9421,7 @@ class TestRealPrograms:
             with open(tmp_path / "files" / name, "wb") as file:
                 file.truncate(size)
         server = start("file-server", str(tmp_path / "files"), "--port", "0").listening()
+        before = server.peak_mib()
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
             sock.sendall(b"GET /?zip HTTP/1.0\r\n\r\n")
             stream = sock.makefile("rb", 1 << 20)
@@ -9433,7 +9434,7 @@ class TestRealPrograms:
                     else:
                         file.write(piece)
                 file.truncate()
-        assert server.peak_mib() < 60
+        assert server.peak_mib() - before < 25  # beyond what the program itself needs
         done = subprocess.run(
             ["unzip", "-tq", tmp_path / "x.zip"], capture_output=True, text=True, timeout=300, check=False
         )
