@@ -511,9 +511,9 @@ class Body:
         return b"".join(pieces)
 
     def part(self, offset: int, count: int) -> Body | None:
-        """Return a part of the body as one of its own, `count` bytes at most; None if the body can only be read once.
+        """Return a part of the body, `count` bytes at most, as a Body; None if the body can only be read once.
 
-        It ends with the body, and needs no `aclose`.
+        A part needs no `aclose`, and cannot be used after that of the body.
         """
         return None
 
@@ -947,7 +947,7 @@ class Connection:
             self._end()
 
     def has_unasked(self) -> bool:
-        """Return whether an idle connection has received bytes: nobody asked for them, and it must not be used again.
+        """Return whether an idle connection has received bytes, which belong to no request: it must not be reused.
 
         Some servers send 408 before they close an idle connection. It would be taken for the next response.
         """
@@ -1941,7 +1941,7 @@ class HTTPServer:
         whole = False
         body = response.body
         if request.upgrade and response.status != 101:
-            request.body = EMPTY  # what follows is the next request
+            request.body = EMPTY  # the next bytes are the next request
         begun = connection.written
         unsent = head_size = 0
         try:
@@ -2709,7 +2709,7 @@ def max_forwards(request: Request) -> int | None:
 
 
 def _fenced_value(name: str, value: str, headers: Headers, server: str) -> str:
-    """Return what a client gets of a value of Link or WWW-Authenticate; "" for nothing."""
+    """Return the value of Link or WWW-Authenticate that the client gets, or "" to drop the field."""
     if name == "link":
         return _safe_links(value) if len(headers[name]) <= MAX_LINK else ""
     if not server:
@@ -4417,7 +4417,7 @@ class PartialFile:
             with _COMMIT:
                 old = check()
                 if old:
-                    os.chmod(self._place, old.st_mode & 0o777)  # not setuid: that was given to what the file held
+                    os.chmod(self._place, old.st_mode & 0o777)  # not setuid: it was meant for the old content
                     os.replace(self._place, place)
                 else:
                     give_name(self._place, place)
@@ -4575,7 +4575,7 @@ class Uploads:
         return "" if "origin" in headers else UPLOAD_FORM.format(token=self._token)
 
     async def respond(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
-        """Answer PUT of a file or, with a slash at its end, of a folder, POST of a form, and what rclone also needs."""
+        """Answer PUT of a file or (with a slash at the end) a folder, POST of a form, and the WebDAV of rclone."""
         headers = request.headers
         token = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY]).get("upload", [""])[-1]
         if is_cross_site(headers) and not is_same_secret(token.encode(), self._token.encode()):
@@ -5463,7 +5463,7 @@ class Exchange:
                 del self.server.addresses[self.address]
 
     def is_left(self) -> bool:
-        """Return whether the client of a silent stream has ended its side: what still reads does not do that."""
+        """Return whether the client is at eof, and the response is not a WebSocket. Used for streams without data."""
         return self.upgrade == "" and self.client is not None and self.client.at_eof()
 
     def break_off(self, reason: str) -> None:
@@ -5786,17 +5786,17 @@ class Keys:
 
 
 class Part(NamedTuple):
-    """What one P5 brings of a response's body."""
+    """A part of a response's body, in one P5."""
 
     body: Body
     connection: Peer | None
     offset: int  # bytes of the response's body before it
-    more: bool  # it is not the last one
-    taken: asyncio.Future[bool]  # the client has been sent all of it, and more will come
+    more: bool  # another part follows
+    taken: asyncio.Future[bool]  # resolved when the client has all of it, if another part follows
 
 
 class TunnelBody(Body):
-    """The body of a response as P5 brings it, whole or in parts: nothing is kept here, a slow client slows the server.
+    """The body of a response from one P5, or in parts from several. Nothing is stored: a slow client slows the server.
 
     After each part, also an incomplete one, the next may arrive within `patience` seconds. Bytes that the client has
     already are skipped. `aclose` does nothing: the HTTP server closes the connection of each P5.
@@ -6041,7 +6041,7 @@ class Gate:
     def _warn_of_weakness(kind: str, name: str, key: str) -> None:
         """Warn the operator of a key that can be guessed: the server in Rust accepts such keys.
 
-        This takes ten times as long as the hash, so the keys of servers that check them before are not checked here.
+        The check takes ten times as long as the hash. So keys of servers that have checked them already are skipped.
         """
         if weakness := key_weakness(key):
             why = weakness.partition(";")[0].removeprefix("api_key ")
@@ -6391,7 +6391,7 @@ class Backend:
     def _give_body(exchange: Exchange) -> Response:
         """Answer a fetch with the body of a request, from the client's connection. ProtocolError 410 if repeated.
 
-        410 also when 100 Continue, which asks the client for the body, would come inside the response.
+        410 also when the client waits for 100 Continue, and its response has begun already.
         """
         if exchange.body is None or exchange.was_fetched or exchange.body.expects and exchange.response.done():
             raise ProtocolError(410, "the body was fetched before, or is not wanted any more", headers=[NO_STORE])
@@ -6401,7 +6401,7 @@ class Backend:
 
     @staticmethod
     async def _give_stream(request: Request, exchange: Exchange, stream: ClientStream) -> Response:
-        """Give the server what the client has sent since its last poll: 204 when that is nothing, 410 after the end."""
+        """Answer a poll with the bytes that the client has sent since the last one; 204 for none, 410 after the end."""
         offset, wait = parse_offset(request.headers), parse_wait(request.headers.get("prefer", ""))
         await asyncio.wait({exchange.response}, timeout=wait)
         data: bytes | None = b""
@@ -7384,7 +7384,7 @@ class FetchedBody(Body):
 def backoff() -> Iterator[float]:
     """Return the pauses before further attempts to reach a relay, in seconds; the first is short.
 
-    They are spread widely, so that thousands of servers do not all come back to a restarted relay in the same second.
+    They are random, so that thousands of servers do not reconnect to a restarted relay in the same second.
     """
     import random
 
@@ -7419,7 +7419,7 @@ class PolledBody(FetchedBody):
                 await asyncio.sleep(min(BACKOFF_MIN * 2**failures, BACKOFF_MAX))
 
     async def _poll(self, offset: int) -> tuple[int, bytes]:
-        """Ask for what came after the first `offset` bytes; return the answer's status and content."""
+        """Poll for the bytes after the first `offset` ones; return the response's status and content."""
         fields = [("PTTH-Offset", str(offset)), ("Prefer", f"wait={POLL_WAIT:.0f}"), *self._request.headers.pairs]
         response = await self._client.handle(replace(self._request, headers=Headers(fields)), timeout=P1_TIMEOUT)
         try:
@@ -7432,9 +7432,10 @@ class PolledBody(FetchedBody):
 
 
 class Link:
-    """Attends to one relay: says hello, and asks it for requests by P1.
+    """Connects to one relay, and polls it for requests by P1.
 
-    What fast handlers answer at once leaves with the next P1: one request where there would be two.
+    The first P1 of a connection, the hello, does not wait: it shows whether the relay knows the key. Responses of fast
+    handlers are sent together with the next P1, in one request instead of two.
     """
 
     def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers, label: str = "") -> None:
@@ -7627,9 +7628,9 @@ class Link:
         return await self._poll(await self.client.connect(), wait)
 
     async def _poll(self, connection: Connection, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
-        """P1 and P3: ask the relay, take what it has; return whether that was something.
+        """Send a P1, and queue the requests of its P3. Return whether there were any.
 
-        A `batch` of responses goes with it; when that fails, it is sent once more by itself.
+        A `batch` of responses is sent with the P1; if that fails, it is sent again without one.
         """
         if self._stopping.is_set():
             connection.close()
@@ -7675,7 +7676,7 @@ class Link:
         return bool(body)
 
     def _fetch(self, request_id: str, framing: int | None) -> Body:
-        """Make the body of a request that did not come with it."""
+        """Make the body of a request that is not in the P3: it is fetched, or polled for after a 101."""
         if framing is None:
             return PolledBody(self.client, self._key, request_id)
         return FetchedBody(self.client, self._key, request_id, None if framing == CHUNKED else framing)
