@@ -9295,6 +9295,84 @@ class TestRealPrograms:
             process.wait(10)
         tunnel.close()
 
+    def front_for_hosts(self, program: str, where: object, front: int, relay: int) -> list[str]:
+        """Write the README's configuration for hosts, with a certificate of the test; return the command."""
+        make_certificate(where)
+        (where / "both.pem").write_text((where / "cert").read_text() + (where / "key").read_text())
+        word = {"nginx": "upstream ptth", "haproxy": "http-no-delay", "caddy": "on_demand_tls"}[program]
+        block = next(block for block in self.readme(program) if word in block)
+        block = block.replace("127.0.0.1:4000", f"127.0.0.1:{relay}")
+        if program == "haproxy":
+            block = block.replace(":443 ssl crt /etc/haproxy/certs/", f"127.0.0.1:{front} ssl crt {where}/both.pem")
+        elif program == "caddy":
+            ports = f"https_port {front}\n http_port {free_port()}\n"
+            own = f"{{\n admin off\n {ports} local_certs\n skip_install_trust\n storage file_system {where}/caddy\n"
+            block = block.replace("{\n", own, 1)
+        else:
+            certificate = f"ssl_certificate {where}/cert; ssl_certificate_key {where}/key;"
+            block = block.replace("# ssl_certificate ...; ssl_certificate_key ...;", certificate)
+            block = block.replace("server_name relay.example.com;", "server_name n.example.com;")
+            temp = "".join(
+                f"{kind}_temp_path {where};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            )
+            block = f"daemon off; pid {where}/p; events {{}}\nhttp {{ access_log off; {temp}\n{block} }}\n"
+            block = block.replace("listen 443", f"listen 127.0.0.1:{front}")
+        (where / "conf").write_text(block)
+        arguments = {
+            "nginx": f"-e e -p {where} -c conf",
+            "haproxy": "-f conf",
+            "caddy": "run --adapter caddyfile --config conf",
+        }
+        return [program, *arguments[program].split()]
+
+    @needs("openssl")
+    @pytest.mark.parametrize("program", ["nginx", "haproxy", "caddy"])
+    def test_the_readmes_proxies_bring_hosts_and_websockets(
+        self, program: str, tmp_path: object, background: Background
+    ) -> None:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            if request.upgrade:
+                return ptth.Response(
+                    101,
+                    [("Upgrade", "websocket"), ("Sec-WebSocket-Accept", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")],
+                    request.body,
+                )
+            return ptth.text_response(200, request.headers["x-forwarded-proto"], [("Set-Cookie", "a=b")])
+
+        tunnel = Tunnel(background, handler)
+        front = free_port()
+        process = subprocess.Popen(
+            self.front_for_hosts(program, tmp_path, front, tunnel.port), cwd=tmp_path, stderr=subprocess.DEVNULL
+        )
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            eventually(lambda: self.listens(front))
+            for upgrade in (False, True):
+                plain = socket.create_connection(("127.0.0.1", front), 20)
+                with context.wrap_socket(plain, server_hostname="n.example.com") as client:
+                    more = [
+                        "Upgrade: websocket",
+                        "Connection: Upgrade",
+                        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                        "Sec-WebSocket-Version: 13",
+                    ]
+                    fields = more if upgrade else ["Connection: close"]
+                    client.sendall("\r\n".join(["GET / HTTP/1.1", "Host: n.example.com", *fields, "", ""]).encode())
+                    data = client.recv(4096)
+                    client.sendall(b"ping" * upgrade)
+                    while not data.endswith(b"ping" if upgrade else b"https") and (piece := client.recv(4096)):
+                        data += piece
+                    assert data.endswith(b"ping" if upgrade else b"https"), data
+                    assert upgrade or b"a=b" in data
+        finally:
+            process.terminate()
+            process.wait(10)
+        tunnel.close()
+
     @needs("openssl")
     def test_https_to_the_relay_checks_the_certificate(
         self, start: object, tmp_path: object, background: Background
