@@ -6299,7 +6299,7 @@ _BACKEND_ACTIONS = {
     "http_response": ("POST", _ID),
     "http_responses": ("POST", _NAME),
 }
-_GONE = (410, "nobody waits for this response")
+_GONE = (410, "no client waits for this response")
 
 
 def _has_head(request: Request) -> bool:

@@ -128,7 +128,7 @@ class FakeWriter:
         self.data += data
 
     def get_extra_info(self, name: str) -> object:
-        return {"peername": ("192.0.2.7", 1234), "sslcontext": "none, but it keeps sendfile away"}.get(name)
+        return {"peername": ("192.0.2.7", 1234), "sslcontext": object()}.get(name)  # not None: sent without sendfile
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -3265,7 +3265,7 @@ class TestFileServer:
         import pathlib
         import tempfile
 
-        with tempfile.TemporaryDirectory() as made:  # nobody else gets into tmp_path
+        with tempfile.TemporaryDirectory() as made:  # other users cannot enter tmp_path
             self.check_closed_folders(pathlib.Path(made))
 
     def check_closed_folders(self, tmp_path: object) -> None:
@@ -7268,7 +7268,7 @@ class TestServer:
                 most = max(most, running)
                 await release.wait()
                 running -= 1
-                raise ConnectionAbortedError  # nobody is there to take an answer
+                raise ConnectionAbortedError  # the client is gone
 
             server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, handler)
             requests = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % i for i in range(600)]
@@ -8817,7 +8817,7 @@ class TestFaults:
         for thread in threads:
             thread.start()
         refused = lambda: len([line for line in relay.told if "wrong key" in line or "unknown name" in line])  # noqa: E731
-        eventually(lambda: refused() == 3)  # one line for each name, and one for those that nobody has
+        eventually(lambda: refused() == 3)  # one line for each name, and one for all unknown names
         fresh = Hand(port, "fresh", "the-second-key-of-this-test")
         for _ in range(2):
             for hand in (known, fresh):
@@ -9487,7 +9487,7 @@ class TestRealPrograms:
         idle = trusting.wrap_socket(socket.create_connection(("localhost", port)), server_hostname="localhost")
         idle.sendall(get("/hello.txt").replace(b"Connection: close\r\n", b""))
         assert idle.recv(1000)
-        assert server.end(patience=10) == 0  # though nobody answers its close
+        assert server.end(patience=10) == 0  # the clients do not answer its close
         idle.close()
         assert len(server.told) == 1, server.told
 
