@@ -1045,7 +1045,7 @@ class Connection:
                 try:
                     sent = os.sendfile(twin, fd, offset, min(count, SENDFILE_SIZE))
                 except BlockingIOError:
-                    await self._ready(twin, self.loop.add_writer, self.loop.remove_writer)
+                    await wait_ready(self, twin, self.loop.add_writer, self.loop.remove_writer)
                     continue
                 if not sent:
                     raise IncompleteBody("the file became shorter")
@@ -1082,45 +1082,18 @@ class Connection:
                             raise IncompleteBody("the connection ended inside a body")
                         count -= filled
                 except BlockingIOError:
-                    await source._ready(from_socket, self.loop.add_reader, self.loop.remove_reader)
+                    await wait_ready(source, from_socket, self.loop.add_reader, self.loop.remove_reader)
                     continue
                 try:
                     moved = os.splice(outlet, to_socket, filled, flags=flags)
                     filled -= moved
                     self.written += moved
                 except BlockingIOError:
-                    await self._ready(to_socket, self.loop.add_writer, self.loop.remove_writer)
+                    await wait_ready(self, to_socket, self.loop.add_writer, self.loop.remove_writer)
             return True
         finally:
             for fd in opened:
                 os.close(fd)
-
-    async def take_buffered(self) -> None:
-        """Pause reading, and move into `buffer` all that asyncio has read: the rest stays in the socket."""
-        while True:
-            # Again each time: a StreamReader resumes its transport when it is empty.
-            self.transport.pause_reading()
-            try:
-                async with asyncio.timeout(0):  # asyncio has no read that does not wait
-                    data = await self.reader.read(READ_SIZE)
-            except TimeoutError:
-                return
-            if not data:
-                return  # end of the stream: `buffer` may hold the rest of the body
-            self.buffer += data
-
-    async def _ready(self, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
-        """Wait until a descriptor can be read or written; ConnectionError after `stall_timeout` seconds."""
-        ready = self.loop.create_future()
-        add(fd, lambda: None if ready.done() else ready.set_result(None))
-        try:
-            async with asyncio.timeout(self.stall_timeout):
-                await ready
-        except TimeoutError:
-            self.stalled = True
-            raise ConnectionResetError("the peer stalls") from None
-        finally:
-            remove(fd)
 
     def reset(self) -> None:
         """Close with a TCP reset. For a body that ends with the connection: a normal close would look like its end."""
@@ -1150,6 +1123,35 @@ class Connection:
         callbacks, self.on_close = self.on_close, []
         for callback in callbacks:
             callback()
+
+
+async def wait_ready(connection: Connection, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
+    """Wait until a descriptor can be read or written; ConnectionError after `stall_timeout` seconds."""
+    ready = connection.loop.create_future()
+    add(fd, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        async with asyncio.timeout(connection.stall_timeout):
+            await ready
+    except TimeoutError:
+        connection.stalled = True
+        raise ConnectionResetError("the peer stalls") from None
+    finally:
+        remove(fd)
+
+
+async def take_buffered(connection: Connection) -> None:
+    """Pause reading, and move into `buffer` all that asyncio has read: the rest stays in the socket."""
+    while True:
+        # Again each time: a StreamReader resumes its transport when it is empty.
+        connection.transport.pause_reading()
+        try:
+            async with asyncio.timeout(0):  # asyncio has no read that does not wait
+                data = await connection.reader.read(READ_SIZE)
+        except TimeoutError:
+            return
+        if not data:
+            return  # end of the stream: `buffer` may hold the rest of the body
+        connection.buffer += data
 
 
 async def read_request_head(connection: Connection, idle_timeout: float, head_timeout: float) -> bytes:
@@ -1449,7 +1451,7 @@ class IncomingBody(Body):
         worth_it = self.remaining >= SPLICE_MIN and not self.chunked
         if worth_it and connection.can_splice and sink.can_splice:
             try:
-                await connection.take_buffered()
+                await take_buffered(connection)
                 while self.unread_data or connection.buffer and self.remaining:
                     await sink.send(await self.read())
                 if self.remaining and await sink.splice(connection, self.remaining):
@@ -3670,6 +3672,29 @@ ORDERS: dict[str, Callable[[ListingEntry], Any]] = {
 }
 
 
+def sort_entries(entries: Iterable[ListingEntry], order: str) -> list[ListingEntry]:
+    """Sort entries, folders first. `order` is name, size or time, reversed with a minus; default: name."""
+    found = sorted(entries, key=ORDERS["name"])
+    key = ORDERS.get(order.removeprefix("-"), ORDERS["name"])
+    found.sort(key=key, reverse=order.startswith("-"))  # stable: folders have no size, and stay sorted by name
+    found.sort(key=lambda entry: not entry.is_dir)
+    return found
+
+
+def json_listing(entries: list[ListingEntry]) -> Response:
+    """Make a directory's listing as JSON."""
+    import json
+
+    rows = [
+        {"name": name_text(e.name), "size": e.size, "is_dir": e.is_dir, "mtime": e.mtime // 1_000_000_000}
+        | {"href": entry_link(e)}
+        | ({"error": e.error} if e.error else {})
+        for e in entries
+    ]
+    fields = [("Content-Type", "application/json; charset=UTF-8"), ("Vary", "Accept"), NOSNIFF]
+    return Response(200, fields, BytesBody(json.dumps({"entries": rows}, separators=(",", ":")).encode()))
+
+
 class Site:
     """A directory that is served.
 
@@ -3898,25 +3923,13 @@ class Site:
             return None
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool, form: str) -> Response:
-        """Make a listing, folders first. `order` is name, size or time, reversed with a minus; default: name."""
-        entries = sorted(self.entries(found.place), key=ORDERS["name"])
-        key = ORDERS.get(order.removeprefix("-"), ORDERS["name"])
-        entries.sort(key=key, reverse=order.startswith("-"))  # stable: folders have no size, and stay sorted by name
-        entries.sort(key=lambda entry: not entry.is_dir)
-        if not as_json:
-            script = LISTING_SCRIPT + UPLOAD_SCRIPT * bool(form)
-            vary = ("Vary", "Accept, Origin" if self.uploads else "Accept")
-            return html_response(200, listing_page(segments, entries, order, form), [vary], script)
-        import json
-
-        rows = [
-            {"name": name_text(e.name), "size": e.size, "is_dir": e.is_dir, "mtime": e.mtime // 1_000_000_000}
-            | {"href": entry_link(e)}
-            | ({"error": e.error} if e.error else {})
-            for e in entries
-        ]
-        fields = [("Content-Type", "application/json; charset=UTF-8"), ("Vary", "Accept"), NOSNIFF]
-        return Response(200, fields, BytesBody(json.dumps({"entries": rows}, separators=(",", ":")).encode()))
+        """Make a listing."""
+        entries = sort_entries(self.entries(found.place), order)
+        if as_json:
+            return json_listing(entries)
+        vary = ("Vary", "Accept, Origin" if self.uploads else "Accept")
+        script = LISTING_SCRIPT + UPLOAD_SCRIPT * bool(form)
+        return html_response(200, listing_page(segments, entries, order, form), [vary], script)
 
     def entries(self, place: bytes) -> Iterator[ListingEntry]:
         """Yield the files and directories in a directory, without hidden ones and links that leave the root.

@@ -1170,7 +1170,7 @@ class TestConnections:
             source, sender = await self.pair()
             sink, receiver = await self.pair(small=True)
             source.stall_timeout, sink.stall_timeout = 0.05 if end == "silent" else 60, 0.05 if end == "unread" else 60
-            await source.take_buffered()
+            await ptth.take_buffered(source)
             work = asyncio.ensure_future(self.outcome(sink.splice(source, 50_000_000)))
             data = bytes(50_000_000 if end in ("unread", "left") else 500)
             feeding = asyncio.ensure_future(source.loop.sock_sendall(sender, data))
