@@ -5784,6 +5784,13 @@ class TestUpgrades:
         assert visitor.read() == answer
         visitor.close()
 
+    def test_below_the_prefix_it_works_the_same(self, streams: StreamApp) -> None:
+        visitor = Visitor(streams.ports["tunnel"], "/frontend/servers/n/echo?a", host="relay.example.com")
+        visitor.sock.sendall(b"hello")
+        assert (visitor.status, visitor.read(5)) == (101, b"hello")
+        assert streams.heads[-1].startswith(b"GET /echo?a HTTP/1.1\r\n")
+        visitor.close()
+
     @WAYS
     def test_an_app_that_does_not_read_stops_its_visitor(self, way: str, streams: StreamApp) -> None:
         streams.hold = concurrent.futures.Future()
@@ -6164,7 +6171,7 @@ class Cutter:
             await asyncio.wait([asyncio.create_task(way) for way in ways], return_when=asyncio.FIRST_COMPLETED)
             far_writer.transport.abort()
         self.cut += left[0] <= 0
-        self.lefts.remove(left)
+        self.lefts = [one_of for one_of in self.lefts if one_of is not left]
         writer.transport.abort()
 
     @staticmethod
