@@ -1344,7 +1344,7 @@ class IncomingBody(Body):
         try:
             return await (self._read_chunks() if self.chunked else self._read_counted())
         except TimeoutError:
-            raise ProtocolError(408, "the rest of the message did not come in time", close=True) from None
+            raise ProtocolError(408, "the rest of the message did not arrive in time", close=True) from None
 
     async def _read_counted(self) -> bytes:
         """Return received bytes of a body with a length, or of one that ends with the connection."""
@@ -1690,7 +1690,7 @@ async def call_handler(handler: Handler, request: Request) -> Response:
     except IncompleteBody:
         if not request.body.complete and request.connection and request.connection.at_eof():
             raise  # the client ended the request's body early: no response can be sent
-        return error_response(request, ProtocolError(502, "the response broke off before it began"))
+        return error_response(request, ProtocolError(502, "there was no response"))
     except Exception:
         import traceback
 
@@ -4475,9 +4475,9 @@ def write_error(error: OSError) -> ProtocolError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return ProtocolError(409, "there is no such folder")
     if error.errno == errno.EFBIG:
-        return ProtocolError(413, "the file system takes no file of this size")
+        return ProtocolError(413, "the file is too large for the file system")
     if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL):
-        return ProtocolError(400, "the file system takes no such name")
+        return ProtocolError(400, "the file system does not accept this name")
     return file_error(error)
 
 
@@ -4698,14 +4698,14 @@ class Uploads:
         if stat.S_ISDIR(facts.st_mode):
             raise ProtocolError(409, "a folder has this name")
         if not stat.S_ISREG(facts.st_mode) or self._site._is_private(place, facts, place):
-            raise ProtocolError(403, "what has this name cannot be replaced")
+            raise ProtocolError(403, "the file of this name cannot be replaced")
         tag = entity_tag(facts)
         known = tag_matches(headers.get("if-match", ""), tag, weak=False)
         if not known or tag_matches(headers.get("if-none-match", ""), tag, weak=True):
             hint = "a file of this name exists: to replace it, send If-Match with its ETag"
             raise ProtocolError(412, hint, headers=[("ETag", tag)])
         if not os.access(place, os.W_OK):
-            raise ProtocolError(403, "what has this name cannot be replaced")
+            raise ProtocolError(403, "the file of this name cannot be replaced")
         return facts
 
     async def _put_folder(self, request: Request, place: bytes) -> Response:
@@ -4990,7 +4990,7 @@ def unpack_requests(data: bytes, fetch: Fetch = no_fetch) -> Iterator[tuple[str,
         head = head[: found.start()] + head[found.end() - 2 :]  # the handler does not get the id
         lengths = _INNER_LENGTH.findall(head)
         if len(lengths) > 1 or lengths and not re.fullmatch(rb"[0-9]{1,18}|chunked", lengths[0][1]):
-            raise ProtocolError(502, "the relay sent a request with two lengths, or a strange one", close=True)
+            raise ProtocolError(502, "the relay sent a request with two lengths, or an invalid one", close=True)
         inline = int(lengths[0][1]) if lengths and lengths[0][0].lower() == b"content-length" else 0
         position += inline
         if position > len(data):
@@ -5223,7 +5223,7 @@ def _make_map(members: list[Value]) -> dict[int | str, Value]:
     """Return the map of these members: key, value, key, value, and so on. ProtocolError 502."""
     keys = [key for key in members[::2] if isinstance(key, int | str)]
     if len(set(keys)) < len(members) // 2:
-        raise ProtocolError(502, "a map with the same key twice, or a strange one", close=True)
+        raise ProtocolError(502, "a map with the same key twice, or an invalid one", close=True)
     return dict(zip(keys, members[1::2], strict=True))
 
 
@@ -5287,7 +5287,7 @@ def unpack_rust_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolE
             head = format_request_head(_unpack_choice(parts[0], RUST_METHODS), parts[1], fields)
             yield request_id, parse_request_head(head, MAX_INNER_FIELDS)
         except (ProtocolError, UnicodeEncodeError) as error:
-            yield request_id, error if isinstance(error, ProtocolError) else ProtocolError(400, "an odd character")
+            yield request_id, error if isinstance(error, ProtocolError) else ProtocolError(400, "an invalid character")
 
 
 def pack_rust_response(response: Response) -> str:
@@ -6724,7 +6724,7 @@ class Relay:
         """
         server, target = route.server, route.target
         if route.prefix and climbs(target.partition("?")[0]):
-            raise ProtocolError(404, "the path leads out of the server's")
+            raise ProtocolError(404, "the path leads above the server's own")
         if request.method == "TRACE":
             raise ProtocolError(405, "TRACE is not possible here", headers=[("Allow", "GET, HEAD, OPTIONS")])
         if max_forwards(request) == 0:  # the relay answers as the last recipient
