@@ -134,6 +134,7 @@ MIN_PART = 64 * 1024  # bytes; the smallest part of a response, for a proxy that
 PART_INTERVAL = 25.0  # seconds without data after which the server sends an empty part, to show that it is there
 PART_TIMEOUT = 35.0  # seconds without a part after which the relay ends a response in parts
 PART_TRIES = 8  # attempts to send one part
+MAX_AT_WORK = 128  # requests of one client address at work at one server, half of MAX_HANDLERS; the others wait
 MAX_FROM_ADDRESS = 500  # requests from one client address waiting or in flight at one server; the next gets 503
 MAX_LOST = 200  # ids in one PTTH-Lost: 6.6 KiB, and nginx accepts 8 KiB for one field
 MAX_INSTANCES = 64  # servers of one name that are counted
@@ -5646,13 +5647,21 @@ class RegisteredServer:
             del self.instances[next(iter(self.instances))]
 
     def next_requests(self, instance: str, features: set[str]) -> list[Exchange]:
-        """Return the requests for one P3, and move them from `waiting` to `offered`."""
+        """Return the requests for one P3, and move them from `waiting` to `offered`.
+
+        No client address gets all handlers of the server, for example by uploads that never end.
+        """
         self.features = features
         batch: list[Exchange] = []
         size = 0
-        for exchange in list(itertools.islice(self.waiting.values(), MAX_P3_REQUESTS)):
+        at_work: Counter[str] = Counter()
+        if len(self.offered) + MAX_P3_REQUESTS > MAX_AT_WORK:  # only then can an address have that many
+            at_work.update(exchange.address for exchange in self.offered.values())
+        for exchange in list(self.waiting.values()):
+            if exchange.address and at_work[exchange.address] >= MAX_AT_WORK:
+                continue
             size += len(exchange.head)
-            if batch and size > MAX_BATCH_BYTES:
+            if len(batch) == MAX_P3_REQUESTS or batch and size > MAX_BATCH_BYTES:
                 break
             del self.waiting[exchange.request_id]
             if exchange.response.done() or exchange.client is not None and exchange.client.is_closed():
@@ -5666,6 +5675,7 @@ class RegisteredServer:
             exchange.offers += 1
             exchange.instance = instance
             self.offered[exchange.request_id] = exchange
+            at_work[exchange.address] += 1
             batch.append(exchange)
         return batch
 
@@ -5676,8 +5686,10 @@ class RegisteredServer:
             if self.parked[0].is_stale():
                 self.answer_empty(ParkedPoll.is_stale)
             else:
-                parked = self.parked.popleft()
-                parked.batch.set_result(self.next_requests(parked.instance, parked.features))
+                batch = self.next_requests(self.parked[0].instance, self.parked[0].features)
+                if not batch:  # those that wait are of addresses that have enough requests at work
+                    break
+                self.parked.popleft().batch.set_result(batch)
 
     def answer_empty(self, which: Callable[[ParkedPoll], bool] = lambda parked: True) -> None:
         """Answer waiting P1 without a request: all, or those for which `which` is true."""
@@ -5688,7 +5700,11 @@ class RegisteredServer:
     def offer(self, exchange: Exchange) -> None:
         """Add a request to those that wait, and dispatch them at the end of this turn of the loop."""
         self.waiting[exchange.request_id] = exchange
-        if not self.dispatch_scheduled and self.parked:
+        self.schedule_dispatch()
+
+    def schedule_dispatch(self) -> None:
+        """Let `dispatch` be called at the end of this turn of the loop, if it has something to do."""
+        if not self.dispatch_scheduled and self.parked and self.waiting:
             self.dispatch_scheduled = True
             asyncio.get_running_loop().call_soon(self.dispatch)
 
@@ -5981,6 +5997,7 @@ class RelayState:
         self.exchanges.pop(request_id, None)
         exchange.server.waiting.pop(request_id, None)
         exchange.server.offered.pop(request_id, None)
+        exchange.server.schedule_dispatch()  # a request of the same address may have waited for this one
 
     def leave(self, exchange: Exchange) -> None:
         """Note the end of an exchange with its client."""

@@ -4664,6 +4664,34 @@ class TestRelay:
         status, fields, body = client.answer()
         assert (status, fields["via"], fields["content-length"], body) == (200, "1.1 ptth", "2", b"hi")
 
+    def test_one_address_does_not_get_all_handlers(
+        self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it asks for beyond its share waits, and the requests of others pass it."""
+        monkeypatch.setattr(ptth, "MAX_AT_WORK", 2)
+        waiting = bare_relay.relay.state.servers["n"].waiting
+        clients = []
+        for number in range(3):
+            clients.append(Client(bare_relay.port, f"/{number}", "X-Forwarded-For: 192.0.2.1"))
+            eventually(lambda number=number: len(waiting) == number + 1)
+        hand.listen()
+        held = hand.requests()
+        assert [target for _, target in held] == ["/0", "/1"]
+        hand.listen()
+        clients.append(Client(bare_relay.port, "/other", "X-Forwarded-For: 198.51.100.1"))
+        ((identity, target),) = hand.requests()
+        assert target == "/other"
+        assert hand.reply(identity, OK) == 200
+        listener = Hand(bare_relay.port)
+        listener.listen()
+        assert hand.reply(held[0][0], OK) == 200
+        ((identity, target),) = listener.requests()
+        assert target == "/2"
+        for request_id in (held[1][0], identity):
+            assert hand.reply(request_id, OK) == 200
+        assert [client.answer()[0] for client in clients] == [200] * 4
+        listener.close()
+
     def test_what_waits_is_handed_over_together(self, bare_relay: Tunnel, hand: Hand) -> None:
         clients = [Client(bare_relay.port, f"/{i}") for i in range(70)]
         eventually(lambda: len(bare_relay.relay.state.servers["n"].waiting) == 70)
