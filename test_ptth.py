@@ -8207,6 +8207,9 @@ class TestCommandLine:
         assert (status, config.name, config.relay_url) == (0, "box", ["https://r.example"])
         assert tomllib.loads(err) == {"servers": [{"name": "box", "tripcode": ptth.tripcode(config.api_key)}]}
         assert config.api_key not in err and run("server", "--new-key")[1] != out
+        urls = ["https://a.example", "https://b.example"]
+        out = run("server", "--new-key", *(f"--relay-url={url}" for url in urls))[1]
+        assert tomllib.loads(out)["relay_url"] == urls
 
     def test_a_new_scraper_key_is_a_ready_block(self, tmp_path: object) -> None:
         status, out, err = run("relay", "--new-scraper-key", "box")
