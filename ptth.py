@@ -1776,6 +1776,15 @@ def is_body_soon_read(body: Body) -> bool:
     return not body.expects and (body.complete or (body.length or 0) <= MAX_DRAIN)
 
 
+def report_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """The loop's exception handler: report what was not handled, except the end of a connection.
+
+    asyncio keeps that in a future of its own, which the garbage collector may take before the stream it belongs to.
+    """
+    if not isinstance(context.get("exception"), OSError) or isinstance(context.get("future"), asyncio.Task):
+        loop.default_exception_handler(context)
+
+
 class HTTPServer:
     """Serves a handler on listening sockets, until `stop`."""
 
@@ -1829,7 +1838,7 @@ class HTTPServer:
                 self._last_loop_error = loop.time()
                 log_line(f"cannot accept connections: {format_error(error)}; raise the limit (ulimit -n, LimitNOFILE=)")
             return
-        loop.default_exception_handler(context)
+        report_error(loop, context)
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Accept no more connections, wait up to `grace` seconds for requests in flight, and abort the rest."""
@@ -8446,6 +8455,7 @@ def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
     SIGHUP calls `hang_up`, which reads the configuration again. If the terminal was closed, SIGHUP sets the event, too.
     """
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(report_error)
     event = asyncio.Event()
     number = getattr(signal, "SIGHUP", None)
     if number:

@@ -8294,6 +8294,17 @@ class TestCommandLine:
         told = capfd.readouterr().err
         assert told.count("\n") == 1 and ptth.format_error(error) in told
 
+    @pytest.mark.parametrize(("error", "lines"), [(ConnectionResetError(), 0), (ValueError("a fault"), 1)])
+    def test_the_end_of_a_connection_is_no_news(
+        self, error: Exception, lines: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def lose() -> None:
+            ptth.stop_event(lambda: None)
+            asyncio.get_running_loop().create_future().set_exception(error)
+
+        asyncio.run(lose())
+        assert len(caplog.records) == lines
+
     def test_a_system_without_dev_null_will_do(self, monkeypatch: pytest.MonkeyPatch, call: object) -> None:
         monkeypatch.setattr(os, "devnull", "/nowhere/null")
         assert call("--version") == (0, f"ptth {ptth.__version__}\n", "")
@@ -8741,7 +8752,8 @@ class TestFaults:
         finally:
             process.terminate()
         assert process.wait(10) == 0
-        assert process.stderr.read().count(b"\n") <= 2
+        told = process.stderr.read()
+        assert told.count(b"\n") <= 2, told
 
     def test_without_descriptors_downloads_go_on(
         self, background: Background, tmp_path: object, monkeypatch: pytest.MonkeyPatch
