@@ -6562,6 +6562,8 @@ class Responses:
         """
         try:
             status, headers, content = await self._read_response(request, exchange)
+            if parse_offset(request.headers):
+                raise ProtocolError(502, "its first bytes are missing")
             if self.state.exchanges.pop(exchange.request_id, None) is None or exchange.response.done():
                 raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client got 504
             exchange.server.offered.pop(exchange.request_id, None)

@@ -6015,6 +6015,13 @@ class TestParts:
             stream.send(b"", 3 + len(got), more=False)
             assert stream.read() == b""
 
+    @pytest.mark.parametrize("offset", ["3", "-1", "1e3", "0, 0", "9" * 30, ""])
+    def test_a_response_whose_beginning_is_missing_is_refused(self, offset: str, parts: object) -> None:
+        stream = parts()
+        assert stream.post(Parts.EVENTS + b"one", offset, first=True) == 400
+        assert b"missing" in stream.read() or offset != "3"
+        assert stream.head.startswith(b"HTTP/1.1 502 ")
+
     def test_a_part_that_breaks_off_is_repeated_and_each_byte_arrives_once(self, parts: object) -> None:
         stream = parts("Upgrade: websocket", "Connection: Upgrade")
         assert stream.post(Parts.SWITCH, 0, first=True) == 200
