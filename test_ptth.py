@@ -5731,7 +5731,7 @@ def streams(background: Background) -> object:
         app.tunnel, app.ports = tunnel, {"direct": direct, "tunnel": tunnel.port}
         yield app
     tunnel.close()
-    app.server.close()
+    background.loop.call_soon_threadsafe(app.server.close)
 
 
 class Visitor:
@@ -6273,7 +6273,7 @@ class TestCutConnections:
                 visitor.close()
                 background.loop.call_soon_threadsafe(cutter.arm, 0)
             assert cutter.cut
-        cutter.server.close()
+        background.loop.call_soon_threadsafe(cutter.server.close)
 
     @staticmethod
     def send(sock: socket.socket, data: bytes) -> None:
@@ -6300,7 +6300,7 @@ class TestCutConnections:
         with tunnel_behind(background, bare_relay, port, handler):
             assert one(bare_relay.fetch(get("/", host="n.example.com")))[2] == b"".join(events)
             assert cutter.cut
-        cutter.server.close()
+        background.loop.call_soon_threadsafe(cutter.server.close)
 
 
 class TestEventStreams:
