@@ -2901,7 +2901,9 @@ class App:
 
     async def _probe(self, request: Request) -> None:
         """Find out with GET / which Host the app accepts, before a request that must not be sent twice."""
-        first = Request("GET", "/", request.headers, connection=request.connection)
+        # Without Origin and Referer: the app may refuse a page of another site, and not the Host.
+        fields = [pair for pair in request.headers.pairs if pair[0].lower() not in ("origin", "referer")]
+        first = Request("GET", "/", Headers(fields), connection=request.connection)
         statuses = []
         for local in (False, True):
             response = await self._send(first, local)

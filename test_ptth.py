@@ -4561,6 +4561,15 @@ class TestApp:
         assert [got["fields"]["host"] == "n.example.com" for got in self.seen] == [True, False, False, False]
         assert capfd.readouterr().err.count("app_host") == 1
 
+    def test_a_first_post_from_another_site_does_not_decide_which_host_the_app_gets(self) -> None:
+        def refuse(request: ptth.Request) -> int:
+            ours = f"http://{request.headers['host']}"
+            own = request.headers["host"] != "n.example.com" and request.headers.get("origin", ours) == ours
+            return 0 if own else 403
+
+        posts = [("POST", [("Origin", origin)], b"x") for origin in ("http://evil.example", "https://n.example.com")]
+        assert [status for status, *_ in self.ask(refuse, posts)] == [403, 200]
+
     @pytest.mark.parametrize("status", [400, 403, 421])
     def test_before_a_post_the_app_is_asked_for_its_first_page(self, status: int) -> None:
         def refuse(request: ptth.Request) -> int:
