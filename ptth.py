@@ -7069,6 +7069,7 @@ class PartReader:
         self.offset = 0  # bytes before the next part
         self.ended = False
         self._body = body
+        self._length = body.length  # now: that of a body that is being received becomes smaller
         self._pieces = aiter(body)
         self._size = 0  # bytes of the last part
         self._held = b""  # bytes that were read, and are in no part yet
@@ -7078,7 +7079,6 @@ class PartReader:
     async def next(self, size: int) -> Body:
         """Return at most `size` bytes as a body; an empty one after PART_INTERVAL without data, or at the end."""
         self.offset += self._size
-        length = self._body.length
         part = self._body.part(self.offset, size)
         if part is None:
             if not self._held:
@@ -7086,7 +7086,7 @@ class PartReader:
             part = BytesBody(self._held[:size])
             self._held = self._held[size:]
         self._size = part.length or 0
-        self.ended = self.ended or length is not None and self.offset + self._size >= length
+        self.ended = self.ended or self._length is not None and self.offset + self._size >= self._length
         return part
 
     def put_back(self, part: Body) -> None:

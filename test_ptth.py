@@ -5990,6 +5990,20 @@ def parts(bare_relay: Tunnel) -> object:
 class TestParts:
     """Responses in parts and polls for what a client sends, at the relay."""
 
+    def test_a_body_that_is_received_is_cut_into_parts_up_to_its_end(self) -> None:
+        """Its `length` is what is still to come, and becomes smaller while it is read."""
+
+        async def cut() -> list[bytes]:
+            connection = ptth.Connection(reader_of(b"0123456789" * 100), FakeWriter())
+            parts = ptth.PartReader(ptth.IncomingBody(connection, 1000))
+            pieces = []
+            while not parts.ended:
+                pieces.append((await parts.next(300)).data)
+            return pieces
+
+        pieces = asyncio.run(cut())
+        assert b"".join(pieces) == b"0123456789" * 100 and len(pieces) == 4
+
     def test_each_part_is_with_the_client_before_the_next(self, parts: object) -> None:
         stream = parts()
         assert stream.post(Parts.EVENTS + b"one", 0, first=True) == 200
@@ -8421,7 +8435,7 @@ class TestCommandLine:
         process = subprocess.Popen(
             [sys.executable, PROGRAM, "file-server", root, "--port", "0"],
             stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0),
+            preexec_fn=lambda: (signal.signal(signal.SIGHUP, signal.SIG_DFL), fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)),
         )  # fmt: skip
         os.close(terminal)
         try:
