@@ -2996,9 +2996,10 @@ class App:
 
 def move_origin(url: str, old: str, new: str) -> str:
     """Return `url` with the origin `new` if its origin is `old` (RFC 6454, 5), else as it is."""
-    match = re.match(r"(https?://[^/?#\s]*)(?=[/?#]|\Z)", url, re.IGNORECASE)
+    absolute = old.partition("//")[0] + url if url.startswith("//") else url  # RFC 3986, 4.2
+    match = re.match(r"(https?://[^/?#\s]*)(?=[/?#]|\Z)", absolute, re.IGNORECASE)
     if match and normal_origin(match[1]) == normal_origin(old):
-        return new + url[match.end() :]
+        return new + absolute[match.end() :]
     return url
 
 

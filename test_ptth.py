@@ -4478,7 +4478,7 @@ class TestApp:
             seen.append(got)
             status = refuse(request) or 200
             own = f"http://{request.headers['host']}"
-            reply = [(name, value.replace("OWN", own)) for name, value in fields]
+            reply = [(name, value.replace("OWN", own).replace("AUTHORITY", own[7:])) for name, value in fields]
             return ptth.Response(status, reply, ptth.BytesBody(json.dumps(got).encode()))
 
         async def talk() -> list[object]:
@@ -4540,7 +4540,7 @@ class TestApp:
     @pytest.mark.parametrize(
         ("mode", "location", "expected"),
         [("public", "OWN/a", "https://n.example.com/a"), ("public", "https://n.example.com/a", "https://n.example.com/a"),
-         ("local", "OWN/a?b", "https://n.example.com/a?b"), ("local", "/a", "/a"), ("local", "https://else.test/", "https://else.test/"),
+         ("local", "OWN/a?b", "https://n.example.com/a?b"), ("local", "/a", "/a"), ("local", "https://else.test/", "https://else.test/"), ("local", "//else.test/", "//else.test/"), ("local", "//AUTHORITY/a", "https://n.example.com/a"),
          ("local", "http://n.example.com/a", "https://n.example.com/a"), ("public", "http://127.0.0.1:1/", "http://127.0.0.1:1/")],
     )  # fmt: skip
     def test_redirects_name_the_public_origin(self, mode: str, location: str, expected: str) -> None:
