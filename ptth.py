@@ -1180,7 +1180,8 @@ async def read_request_head(connection: Connection, idle_timeout: float, head_ti
                 connection.read_deadline = connection.loop.time() + head_timeout
             checked = len(data)
         connection.buffer = data
-        piece = await connection.reader.read(MAX_HEAD)  # so no more than that of pipelined requests is buffered
+        # A body of 100 KiB comes with its head. Of what is pipelined, not much more than that is buffered.
+        piece = await connection.reader.read(2 * WRITE_HIGH_WATER)
         if not piece:
             if data:
                 raise ConnectionError("the connection ended inside a head")
@@ -6583,7 +6584,10 @@ class Responses:
                 raise
             exchange.fail(502, f"the server's response cannot be used: {error.reason}")
             raise ProtocolError(400, error.reason, close=True, headers=[NO_STORE]) from None
-        await self._wait_for_client(exchange, part)
+        if part.more:
+            await self._wait_for_client(exchange, part)
+        elif not await exchange.delivered:
+            raise ProtocolError(*_GONE, headers=[NO_STORE])
 
     async def _go_on(self, request: Request, exchange: Exchange) -> None:
         """Continue a response with a further or repeated part, and wait until the client has it. ProtocolError 410."""
