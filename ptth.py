@@ -448,6 +448,9 @@ class Peer(Protocol):
     def abort(self) -> None:
         """Close at once; unsent bytes are dropped."""
 
+    def shut_down(self) -> None:
+        """End both directions at once, also if a splice holds a duplicate of the socket."""
+
 
 class Sink(Protocol):
     """What a body is written to: a connection, or a wrapper around one."""
@@ -485,6 +488,11 @@ class Body:
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         raise NotImplementedError
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether all of it can be read without waiting."""
+        return self.complete
 
     @property
     def known_length(self) -> int | None:
@@ -1112,6 +1120,13 @@ class Connection:
             self._wait_for_writing()  # then `sweep` calls `_end`
         else:
             self._end()
+
+    def shut_down(self) -> None:
+        """End both directions at once. A splice may hold a duplicate of the socket, for which closing is no end."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
 
     def abort(self) -> None:
         """Close at once; unsent bytes are dropped, so the peer sees an incomplete message."""
@@ -5493,16 +5508,25 @@ class Exchange:
         """Return whether the client is at eof, and the response is not a WebSocket. Used for streams without data."""
         return self.upgrade == "" and self.client is not None and self.client.at_eof()
 
+    def suits(self, features: set[str]) -> bool:
+        """Return whether a server with these features can take the request; if not, its client gets the reason."""
+        if self.response.done() or self.client is not None and self.client.is_closed():
+            self.fail(502, "the client is gone")
+            return False
+        if self.has_content and "body" not in features:
+            self.fail(501, NO_BODIES)
+            return False
+        if self.upgrade and "upgrade" not in features:
+            self.head = without_upgrade(self.head)
+        return True
+
     def break_off(self, reason: str) -> None:
         """Answer the client with 502. If its response has begun, close its P5: the client sees it incomplete."""
         self.fail(502, reason)
         if self.tunnel_body:
             self.tunnel_body.give_up()
-        if isinstance(self.connection, Connection):
-            try:
-                self.connection.sock.shutdown(socket.SHUT_RDWR)  # not close: a splice may hold a duplicate of it
-            except OSError:
-                pass
+        if self.connection:
+            self.connection.shut_down()
 
     def fail(self, status: int, reason: str) -> None:
         """Answer the client with an error, if there is no response yet."""
@@ -5677,14 +5701,8 @@ class RegisteredServer:
             if len(batch) == MAX_P3_REQUESTS or batch and size > MAX_BATCH_BYTES:
                 break
             del self.waiting[exchange.request_id]
-            if exchange.response.done() or exchange.client is not None and exchange.client.is_closed():
-                exchange.fail(502, "the client went away")
+            if not exchange.suits(features):
                 continue
-            if exchange.has_content and "body" not in features:
-                exchange.fail(501, NO_BODIES)
-                continue
-            if exchange.upgrade and "upgrade" not in features:
-                exchange.head = without_upgrade(exchange.head)
             exchange.offers += 1
             exchange.instance = instance
             self.offered[exchange.request_id] = exchange
@@ -5709,6 +5727,22 @@ class RegisteredServer:
         for parked in list(filter(which, self.parked)):
             self.parked.remove(parked)
             parked.answer_empty()
+
+    def renew_polls(self, now: float) -> None:
+        """End all waiting P1, because a server has just connected (`wait=0`): living servers poll again.
+
+        A proxy may hold open a P1 of a dead predecessor, and requests sent there would be lost.
+        """
+        for parked in self.parked:
+            asyncio.get_running_loop().call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.answer_empty)
+        self.parked.clear()
+
+    def forget_instances(self, now: float) -> None:
+        """Remove those servers of this name that have not polled for DISCONNECTED_AFTER."""
+        parked_now = {parked.instance for parked in self.parked}
+        for instance, seen in list(self.instances.items()):
+            if instance not in parked_now and now - seen > DISCONNECTED_AFTER and not self.responding:
+                del self.instances[instance]
 
     def offer(self, exchange: Exchange) -> None:
         """Add a request to those that wait, and dispatch them at the end of this turn of the loop."""
@@ -6367,9 +6401,8 @@ class Backend:
             raise ProtocolError(404, "not found")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
-        by_id = {"http_response": [self.state.exchanges, self.state.responses], "http_request": [self.state.uploads]}
-        exchange = next((held[rest] for held in by_id.get(action, ()) if rest in held), None)
-        if exchange is None and action in by_id:
+        exchange = self._find_exchange(action, rest)
+        if exchange is None and form is _ID:
             raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self.responses.settle(request))
         server = exchange.server if exchange else self.state.servers.get(rest)
         verified = await self.gate.is_server(request, server, server.name if server else rest)
@@ -6378,12 +6411,18 @@ class Backend:
         if not verified or server is None:
             challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
             raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, challenge])
-        if exchange:
-            if method == "POST":
-                return await self.responses.receive(request, exchange)
-            stream = exchange.client_stream
-            return await self._give_stream(request, exchange, stream) if stream else self._give_body(exchange)
-        return await (self._listen if method == "GET" else self._receive_batch)(request, server)
+        if exchange is None:
+            return await (self._listen if method == "GET" else self._receive_batch)(request, server)
+        if method == "POST":
+            return await self.responses.receive(request, exchange)
+        stream = exchange.client_stream
+        return await self._give_stream(request, exchange, stream) if stream else self._give_body(exchange)
+
+    def _find_exchange(self, action: str, request_id: str) -> Exchange | None:
+        """Return the exchange with this id, for which the action is possible now."""
+        state = self.state
+        tables = {"http_response": (state.exchanges, state.responses), "http_request": (state.uploads,)}
+        return next((table[request_id] for table in tables.get(action, ()) if request_id in table), None)
 
     async def _listen(self, request: Request, server: RegisteredServer) -> Response:
         """Answer a P1 with the waiting requests, or wait for one."""
@@ -6403,24 +6442,28 @@ class Backend:
         if not batch and self.state.stopping:
             raise ProtocolError(503, "the relay is stopping", close=True, headers=[NO_STORE])
         if not wait:
-            # `wait=0` means that a server has just connected. A proxy may hold open a P1 of its dead predecessor, and
-            # requests sent there would be lost. So end all waiting P1: living servers poll again.
-            for parked in server.parked:
-                self.state.loop.call_later(max(parked.since + RENEWAL_TIME - now, 0), parked.answer_empty)
-            server.parked.clear()
-        if not batch and wait:
+            server.renew_polls(now)
+        elif not batch:
             # A tenth less for some, so that the P1 of thousands of servers do not end together for ever.
             until = now + wait * (1 - os.urandom(1)[0] / 2560)
             parked = ParkedPoll(self.state.loop.create_future(), request.connection, instance, features, now, until)
-            server.parked.append(parked)
-            if len(server.parked) > MAX_PARKED:
-                server.parked.popleft().answer_empty()
-            try:
-                batch = await parked.batch
-            finally:
-                server.see(instance, self.state.loop.time())
-                if parked in server.parked:
-                    server.parked.remove(parked)
+            batch = await self._park(parked, server)
+        return self._make_p3(request, server, batch)
+
+    async def _park(self, parked: ParkedPoll, server: RegisteredServer) -> list[Exchange]:
+        """Let a P1 wait, and return the requests for it."""
+        server.parked.append(parked)
+        if len(server.parked) > MAX_PARKED:
+            server.parked.popleft().answer_empty()
+        try:
+            return await parked.batch
+        finally:
+            server.see(parked.instance, self.state.loop.time())
+            if parked in server.parked:
+                server.parked.remove(parked)
+
+    def _make_p3(self, request: Request, server: RegisteredServer, batch: list[Exchange]) -> Response:
+        """Make the answer to a P1."""
         sent = (lambda whole, size: self._p3_sent(request.connection, batch, whole)) if batch else None
         if "application/http" not in request.headers.get("accept", ""):  # a server in Rust sends */*
             data = self._pack_for_rust(batch)
@@ -6683,7 +6726,7 @@ class Responses:
 
     async def _read_batch(self, body: Body, server: RegisteredServer) -> bytes:
         """Read a batch. ProtocolError 408 after the response timeout, 503 above MAX_BATCHES_BYTES, 502 if too large."""
-        if not isinstance(body, IncomingBody):
+        if body is EMPTY:
             return b""
         most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL_BODY
         size = most if body.length is None else min(body.length, most)
@@ -6873,10 +6916,7 @@ class Relay:
         """End P1 whose time is over or whose connection is at eof; answer 503 if the server stays disconnected."""
         was_connected = server.has_connection
         server.answer_empty(lambda parked: parked.is_stale() or now >= parked.until)
-        parked_now = {parked.instance for parked in server.parked}
-        for instance, seen in list(server.instances.items()):
-            if instance not in parked_now and now - seen > DISCONNECTED_AFTER and not server.responding:
-                del server.instances[instance]
+        server.forget_instances(now)
         if server.has_connection or server.last_seen is None and not server.waiting:
             return
         if was_connected:
