@@ -156,7 +156,7 @@ MAX_UNREGISTERED = 100  # names shown at /frontend/unregistered_servers
 POLL_WAIT = 25.0  # seconds that a P1 waits; common proxies give up after 60, the server in Rust after 30
 P1_TIMEOUT = 35.0  # seconds after which the server closes an unanswered P1 and polls again
 RESPONSE_TIMEOUT = 50.0  # seconds for a response's head, then 504; nginx itself gives up after 60
-FETCH_GRACE = 5.0  # seconds for a response after the server has stopped reading the request's body
+FETCH_GRACE = 5.0  # seconds for a response after the server's connection broke in the request's body or in a P5's head
 RECONNECT_WAIT = 10.0  # seconds that a request waits for a server without a connection, then 503
 RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server treats a quicker empty P3 as an error
 DISCONNECTED_AFTER = 2.0  # seconds without a connection before a server is shown as disconnected
@@ -5429,7 +5429,7 @@ class Exchange:
         self.was_fetched = False
         self.fetching: asyncio.Task[object] | None = None
         self.fetch_sink: Sink | None = None  # the connection on which it was fetched
-        self.fetch_broke: float | None = None  # when that connection ended before the body did
+        self.broke_at: float | None = None  # when that connection, or a P5 before its head, ended too early
         self._fetched = 0  # bytes written to it
         self.inline_size = len(inline or b"")
         framing: Fields = [("Content-Length", str(len(inline)))] if inline else []
@@ -5482,7 +5482,7 @@ class Exchange:
             self.fail(error.status, error.reason)
             raise
         except (OSError, asyncio.CancelledError):
-            self.fetch_broke = asyncio.get_running_loop().time()  # a response may still arrive: see `_sweep`
+            self.broke_at = asyncio.get_running_loop().time()  # a response may still arrive: see `_sweep`
             raise
         finally:
             self.fetching = None
@@ -6620,7 +6620,10 @@ class Responses:
             exchange.connection = request.connection
             exchange.response.set_result(response)
         except (ConnectionError, TimeoutError) as error:
-            exchange.fail(502, f"the server's response broke off: {format_error(error)}")
+            if "parts" in exchange.server.features:
+                exchange.broke_at = self.state.loop.time()  # a proxy may have refused it: wait for it in parts
+            else:
+                exchange.fail(502, f"the server's response broke off: {format_error(error)}")
             raise
         except ProtocolError as error:
             if error.status == 410:
@@ -6909,8 +6912,8 @@ class Relay:
             for exchange in list(self.state.exchanges.values()):
                 if exchange.is_late(now, self.state.config.response_timeout):
                     exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
-                elif exchange.fetch_broke and now - exchange.fetch_broke > FETCH_GRACE:
-                    exchange.fail(502, "the server stopped reading the request")
+                elif exchange.broke_at and now - exchange.broke_at > FETCH_GRACE:
+                    exchange.fail(502, "the connection to the server broke")
 
     def _sweep_server(self, server: RegisteredServer, now: float) -> None:
         """End P1 whose time is over or whose connection is at eof; answer 503 if the server stays disconnected."""
