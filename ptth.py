@@ -1130,7 +1130,10 @@ class Connection:
 
     def abort(self) -> None:
         """Close at once; unsent bytes are dropped, so the peer sees an incomplete message."""
-        self.transport.abort()
+        try:
+            self.transport.abort()
+        except AttributeError:
+            pass  # a close that had bytes to send has ended: asyncio's transport has no loop any more
         self._end()
 
     def _end(self) -> None:
@@ -7591,12 +7594,12 @@ class Link:
             if connection.writer.can_write_eof():
                 connection.writer.write_eof()
             else:
-                connection.transport.abort()
+                connection.abort()
 
     def abort_polls(self) -> None:
         """Abort the P1 that are still open: a proxy on the way may not forward a half-close."""
         for connection in list(self._parked):
-            connection.transport.abort()
+            connection.abort()
 
     def _log_change(self, line: str) -> None:
         """Log a line, unless it is the same as the last one."""

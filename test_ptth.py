@@ -1100,6 +1100,21 @@ class TestConnections:
 
         in_time(talk())
 
+    def test_a_connection_whose_close_has_ended_can_be_aborted(self) -> None:
+        async def talk() -> None:
+            connection, other = await self.pair()
+            connection.transport.write(bytes(5_000_000))
+            connection.close()
+            while connection.transport.get_write_buffer_size():
+                with contextlib.suppress(BlockingIOError):
+                    other.recv(1 << 20)
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            connection.abort()
+            other.close()
+
+        asyncio.run(talk())
+
     @pytest.mark.parametrize("size", [ptth.SPLICE_MIN, 3 * ptth.SPLICE_MIN])
     def test_a_body_that_has_arrived_with_the_end_of_the_stream_is_complete(self, size: int) -> None:
         async def talk() -> None:
