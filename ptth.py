@@ -6041,6 +6041,18 @@ class RelayState:
             raise ProtocolError(404, "there is no server of that name here")
         return server
 
+    def server_of_host(self, host: str) -> RegisteredServer | None:
+        """Return the server with this host; None for the relay's own. ProtocolError 404 for others below `domain`."""
+        domain = self.config.domain
+        if not (self.hosts or domain):
+            return None
+        host = request_host(host)
+        server = self.hosts.get(host)
+        if not server and domain and host.endswith(f".{domain}"):
+            hint = f"a server is reached at its name followed by .{domain}"
+            raise ProtocolError(404, f"no server here has the host {host[:MAX_AUDIT_TEXT]}; {hint}")
+        return server
+
     def forget(self, exchange: Exchange) -> None:
         """Remove a request from the lists of those without a response."""
         request_id = exchange.request_id
@@ -6382,6 +6394,11 @@ _BACKEND_ACTIONS = {
 _GONE = (410, "no client waits for this response")
 
 
+def _bad_key() -> ProtocolError:
+    """Return the error for a server without the right key."""
+    return ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, ("WWW-Authenticate", 'X-ApiKey realm="ptth"')])
+
+
 def _has_head(request: Request) -> bool:
     """Return whether a P5 begins with the response's head."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/http"
@@ -6404,22 +6421,26 @@ class Backend:
             raise ProtocolError(404, "not found")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
-        exchange = self._find_exchange(action, rest)
-        if exchange is None and form is _ID:
-            raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self.responses.settle(request))
-        server = exchange.server if exchange else self.state.servers.get(rest)
-        verified = await self.gate.is_server(request, server, server.name if server else rest)
-        if exchange is None and server is not self.state.servers.get(rest):  # the configuration has changed meanwhile
-            verified = False
-        if not verified or server is None:
-            challenge = ("WWW-Authenticate", 'X-ApiKey realm="ptth"')
-            raise ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, challenge])
-        if exchange is None:
+        if form is _NAME:
+            server = await self._verified_server(request, rest)
             return await (self._listen if method == "GET" else self._receive_batch)(request, server)
+        exchange = self._find_exchange(action, rest)
+        if exchange is None:
+            raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self.responses.settle(request))
+        if not await self.gate.is_server(request, exchange.server, exchange.server.name):
+            raise _bad_key()
         if method == "POST":
             return await self.responses.receive(request, exchange)
         stream = exchange.client_stream
         return await self._give_stream(request, exchange, stream) if stream else self._give_body(exchange)
+
+    async def _verified_server(self, request: Request, name: str) -> RegisteredServer:
+        """Return the server of this name, if the request has its key. ProtocolError 401."""
+        server = self.state.servers.get(name)
+        verified = await self.gate.is_server(request, server, name)
+        if server is None or not verified or server is not self.state.servers.get(name):  # a reload has changed it
+            raise _bad_key()
+        return server
 
     def _find_exchange(self, action: str, request_id: str) -> Exchange | None:
         """Return the exchange with this id, for which the action is possible now."""
@@ -6569,6 +6590,18 @@ class Backend:
         return Response(200, [NO_STORE])
 
 
+def _client_fields(exchange: Exchange, status: int, headers: Headers) -> Fields:
+    """Return the fields of a server's response that its client gets."""
+    server = exchange.server
+    if exchange.own_host:
+        fields = own_host_fields(headers)
+    else:
+        fields = shared_origin_fields(status, headers, sandbox=server.entry.sandbox, server=server.name)
+    if status in (101, 426) and "upgrade" in headers:
+        fields.append(("Upgrade", headers["upgrade"]))
+    return fields
+
+
 class Responses:
     """Receives responses from servers, in P5, and forwards them to their clients."""
 
@@ -6687,13 +6720,8 @@ class Responses:
         self, exchange: Exchange, status: int, headers: Headers, content: Body, part: Part | None = None
     ) -> Response:
         """Make the client's response from the server's. ProtocolError 502 when its lengths contradict each other."""
-        server, more = exchange.server, part is not None and part.more
-        if exchange.own_host:
-            fields = own_host_fields(headers)
-        else:
-            fields = shared_origin_fields(status, headers, sandbox=server.entry.sandbox, server=server.name)
-        if status in (101, 426) and "upgrade" in headers:
-            fields.append(("Upgrade", headers["upgrade"]))
+        more = part is not None and part.more
+        fields = _client_fields(exchange, status, headers)
         if more:
             fields.append(("X-Accel-Buffering", "no"))  # nginx in front forwards each piece at once
         told, length = parse_framing(headers), None if more else content.length
@@ -6704,13 +6732,17 @@ class Responses:
         if told is not None and length not in (None, told):
             raise ProtocolError(502, "its Content-Length is not the length of its body")
         if part:
-            length = length if told is None else told
-            if more and length is None:
-                server.add_stream(exchange)
-            patience = FETCH_GRACE if "parts" in server.features else 0
-            content = exchange.tunnel_body = TunnelBody(part, length, patience)
-            self.state.responses[exchange.request_id] = exchange
+            content = self._tunnel_body(exchange, part, length if told is None else told)
         return Response(status, fields, content, exchange.set_delivered)
+
+    def _tunnel_body(self, exchange: Exchange, part: Part, length: int | None) -> TunnelBody:
+        """Make the body of a response that begins with this part. ProtocolError 410 for too many without an end."""
+        if part.more and length is None:
+            exchange.server.add_stream(exchange)
+        patience = FETCH_GRACE if "parts" in exchange.server.features else 0
+        exchange.tunnel_body = TunnelBody(part, length, patience)
+        self.state.responses[exchange.request_id] = exchange
+        return exchange.tunnel_body
 
     async def receive_batch(self, request: Request, server: RegisteredServer) -> None:
         """Receive a batch, a P5 with several small responses. Each is sent to its client independently.
@@ -6774,13 +6806,8 @@ class Relay:
         Prefixes and names are compared with the raw target, not decoded and not normalised. So what a proxy in front of
         the relay allows by a prefix means the same here.
         """
-        if self.state.hosts or self.state.config.domain:
-            host = request_host(request.headers.get("host", ""))
-            if server := self.state.hosts.get(host):
-                return await self._forward(request, Route(server, request.target))
-            if self.state.config.domain and host.endswith(f".{self.state.config.domain}"):
-                hint = f"a server is reached at its name followed by .{self.state.config.domain}"
-                raise ProtocolError(404, f"no server here has the host {host[:MAX_AUDIT_TEXT]}; {hint}")
+        if server := self.state.server_of_host(request.headers.get("host", "")):
+            return await self._forward(request, Route(server, request.target))
         target = request.target
         path = target.partition("?")[0]
         if target == "*":
@@ -7000,6 +7027,19 @@ class Workers:
             self.group.create_task(work)
         except RuntimeError:  # the server is ending
             work.close()
+
+    async def unless_stopped(self, work: Awaitable[T]) -> T:
+        """Return the result of `work`. At the stop, cancel it and raise _Stopped."""
+        task = asyncio.ensure_future(work)
+        stopping = asyncio.create_task(self.stopping.wait())
+        try:
+            await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() or self.stopping.is_set():
+                raise _Stopped
+            return await task
+        finally:
+            task.cancel()
+            stopping.cancel()
 
     def add(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
         """Queue a request for `start`. One that is queued or handled already is ignored."""
@@ -7381,14 +7421,11 @@ class Sender:
         proxy refused the size and the body can be sent in smaller parts.
         """
         delivered = smaller = False
-        # A body that can be read only once is sent after 100 Continue, if no POST of that size was accepted yet.
-        asks = "parts" in self.features and not body.replayable and (body.length or 0) > max(self._passed, READ_SIZE)
+        asks = self._asks_first(body)
         try:
             fields = [kind, ("Expect", "100-continue")] if asks else [kind]
             status, delivered = await self._post_once(path, body, fields)
-            if delivered:
-                self._passed = max(self._passed, body.length or 0)
-            elif status == 413 and "parts" in self.features and (body.replayable or asks and not body.begun):
+            if status == 413 and "parts" in self.features and (body.replayable or asks and not body.begun):
                 smaller = self._shrink_parts(body.length)
         except (OSError, ProtocolError) as error:
             self._log_change(f"sending a response to the relay failed: {format_error(error)}")
@@ -7396,6 +7433,10 @@ class Sender:
             if not (delivered or smaller or self.rust_relay):
                 self._lose(*request_ids)
         return smaller
+
+    def _asks_first(self, body: Body) -> bool:
+        """Return whether to wait for 100 Continue: the body can be read only once, and is larger than all accepted."""
+        return "parts" in self.features and not body.replayable and (body.length or 0) > max(self._passed, READ_SIZE)
 
     def _lose(self, *request_ids: str) -> None:
         """Add ids of responses that did not reach the relay, and report them."""
@@ -7405,7 +7446,10 @@ class Sender:
     async def _post_once(self, path: str, body: Body, fields: Fields) -> tuple[int, bool]:
         """Post a body; return the status, and whether the relay accepted it."""
         status, headers = await self.client.post(BACKEND + path, [("X-ApiKey", self._key), *fields], body)
-        return status, self._got_through(status, headers)
+        through = self._got_through(status, headers)
+        if through:
+            self._passed = max(self._passed, body.length or 0)
+        return status, through
 
     def _got_through(self, status: int, headers: Headers) -> bool:
         """Return whether the relay has accepted a response; if not, log the status and what to do."""
@@ -7558,20 +7602,20 @@ class Link:
         try:
             while not self._stopping.is_set():
                 try:
-                    took = await self._unless_stopped(self._connect())
+                    took = await self._workers.unless_stopped(self._connect())
                     failure: asyncio.Future[Exception] = loop.create_future()
                     began = loop.time()
                     self._most_polls = 0
                     self._set_distance(took, failure)
                     if not self._sender.rust_relay:
                         self._spawn(self._look(took, failure))
-                    error = await self._unless_stopped(failure)
+                    error = await self._workers.unless_stopped(failure)
                     if loop.time() - began > BACKOFF_MAX:  # the connection worked for some time
                         pauses = backoff()
                     raise error
                 except Refused as error:
                     self._log_change(
-                        self._registration_needed()
+                        registration_needed(self.name, self._key)
                         if isinstance(error, KeyRefused)
                         else f"{error}; retrying every {REFUSED_DELAY:.0f} seconds"
                     )
@@ -7582,7 +7626,7 @@ class Link:
                     pause = next(pauses)
                 self.connected.clear()
                 self.on_change()
-                await self._unless_stopped(asyncio.sleep(pause))
+                await self._workers.unless_stopped(asyncio.sleep(pause))
         except _Stopped:
             pass
 
@@ -7607,26 +7651,6 @@ class Link:
             self._last_logged = line
             for part in f"ptth server: {self.label}{line}".split("\n"):
                 log_line(part)
-
-    def _registration_needed(self) -> str:
-        return (
-            f"the relay does not know server {self.name} with this key (401). Add these lines to its ptth_relay.toml "
-            f"and send it SIGHUP; retrying every {REFUSED_DELAY:.0f} seconds:\n"
-            f"{format_server_block(self.name, self._key)}"
-        )
-
-    async def _unless_stopped(self, work: Awaitable[T]) -> T:
-        """Return the result of `work`. At the stop, cancel it and raise _Stopped."""
-        task = asyncio.ensure_future(work)
-        stopping = asyncio.create_task(self._stopping.wait())
-        try:
-            await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if not task.done() or self._stopping.is_set():
-                raise _Stopped
-            return await task
-        finally:
-            task.cancel()
-            stopping.cancel()
 
     # P1
 
@@ -7656,12 +7680,12 @@ class Link:
             while not failure.done():
                 try:
                     for _ in range(samples):
-                        took = min(took, await self._unless_stopped(self._sender.probe()))
+                        took = min(took, await self._workers.unless_stopped(self._sender.probe()))
                 except (OSError, ProtocolError) as error:
                     self._log_change(f"cannot post to {self.client.origin.authority}: {format_error(error)}")
                 if took < math.inf:
                     self._set_distance(took, failure)
-                await self._unless_stopped(asyncio.wait({failure}, timeout=MEASURE_INTERVAL))
+                await self._workers.unless_stopped(asyncio.wait({failure}, timeout=MEASURE_INTERVAL))
                 took, samples = math.inf, SAMPLES
         except _Stopped:
             pass
@@ -7696,13 +7720,8 @@ class Link:
         try:
             brought = False
             while number < self._most_polls and not (failure.done() or self._stopping.is_set()):
-                both = brought and "listen" in self._sender.features and self._sender.has_batch
-                # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
-                free = both or self.client.idle_count > brought
-                connection = self.client.take_idle(oldest=not both) if free else None
-                batch = self._sender.take_batch() if both and connection else Batch()
                 started = loop.time()
-                brought = await self._poll_again(connection, POLL_WAIT, batch)
+                brought = await self._poll_again(*self._next_poll(brought))
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
                     raise ConnectionError("the relay answers a P1 at once and with nothing")
                 await self._workers.room.wait()
@@ -7710,6 +7729,14 @@ class Link:
         except (OSError, ProtocolError) as error:
             if not failure.done():
                 failure.set_result(error)
+
+    def _next_poll(self, brought: bool) -> tuple[Connection | None, float, Batch]:
+        """Return an idle connection for the next P1, its wait, and the batch to send with it. `brought`: after a P3."""
+        both = brought and "listen" in self._sender.features and self._sender.has_batch
+        # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
+        free = both or self.client.idle_count > brought
+        connection = self.client.take_idle(oldest=not both) if free else None
+        return connection, POLL_WAIT, self._sender.take_batch() if both and connection else Batch()
 
     async def _poll_again(self, connection: Connection | None, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
         """Send a P1 on an idle connection, and on a new one if that is closed or None."""
@@ -7932,6 +7959,15 @@ def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
 def format_server_block(name: str, key: str) -> str:
     """Return the TOML block that registers a server at its relay."""
     return f'[[servers]]\nname = "{name}"\ntripcode = "{tripcode(key)}"'
+
+
+def registration_needed(name: str, key: str) -> str:
+    """Return what the operator must do when the relay does not know the key, in several lines."""
+    return (
+        f"the relay does not know server {name} with this key (401). Add these lines to its ptth_relay.toml "
+        f"and send it SIGHUP; retrying every {REFUSED_DELAY:.0f} seconds:\n"
+        f"{format_server_block(name, key)}"
+    )
 
 
 # -- 17. Configuration --
