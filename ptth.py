@@ -1041,13 +1041,8 @@ class Connection:
         await self.flush()
         try:
             twin = os.dup(self.sock.fileno())  # add_writer refuses the descriptor of a transport, so use a duplicate
-        except OSError:  # no descriptor left: send without os.sendfile
-            for start in range(offset, offset + count, WRITE_HIGH_WATER):
-                size = min(WRITE_HIGH_WATER, offset + count - start)
-                data = read_at(fd, start, size)
-                await self.send(data)
-                if len(data) < size:
-                    raise IncompleteBody("the file became shorter") from None
+        except OSError:  # no descriptor left
+            await send_by_reading(self, fd, offset, count)
             return
         try:
             while count:
@@ -1106,10 +1101,8 @@ class Connection:
 
     def reset(self) -> None:
         """Close with a TCP reset. For a body that ends with the connection: a normal close would look like its end."""
-        try:
+        with contextlib.suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        except OSError:
-            pass
         self.abort()
 
     def close(self) -> None:
@@ -1123,17 +1116,14 @@ class Connection:
 
     def shut_down(self) -> None:
         """End both directions at once. A splice may hold a duplicate of the socket, for which closing is no end."""
-        try:
+        with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
 
     def abort(self) -> None:
         """Close at once; unsent bytes are dropped, so the peer sees an incomplete message."""
-        try:
+        # AttributeError: a close that had bytes to send has ended, and asyncio's transport has no loop any more.
+        with contextlib.suppress(AttributeError):
             self.transport.abort()
-        except AttributeError:
-            pass  # a close that had bytes to send has ended: asyncio's transport has no loop any more
         self._end()
 
     def _end(self) -> None:
@@ -1142,6 +1132,16 @@ class Connection:
         callbacks, self.on_close = self.on_close, []
         for callback in callbacks:
             callback()
+
+
+async def send_by_reading(sink: Sink, fd: int, offset: int, count: int) -> None:
+    """Do what `send_file` does, without os.sendfile."""
+    for start in range(offset, offset + count, WRITE_HIGH_WATER):
+        size = min(WRITE_HIGH_WATER, offset + count - start)
+        data = read_at(fd, start, size)
+        await sink.send(data)
+        if len(data) < size:
+            raise IncompleteBody("the file became shorter")
 
 
 async def wait_ready(connection: Connection, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
@@ -1220,16 +1220,7 @@ async def read_response_head(connection: Connection, timeout: float) -> tuple[in
     """
     connection.head_deadline = connection.loop.time() + timeout
     for _ in range(MAX_INTERIM + 1):
-        while (end := connection.buffer.find(b"\r\n\r\n") + 4) < 4 and len(connection.buffer) <= MAX_HEAD:
-            left = (connection.head_deadline or 0) - connection.loop.time()
-            if left <= 0:  # `fill` returns early for each byte, so the sum of the waits is checked here
-                raise TimeoutError("the peer sends the response head too slowly")
-            if not await connection.fill(left):
-                raise ConnectionError("the connection was closed without a response")
-        if not 4 <= end <= MAX_HEAD:
-            raise ProtocolError(502, "the response head is too large", close=True)
-        status, headers = parse_response_head(connection.buffer[:end])
-        connection.buffer = connection.buffer[end:]
+        status, headers = parse_response_head(await _receive_response_head(connection))
         if status == 100 and connection.on_continue:
             connection.on_continue()
         if status >= 200 or status == 101:
@@ -1237,6 +1228,20 @@ async def read_response_head(connection: Connection, timeout: float) -> tuple[in
             connection.head_deadline = None
             return status, headers
     raise ProtocolError(502, f"more than {MAX_INTERIM} interim responses", close=True)
+
+
+async def _receive_response_head(connection: Connection) -> bytes:
+    """Return the bytes of the next response head, interim or not, which must arrive before `head_deadline`."""
+    while (end := connection.buffer.find(b"\r\n\r\n") + 4) < 4 and len(connection.buffer) <= MAX_HEAD:
+        left = (connection.head_deadline or 0) - connection.loop.time()
+        if left <= 0:  # `fill` returns early for each byte, so the sum of the waits is checked here
+            raise TimeoutError("the peer sends the response head too slowly")
+        if not await connection.fill(left):
+            raise ConnectionError("the connection was closed without a response")
+    if not 4 <= end <= MAX_HEAD:
+        raise ProtocolError(502, "the response head is too large", close=True)
+    head, connection.buffer = connection.buffer[:end], connection.buffer[end:]
+    return head
 
 
 async def linger(connection: Connection) -> None:
@@ -1465,23 +1470,27 @@ class IncomingBody(Body):
             yield piece
 
     async def write_to(self, sink: Sink) -> None:
-        connection = self.connection
         if self.expects:
             await sink.send(await self.read())
         worth_it = self.remaining >= SPLICE_MIN and not self.chunked
-        if worth_it and connection.can_splice and sink.can_splice:
-            try:
-                await take_buffered(connection)
-                while self.unread_data or connection.buffer and self.remaining:
-                    await sink.send(await self.read())
-                if self.remaining and await sink.splice(connection, self.remaining):
-                    self.remaining = 0
-                    self.complete = True
-            finally:
-                if not connection.transport.is_closing():
-                    connection.transport.resume_reading()
+        if worth_it and self.connection.can_splice and sink.can_splice:
+            await self._splice_to(sink)
         while piece := await self.read():
             await sink.send(piece)
+
+    async def _splice_to(self, sink: Sink) -> None:
+        """Send what asyncio has read already, then splice the rest, if descriptors are left for that."""
+        connection = self.connection
+        try:
+            await take_buffered(connection)
+            while self.unread_data or connection.buffer and self.remaining:
+                await sink.send(await self.read())
+            if self.remaining and await sink.splice(connection, self.remaining):
+                self.remaining = 0
+                self.complete = True
+        finally:
+            if not connection.transport.is_closing():
+                connection.transport.resume_reading()
 
     async def aclose(self) -> None:
         on_end, self.on_end = self.on_end, None
@@ -1908,27 +1917,16 @@ class HTTPServer:
         self.busy.discard(connection)
         if self.stopping and not connection.buffer:
             return False
-        data = b""
-        try:
-            data = await read_request_head(connection, self.idle_timeout, self.head_timeout)
-            if not data:
-                return False
-            self.busy.add(connection)
-            request = parse_request_head(data)
-            request.connection = connection
-            request.secure = self.tls is not None
-            self._find_body(connection, request)
-            if not request.body.complete:
-                await request.body.check(discard=not self.takes_bodies and request.method in ("GET", "HEAD"))
-        except TimeoutError:
-            if data or connection.buffer:
-                await self._refuse(connection, data, ProtocolError(408, "the request came too slowly", close=True))
-            return False
-        except ProtocolError as error:
-            await self._refuse(connection, data, error)
+        request = await self._read_request(connection)
+        if request is None:
             return False
         connection.must_close = wants_close(request)
-        await self._answer(connection, request)
+        connection.waiting = True  # so the task is cancelled when the client resets the connection
+        try:
+            response = await call_handler(self.handler, request)
+            await self._write_response(connection, request, response)
+        finally:
+            connection.waiting = False
         # Under TLS, which has no half-close, linger only while a request's body may still arrive: a client that reads
         # to the end of the connection would wait LINGER_TIMEOUT for nothing.
         needed = not request.body.complete or request.body is EMPTY and not self.tls
@@ -1936,14 +1934,27 @@ class HTTPServer:
             await linger(connection)
         return not connection.must_close
 
-    async def _answer(self, connection: Connection, request: Request) -> None:
-        """Call the handler and write its response; cancelled when the client resets the connection."""
-        connection.waiting = True
+    async def _read_request(self, connection: Connection) -> Request | None:
+        """Read a request's head, and check its body. None when no request follows, or after one was refused."""
+        data = b""
         try:
-            response = await call_handler(self.handler, request)
-            await self._write_response(connection, request, response)
-        finally:
-            connection.waiting = False
+            data = await read_request_head(connection, self.idle_timeout, self.head_timeout)
+            if not data:
+                return None
+            self.busy.add(connection)
+            request = parse_request_head(data)
+            request.connection = connection
+            request.secure = self.tls is not None
+            self._find_body(connection, request)
+            if not request.body.complete:
+                await request.body.check(discard=not self.takes_bodies and request.method in ("GET", "HEAD"))
+            return request
+        except TimeoutError:
+            if data or connection.buffer:
+                await self._refuse(connection, data, ProtocolError(408, "the request came too slowly", close=True))
+        except ProtocolError as error:
+            await self._refuse(connection, data, error)
+        return None
 
     def _find_body(self, connection: Connection, request: Request) -> None:
         """Attach the request's body, if any, and check Expect (RFC 9110, 10.1.1). ProtocolError 417, or of framing."""
