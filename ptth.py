@@ -2921,7 +2921,11 @@ class App:
             and not request.upgrade
         ):
             return response
-        again = await self._send(request, True)
+        try:
+            again = await self._send(request, True)
+        except BaseException:
+            await response.body.aclose()
+            raise
         if again.status in refused:
             await again.body.aclose()
             return response

@@ -4601,6 +4601,27 @@ class TestApp:
         assert [answer[0] for answer in answers] == [403, 403, 403] and capfd.readouterr().err == ""
         assert sum(got["method"] == "POST" for got in self.seen) == 1
 
+    def test_a_second_try_that_fails_closes_the_first_response(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        closed = []
+
+        class Refusal(ptth.BytesBody):
+            async def aclose(self) -> None:
+                closed.append(True)
+
+        async def respond(request: ptth.Request, **_: object) -> ptth.Response:
+            if request.headers["host"] != "n.example.com":
+                raise TimeoutError
+            return ptth.Response(403, [], Refusal())
+
+        async def talk() -> None:
+            client = ptth.HTTPClient(ptth.parse_base_url("http://127.0.0.1:1"))
+            monkeypatch.setattr(client, "handle", respond)
+            await ptth.App(client).handle(ptth.Request("GET", "/", ptth.Headers(self.PUBLIC)))
+
+        with pytest.raises(ptth.ProtocolError, match="in time"):
+            asyncio.run(talk())
+        assert closed == [True]
+
     def test_an_app_that_is_not_there_is_502_and_the_log_says_so_once(
         self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
