@@ -223,6 +223,14 @@ def log_line(line: str) -> None:
     write_stderr(line.translate(CONTROL_ESCAPES) + "\n")
 
 
+def log_fault() -> None:
+    """Log the traceback of the current exception, which is a fault in this program."""
+    import traceback
+
+    for line in traceback.format_exc().splitlines():
+        log_line(line)
+
+
 def write_stderr(text: str) -> None:
     """Write to descriptor 2. A full disk or a closed stderr is ignored.
 
@@ -1721,10 +1729,7 @@ async def call_handler(handler: Handler, request: Request) -> Response:
             raise  # the client ended the request's body early: no response can be sent
         return error_response(request, ProtocolError(502, "there was no response"))
     except Exception:
-        import traceback
-
-        for line in traceback.format_exc().splitlines():  # a fault in this program: log the whole traceback
-            log_line(line)
+        log_fault()
         return error_response(request, ProtocolError(500, "an error in the server; its log has the details"))
 
 
@@ -7009,14 +7014,6 @@ class Relay:
 
 class KeyRefused(Refused):
     """The relay does not know this name with this key."""
-
-
-def log_fault() -> None:
-    """Log the traceback of the current exception."""
-    import traceback
-
-    for line in traceback.format_exc().splitlines():
-        log_line(line)
 
 
 class Workers:
