@@ -1264,13 +1264,11 @@ async def linger(connection: Connection) -> None:
         connection.writer.write_eof()
     connection.buffer = b""
     discarded = 0
-    try:
+    with contextlib.suppress(OSError):  # TimeoutError is one
         async with asyncio.timeout(MAX_LINGER_TIMEOUT):
             while discarded < MAX_LINGER and await connection.fill(LINGER_TIMEOUT):
                 discarded += len(connection.buffer)
                 connection.buffer = b""
-    except (TimeoutError, OSError):
-        pass
 
 
 def due(items: Collection[T], turn: int) -> list[T]:
@@ -1300,10 +1298,8 @@ def set_socket_options(sock: socket.socket) -> None:
     options = (("NODELAY", 1), ("KEEPIDLE", 20), ("KEEPINTVL", 5), ("KEEPCNT", 3), ("NOTSENT_LOWAT", WRITE_HIGH_WATER))
     for name, value in options:
         if option := getattr(socket, f"TCP_{name}", None):
-            try:
+            with contextlib.suppress(OSError):  # Python knows the option, the system does not
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            except OSError:
-                pass  # Python knows the option, the system does not
 
 
 def read_at(fd: int, offset: int, count: int) -> bytes:
@@ -1341,9 +1337,7 @@ class IncomingBody(Body):
         self.on_end: Callable[[], Awaitable[None]] | None = None  # called by `aclose`, once
         self.chunked = framing == CHUNKED
         self.until_close = framing is None
-        self.remaining = (
-            0 if framing is None or framing == CHUNKED else framing
-        )  # bytes left of the body, or of the current chunk
+        self.remaining = 0 if self.chunked else framing or 0  # bytes left of the body, or of the current chunk
         self.complete = framing == 0
         self.expects = expects
         self.unread_data = b""  # bytes that `unread` has given back
@@ -1901,9 +1895,8 @@ class HTTPServer:
         self.connections.add(connection)
         connection.on_close.append(lambda: self.connections.discard(connection))
         try:
-            if (
-                connection.sock and connection.sock.fileno() > self._most_descriptors
-            ):  # the system assigns the lowest free number
+            # The system assigns the lowest free number.
+            if connection.sock and connection.sock.fileno() > self._most_descriptors:
                 busy = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
                 await self._refuse(connection, b"", busy)
                 return
@@ -1911,7 +1904,7 @@ class HTTPServer:
                 if connection.buffer:
                     await asyncio.sleep(0)  # let other connections run, however many requests this one has pipelined
             await connection.flush()
-        except (OSError, TimeoutError, asyncio.CancelledError):
+        except (OSError, asyncio.CancelledError):
             connection.abort()  # reset, stalled or incomplete: no error can be sent
         finally:
             self.busy.discard(connection)
@@ -2222,11 +2215,10 @@ class ForwardProxy(NamedTuple):
         """Send CONNECT to the proxy. Raises Refused. A 2xx has no content (RFC 9110, 9.3.6)."""
         target = f"{bracket(origin.name)}:{origin.port}"
         place = f"the proxy at {self.origin.place}"
+        head = format_request_head("CONNECT", target, [("Host", target), USER_AGENT, *self.fields])
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await connection.send(
-                    format_request_head("CONNECT", target, [("Host", target), USER_AGENT, *self.fields])
-                )
+                await connection.send(head)
                 status, headers = await read_response_head(connection, CONNECT_TIMEOUT)
         except (OSError, ProtocolError) as error:
             raise Refused(f"{place} does not answer CONNECT {target}: {format_error(error)}") from None
@@ -2906,7 +2898,7 @@ class App:
         client.retry_time = APP_WAIT
         self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
         self._local = host_mode not in ("auto", "public")
-        self._fixed = host_mode != "auto"
+        self._fixed = host_mode != "auto"  # whether `_local` stays as it is
         self._asked = self._fixed  # whether a first request has shown the mode
         self._logged = ""
 
@@ -2918,13 +2910,7 @@ class App:
         response = await self._send(request, self._local)
         refused = REFUSALS if safe else (421,)
         self._asked = self._asked or response.status not in refused
-        if (
-            self._fixed
-            or self._local
-            or response.status not in refused
-            or request.body.data is None
-            and not request.upgrade
-        ):
+        if self._fixed or response.status not in refused or request.body.data is None and not request.upgrade:
             return response
         try:
             again = await self._send(request, True)
@@ -2955,7 +2941,7 @@ class App:
             self._stay_local(statuses[0])
 
     def _stay_local(self, status: int) -> None:
-        self._local = True
+        self._local = self._fixed = True
         log_line(
             f"ptth server: the app answers {status} to its public host name, so from now on it gets Host: "
             f'{self._authority}; to decide that in advance, set app_host = "local" or "public"'
@@ -3009,9 +2995,8 @@ class App:
         stays: the app needs it to refuse requests from other sites.
         """
         fields = [("Host", own.partition("//")[2])]
-        for name, value in forwardable(
-            request.headers, _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}
-        ):
+        dropped = _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}
+        for name, value in forwardable(request.headers, dropped):
             if name.lower() in ("origin", "referer", "destination"):
                 value = move_origin(value, public, own)
             fields.append((name, value))
