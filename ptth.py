@@ -1383,14 +1383,12 @@ class IncomingBody(Body):
                 raise IncompleteBody("the connection ended inside a body")
             self.complete = True
             return b""
-        data = connection.buffer
-        if self.until_close or len(data) <= self.remaining:
-            connection.buffer = b""
-        else:
-            data, connection.buffer = data[: self.remaining], data[self.remaining :]
-        if not self.until_close:
-            self.remaining -= len(data)
-            self.complete = not self.remaining
+        if self.until_close:
+            data, connection.buffer = connection.buffer, b""
+            return data
+        data, connection.buffer = connection.buffer[: self.remaining], connection.buffer[self.remaining :]
+        self.remaining -= len(data)
+        self.complete = not self.remaining
         return data
 
     def unread(self, data: bytes) -> None:
@@ -2141,9 +2139,7 @@ def parse_base_url(url: str) -> BaseURL:
 def parse_app(text: str) -> BaseURL:
     """Parse the place of an app: PORT, HOST:PORT, a URL, https+insecure://..., or unix:PATH. Raises ValueError."""
     if text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        if path.startswith("//"):
-            path = path[2:]
+        path = text.removeprefix("unix:").removeprefix("//")
         if not path or not hasattr(socket, "AF_UNIX"):
             raise ValueError("a unix socket is written unix:/run/app.sock, on systems that have them")
         return BaseURL(False, "localhost", 80, "", unix=path)
@@ -2366,14 +2362,13 @@ class HTTPClient:
         while True:
             try:
                 connection = await self._open()
+                self.is_reachable = True
+                return connection
             except OSError:
                 if loop.time() >= end:
                     self.is_reachable = False
                     raise
-                await asyncio.sleep(0.1)
-            else:
-                self.is_reachable = True
-                return connection
+            await asyncio.sleep(0.1)
 
     async def _open(self) -> Connection:
         """Open a connection, and watch its deadlines. Raises OSError; Refused if the proxy is the cause."""
@@ -2929,16 +2924,15 @@ class App:
         # Without Origin and Referer: the app may refuse a page of another site, and not the Host.
         fields = [pair for pair in request.headers.pairs if pair[0].lower() not in ("origin", "referer")]
         first = Request("GET", "/", Headers(fields), connection=request.connection)
-        statuses = []
-        for local in (False, True):
-            response = await self._send(first, local)
-            await response.body.aclose()
-            statuses.append(response.status)
-            if response.status not in REFUSALS:
-                break
+        status = await self._status(first, False)
+        if status in REFUSALS and await self._status(first, True) not in REFUSALS:
+            self._stay_local(status)
         self._asked = True
-        if statuses[-1] not in REFUSALS and len(statuses) > 1:
-            self._stay_local(statuses[0])
+
+    async def _status(self, request: Request, local: bool) -> int:
+        response = await self._send(request, local)
+        await response.body.aclose()
+        return response.status
 
     def _stay_local(self, status: int) -> None:
         self._local = self._fixed = True
