@@ -2935,7 +2935,7 @@ class App:
         return response.status
 
     def _stay_local(self, status: int) -> None:
-        self._local = self._fixed = True
+        self._local = self._fixed = self._asked = True
         log_line(
             f"ptth server: the app answers {status} to its public host name, so from now on it gets Host: "
             f'{self._authority}; to decide that in advance, set app_host = "local" or "public"'

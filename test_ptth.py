@@ -4593,6 +4593,14 @@ class TestApp:
         assert self.ask(refuse, [("POST", [], b"once")])[0][0] == 200
         assert [(got["method"], got["target"]) for got in self.seen] == [("GET", "/"), ("GET", "/"), ("POST", "/x?y")]
 
+    def test_an_app_is_not_asked_again_for_what_a_get_has_shown(self, capfd: pytest.CaptureFixture[str]) -> None:
+        def refuse(request: ptth.Request) -> int:
+            return 403 if request.headers["host"] == "n.example.com" else 0
+
+        assert [answer[0] for answer in self.ask(refuse, [("GET", [], b""), ("POST", [], b"x")])] == [200, 200]
+        assert [got["method"] for got in self.seen] == ["GET", "GET", "POST"]
+        assert capfd.readouterr().err.count("app_host") == 1
+
     def test_a_refusal_that_is_not_for_the_name_stays(self, capfd: pytest.CaptureFixture[str]) -> None:
         def refuse(request: ptth.Request) -> int:
             return 403 if request.target != "/" else 0
