@@ -3810,15 +3810,13 @@ class Site:
         except OSError as error:
             raise file_error(error) from None
 
-    def _open_if_there(self, segments: tuple[bytes, ...], *fatal: int) -> Found | None:
-        """Open a regular file, or return None if it cannot be opened. ProtocolError if the status is one of `fatal`."""
-        if not (fatal or os.access(self._inside + b"/".join(segments), os.F_OK)):
+    def _open_if_there(self, segments: tuple[bytes, ...]) -> Found | None:
+        """Open a regular file, or return None if it cannot be opened."""
+        if not os.access(self._inside + b"/".join(segments), os.F_OK):
             return None  # the usual case, without the cost of exceptions
         try:
             found = self.open(segments)
-        except ProtocolError as error:
-            if error.status in fatal:
-                raise
+        except ProtocolError:
             return None
         return found if found.fd is not None else None
 
@@ -3932,7 +3930,7 @@ class Site:
         form = self.uploads.form(request.headers) if self.uploads else ""
         try:
             if "zip" in wanted and not as_json:
-                return await asyncio.to_thread(self._zip, segments, found)
+                return await asyncio.to_thread(zip_response, self, segments, found)
             return await asyncio.to_thread(self._list, segments, found, order, as_json, form)
         except OSError as error:
             raise file_error(error) from None
@@ -3940,18 +3938,17 @@ class Site:
     def _open_index(self, segments: tuple[bytes, ...], place: bytes) -> Found | None:
         """Open a folder's index.html, or return None. ProtocolError 403 when it cannot be read, 500, 503."""
         try:
-            return self._open_if_there((*segments, b"index.html"), 403, 500, 503)
+            found = self.open((*segments, b"index.html"))
         except ProtocolError as error:
+            if error.status == 404:
+                return None
             # In a folder without x permission no file can be opened. Its names, if readable, show if there is one.
-            if error.status != 403 or os.access(place, os.X_OK):
-                raise
-            try:
-                names = os.listdir(place)
-            except OSError:
-                raise error from None
-            if b"index.html" in names:
-                raise
-            return None
+            if error.status == 403 and not os.access(place, os.X_OK):
+                with contextlib.suppress(OSError):
+                    if b"index.html" not in os.listdir(place):
+                        return None
+            raise
+        return found if found.fd is not None else None
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool, form: str) -> Response:
         """Make a listing."""
@@ -3986,17 +3983,6 @@ class Site:
         if not stat.S_ISREG(facts.st_mode) or self._is_private(place, facts, item.path):
             return None
         return ListingEntry(item.name, False, facts.st_size, facts.st_mtime_ns)
-
-    def _zip(self, segments: tuple[bytes, ...], found: Found) -> Response:
-        """Make the response with a directory's zip.  OSError when the directory itself cannot be read."""
-        pieces = FolderZip(self, found).pieces()
-        first = next(pieces)
-        fields = [
-            ("Content-Type", "application/zip"),
-            NOSNIFF,
-            attachment(show_name((segments or (b"files",))[-1]) + ".zip"),
-        ]
-        return Response(200, fields, ZipBody(itertools.chain([first], pieces)))
 
 
 def _look_at(place: bytes) -> tuple[str, tuple[int, int] | None]:
@@ -4271,6 +4257,15 @@ class ZipBody(Body):
 
     async def aclose(self) -> None:
         del self._zip  # closes its open file, after the thread that uses it has ended
+
+
+def zip_response(site: Site, segments: tuple[bytes, ...], found: Found) -> Response:
+    """Make the response with a directory's zip.  OSError when the directory itself cannot be read."""
+    pieces = FolderZip(site, found).pieces()
+    first = next(pieces)
+    disposition = attachment(show_name((segments or (b"files",))[-1]) + ".zip")
+    fields = [("Content-Type", "application/zip"), NOSNIFF, disposition]
+    return Response(200, fields, ZipBody(itertools.chain([first], pieces)))
 
 
 _PAGES = (16 * 1024, 64 * 1024)  # bytes; the size of files in /sys with other processors
@@ -4585,6 +4580,10 @@ class FormReader:
                 if not await self._body.read():
                     break
             return None
+        return await self._read_head(at)
+
+    async def _read_head(self, at: int) -> dict[str, str]:
+        """Read a part's head, which begins at `at`, and return its parameters."""
         while (end := self._data.find(b"\r\n\r\n", at)) < 0 and len(self._data) < MAX_PART_HEAD:
             await self._more()
         head = _PART_HEAD.fullmatch(self._data[at : end + 2].decode("latin-1"))
@@ -4670,8 +4669,7 @@ class Uploads:
             except ProtocolError as error:
                 if error.close:
                     raise
-                status, reason = (409, "the name is taken") if error.status == 412 else (error.status, error.reason)
-                failed.append(ProtocolError(status, f"{show_name(name)} ({reason})"))
+                failed.append(_part_failure(name, error))
         if failed or not stored:
             raise _form_failure(failed, stored)
         location = "./" if directory or not segments else redirect_below(segments[-1], "")
@@ -4801,6 +4799,12 @@ def _property_row(path: str, entry: ListingEntry) -> str:
         f"<D:getlastmodified>{format_date(clamp(entry.mtime))}</D:getlastmodified></D:prop>"
         "<D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response>\n"
     )
+
+
+def _part_failure(name: bytes, error: ProtocolError) -> ProtocolError:
+    """Return the error for one part of a form: it has no preconditions, so 412 would say nothing to its sender."""
+    status, reason = (409, "the name is taken") if error.status == 412 else (error.status, error.reason)
+    return ProtocolError(status, f"{show_name(name)} ({reason})")
 
 
 def _form_failure(failed: list[ProtocolError], stored: list[str]) -> ProtocolError:
