@@ -3749,15 +3749,6 @@ class Site:
         self.uploads = Uploads(self) if self.options.upload else None
         self._allow = ("Allow", ", ".join((*METHODS, *UPLOAD_METHODS) if self.uploads else METHODS))
 
-    def tell_secrets(self, command: str) -> None:
-        """Log in one line which secret files are below the root. Only their usual places are searched."""
-        root = os.path.realpath(self._root)
-        usual = [os.path.join(root, folder, name) for folder in (b"", b"config") for name in _CONFIGURATIONS]
-        places = map(os.path.realpath, [*self._private, *filter(os.path.exists, usual)])
-        below = [os.fsdecode(place) for place in dict.fromkeys(places) if _is_below(place, root)]
-        if below:
-            log_line(f"ptth {command}: these secret files in the directory are not served: {', '.join(below)}")
-
     async def respond(
         self, request: Request, segments: tuple[bytes, ...], directory: bool, *, as_json: bool = False
     ) -> Response:
@@ -3983,6 +3974,16 @@ class Site:
         if not stat.S_ISREG(facts.st_mode) or self._is_private(place, facts, item.path):
             return None
         return ListingEntry(item.name, False, facts.st_size, facts.st_mtime_ns)
+
+
+def tell_secrets(site: Site, command: str) -> None:
+    """Log in one line which secret files are below its root. Only their usual places are searched."""
+    root = os.path.realpath(site._root)
+    usual = [os.path.join(root, folder, name) for folder in (b"", b"config") for name in _CONFIGURATIONS]
+    places = map(os.path.realpath, [*site._private, *filter(os.path.exists, usual)])
+    below = [os.fsdecode(place) for place in dict.fromkeys(places) if _is_below(place, root)]
+    if below:
+        log_line(f"ptth {command}: these secret files in the directory are not served: {', '.join(below)}")
 
 
 def _look_at(place: bytes) -> tuple[str, tuple[int, int] | None]:
@@ -8592,7 +8593,7 @@ async def run_file_server(args: argparse.Namespace) -> None:
     options = SiteOptions(*shown, headers, auth, args.upload, args.max_upload)
     tls = load_certificate(args.tls_cert, args.tls_key)
     site = Site(root, options, private=filter(None, (args.tls_cert, args.tls_key)))
-    site.tell_secrets(args.command)
+    tell_secrets(site, args.command)
     begin_uploads(site, args.command, root)
     server = HTTPServer(site_handler(site), log=None if args.quiet else AccessLog(), tls=tls)
     sock = open_socket(args.bind, args.port)
@@ -8762,7 +8763,7 @@ def make_content(config: ServerConfig, command: str = "server") -> Handler:
         )
     private = [config.path] if os.path.exists(config.path) else []
     site = Site(config.file_server_root, config.site, private=private)
-    site.tell_secrets(command)
+    tell_secrets(site, command)
     begin_uploads(site, command, config.file_server_root)
     return server_handler(site, config.name)
 

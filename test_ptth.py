@@ -2552,7 +2552,7 @@ class TestFileServer:
     ) -> None:
         root = tmp_path / "root"
         (root / "config").mkdir(parents=True)
-        ptth.Site(str(root), private=[str(tmp_path / "key.pem")]).tell_secrets("file-server")
+        ptth.tell_secrets(ptth.Site(str(root), private=[str(tmp_path / "key.pem")]), "file-server")
         assert capfd.readouterr().err == ""
         for path in (
             root / "ptth_server.toml",
@@ -2563,7 +2563,7 @@ class TestFileServer:
             path.write_text("")
         (tmp_path / "link").symlink_to(root)
         for served, key in ((root, root / "k.pem"), (tmp_path / "link", tmp_path / "link" / "k.pem")):
-            ptth.Site(str(served), private=[str(key), str(tmp_path / "root2.pem")]).tell_secrets("file-server")
+            ptth.tell_secrets(ptth.Site(str(served), private=[str(key), str(tmp_path / "root2.pem")]), "file-server")
             told = capfd.readouterr().err
             assert told.count("\n") == 1 and "root2.pem" not in told
             for name in ("ptth_server.toml", "config/ptth_relay.toml", "k.pem"):
