@@ -9360,7 +9360,8 @@ class TestRealPrograms:
         """Write the README's configuration with the user me:secret; return the command."""
         coded = "$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW"
         if program == "caddy":
-            block = next(block for block in self.readme("caddy") if "basicauth" in block)
+            closed = next(block for block in self.readme("caddy") if "basicauth" in block)
+            block = self.readme("caddy")[0].replace("{\n", "{\n" + closed, 1)
             block = block.replace("relay.example.com", f"http://:{front}").replace(
                 "127.0.0.1:4000", f"127.0.0.1:{relay}"
             )
