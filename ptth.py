@@ -124,6 +124,7 @@ MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.
 MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashed
 MAX_P3_REQUESTS = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
+MAX_RESPONSES_BYTES = 384 * 1024  # bytes of responses in one batch; relays of all versions read at least 432 KiB
 MAX_BATCHES_BYTES = 8 * 1024 * 1024  # bytes of one name's batches that the relay reads at the same time
 MAX_INLINE = 64 * 1024  # bytes of a request's body that is sent inside P3; the server fetches a longer one
 MAX_INLINE_TOTAL = 16 * 1024 * 1024  # bytes of all such bodies that wait at the relay
@@ -4941,7 +4942,7 @@ REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
 # The optional features of this program, sent in P1 and in P3. `listen`: a P5 with Prefer: wait is the next P1, too.
 FEATURES = ("PTTH-Features", "body, upgrade, parts, listen")
-MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST
+MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST to a far relay
 
 
 def _proxy_fields(request: Request, host: str, trusted: bool) -> Fields:
@@ -7247,9 +7248,12 @@ class Sender:
         return bool(self._batch)
 
     def can_batch(self, response: Response) -> bool:
-        """Return whether a response is small enough to be sent in a batch."""
-        data = response.body.data
-        return data is not None and len(data) <= MAX_BATCHED_BODY and not (self.client.limiter or self.rust_relay)
+        """Return whether a response is small enough to be sent in a batch.
+
+        A relay forwards a batch when it has all of it. From afar that takes long, so that a larger body goes alone.
+        """
+        data, most = response.body.data, SMALL_BODY if self.most_batches == 1 else MAX_BATCHED_BODY
+        return data is not None and len(data) <= most and not (self.client.limiter or self.rust_relay)
 
     def batch(self, request_id: str, response: Response, method: str) -> None:
         """Queue a small response. The next batch has those of this turn of the loop, or since the last batch began."""
@@ -7279,11 +7283,11 @@ class Sender:
             self._sending -= 1
 
     def take_batch(self) -> Batch:
-        """Remove small responses from the queue, MAX_BATCH_BYTES at most, and return them."""
+        """Remove small responses from the queue, MAX_RESPONSES_BYTES at most, and return them."""
         request_ids: list[str] = []
         pieces: list[bytes] = []
         size = 0
-        most = min(self._part_size or MAX_BATCH_BYTES, MAX_BATCH_BYTES)
+        most = min(self._part_size or MAX_RESPONSES_BYTES, MAX_RESPONSES_BYTES)
         while self._batch and (not pieces or size + len(self._batch[0][1]) <= most):
             request_id, piece = self._batch.popleft()
             request_ids.append(request_id)

@@ -7397,6 +7397,29 @@ class TestServer:
 
         assert asyncio.run(measure()) == [ptth.MAX_HANDLERS, ptth.MAX_HANDLERS, 0]
 
+    def test_a_batch_has_larger_bodies_for_a_near_relay_and_no_more_than_any_relay_reads(self) -> None:
+        async def handler(request: ptth.Request) -> ptth.Response:
+            return ptth.Response(200)
+
+        async def measure() -> tuple[list[int], list[bool]]:
+            client = ptth.HTTPClient(ptth.parse_base_url("http://127.0.0.1:1"))
+            sender = ptth.Sender(client, "n", KEY, ptth.Workers(handler), print)
+            response = ptth.Response(200, [], ptth.BytesBody(b"x" * 100 * 1024))
+            near = sender.can_batch(response)
+            for number in range(8):
+                sender.batch(f"{number:08}", response, "GET")
+            sizes = []
+            while sender.has_batch:
+                sizes.append(len(sender.take_batch().data))
+            sender.most_batches = ptth.FAR_BATCHES
+            return sizes, [near, sender.can_batch(response)]
+
+        sizes, batched = asyncio.run(measure())
+        assert batched == [True, False]
+        assert [size // (100 * 1024) for size in sizes] == [3, 3, 2]
+        # What release 1.0.0 reads: 256 KiB, a head, and a body.
+        assert max(sizes) <= ptth.MAX_RESPONSES_BYTES <= (256 + 48 + 128) * 1024
+
     def test_whatever_a_handler_raises_becomes_a_response(
         self, background: Background, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -7412,7 +7435,7 @@ class TestServer:
             if kind == "fault-in-the-body":
                 return ptth.Response(200, [], Faulty())
             if kind == "field":
-                return ptth.Response(200, [("X", "a\r\nb")], ptth.BytesBody(b"x" * ptth.MAX_BATCHED_BODY * 2))
+                return ptth.Response(200, [("X", "a\r\nb")], ptth.BytesBody(b"x" * ptth.SMALL_BODY * 2))
             if kind == "None":
                 return None
             if kind == "cancelled":
