@@ -537,6 +537,16 @@ def eventually(check: object, patience: float = 20) -> None:
         time.sleep(0.01)
 
 
+def fill(sock: socket.socket, data: bytes, most: int) -> int:
+    """Send `data` again and again, at most `most` bytes, until the peer takes no more; return how many it took."""
+    sock.settimeout(0.1)
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while sent < most:
+            sent += sock.send(data[: most - sent])
+    return sent
+
+
 def in_time(work: object, patience: float = 20) -> object:
     """Run a coroutine; it must end within `patience` seconds."""
     return asyncio.run(asyncio.wait_for(work, patience))
@@ -1491,17 +1501,10 @@ class TestHTTPServer:
             return ptth.text_response(200, "")
 
         with serving(background, think) as port, socket.create_connection(("127.0.0.1", port)) as sock:
-            sock.setblocking(False)
             begin = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
-            sent = sock.send(begin)
+            sock.sendall(begin)
             assert begun.wait(20)
-            taken = [0, -1]
-            while taken[-1] != taken[-2]:  # until the server takes no more
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        sent += sock.send(begin * 10_000)
-                time.sleep(0.05)
-                taken.append(sent)
+            fill(sock, begin * 10_000, 1 << 27)
             (server,) = serving.servers
             (stream,) = server.connections
             assert len(stream.buffer) + len(stream.reader._buffer) < 500_000
@@ -5641,21 +5644,13 @@ class TestBodies:
     def test_an_app_that_does_not_read_stops_the_client(self, app_tunnel: Tunnel) -> None:
         app_tunnel.hold = concurrent.futures.Future()
         with socket.create_connection(("127.0.0.1", app_tunnel.port), timeout=20) as sock:
-            size = 1 << 28
+            size = 1 << 27
             sock.sendall(f"PUT /wait HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: {size}\r\n\r\n".encode())
-            sock.setblocking(False)
-            sent, before = 0, -1
-            while sent != before or not sent:
-                before = sent
-                with contextlib.suppress(BlockingIOError):
-                    while sent < size:
-                        sent += sock.send(bytes(1 << 20))
-                time.sleep(0.2)
+            sent = fill(sock, bytes(1 << 20), size)
             assert sent < size // 2  # the kernels' buffers on the way, and no more
             app_tunnel.hold.set_result(None)
-            sock.setblocking(True)
-            while sent < size:
-                sent += sock.send(bytes(min(1 << 20, size - sent)))
+            sock.settimeout(20)
+            sock.sendall(bytes(size - sent))
             answer = b""
             while piece := sock.recv(1 << 16):
                 answer += piece
@@ -5882,15 +5877,7 @@ class TestUpgrades:
     def test_an_app_that_does_not_read_stops_its_visitor(self, way: str, streams: StreamApp) -> None:
         streams.hold = concurrent.futures.Future()
         visitor = Visitor(streams.ports[way], "/deaf")
-        visitor.sock.setblocking(False)
-        sent, before = 0, -1
-        while sent != before:
-            before = sent
-            with contextlib.suppress(BlockingIOError):
-                while sent < 1 << 28:
-                    sent += visitor.sock.send(bytes(1 << 20))
-            time.sleep(0.1)
-        assert sent < 1 << 26  # the kernels' buffers on the way, and no more
+        assert fill(visitor.sock, bytes(1 << 20), 1 << 27) < 1 << 26  # the kernels' buffers on the way, and no more
         streams.hold.set_result(None)
         visitor.close()
 
