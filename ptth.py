@@ -7748,6 +7748,20 @@ class Link:
                     return False
         return await self._poll(await self.client.connect(), wait)
 
+    def _make_p1(self, wait: float, lost: list[str], batch: Batch) -> Request:
+        """Make a P1 with the `lost` ids. One with a `batch` of responses is a P5, too."""
+        fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
+        fields += [("PTTH-Instance", self._instance), FEATURES]
+        if lost:
+            fields.append(("PTTH-Lost", ", ".join(lost)))
+        at_work = [] if wait else self._workers.ids_from(self._sender)
+        if at_work:
+            fields.append(("PTTH-At-Work", ", ".join(at_work)))
+        if not batch.data:
+            return Request("GET", f"{BACKEND}http_listen/{self.name}", Headers(fields))
+        fields.append(("Content-Type", RESPONSE_TYPE))
+        return Request("POST", f"{BACKEND}http_responses/{self.name}", Headers(fields), body=BytesBody(batch.data))
+
     async def _poll(self, connection: Connection, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
         """Send a P1, and queue the requests of its P3. Return whether there were any.
 
@@ -7756,22 +7770,10 @@ class Link:
         if self._stopping.is_set():
             connection.close()
             return False
-        fields = [("X-ApiKey", self._key), ("Accept", "application/http"), ("Prefer", f"wait={wait:.0f}")]
-        fields += [("PTTH-Instance", self._instance), FEATURES]
         lost = [self._sender.lost.popleft() for _ in range(min(len(self._sender.lost), MAX_LOST))]
-        if lost:
-            fields.append(("PTTH-Lost", ", ".join(lost)))
-        at_work = [] if wait else self._workers.ids_from(self._sender)
-        if at_work:
-            fields.append(("PTTH-At-Work", ", ".join(at_work)))
-        request = Request("GET", f"{BACKEND}http_listen/{self.name}", Headers(fields))
-        if batch.data:
-            path = f"{BACKEND}http_responses/{self.name}"
-            headers = Headers([*fields, ("Content-Type", RESPONSE_TYPE)])
-            request = Request("POST", path, headers, body=BytesBody(batch.data))
         self._parked.add(connection)
         try:
-            response = await self.client.exchange(connection, request, P1_TIMEOUT)
+            response = await self.client.exchange(connection, self._make_p1(wait, lost, batch), P1_TIMEOUT)
             headers = Headers(response.headers)
             try:
                 if batch.data and not is_p3(response.status, headers):
