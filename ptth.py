@@ -7493,30 +7493,24 @@ class FetchedBody(Body):
         )
         self.length = length
 
-    async def _fetch(self) -> Response:
+    async def _fetch(self) -> Body:
         """Request the body from the relay. IncompleteBody if it no longer has that."""
         response = await self._client.handle(self._request, timeout=P1_TIMEOUT)
         if response.status != 200 or response.body.length != self.length:
             await response.body.aclose()
             raise IncompleteBody(f"the relay answers {response.status} to a request for a body")
-        return response
+        return response.body
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        body = (await self._fetch()).body
-        try:
+        async with contextlib.aclosing(await self._fetch()) as body:
             async for piece in body:
                 yield piece
             self.complete = True
-        finally:
-            await body.aclose()
 
     async def write_to(self, sink: Sink) -> None:
-        body = (await self._fetch()).body
-        try:
+        async with contextlib.aclosing(await self._fetch()) as body:
             await body.write_to(sink)
             self.complete = True
-        finally:
-            await body.aclose()
 
 
 def backoff() -> Iterator[float]:
@@ -7560,10 +7554,8 @@ class PolledBody(FetchedBody):
         """Poll for the bytes after the first `offset` ones; return the response's status and content."""
         fields = [("PTTH-Offset", str(offset)), ("Prefer", f"wait={POLL_WAIT:.0f}"), *self._request.headers.pairs]
         response = await self._client.handle(replace(self._request, headers=Headers(fields)), timeout=P1_TIMEOUT)
-        try:
-            return response.status, await response.body.read_all(4 * READ_SIZE) if response.status == 200 else b""
-        finally:
-            await response.body.aclose()
+        async with contextlib.aclosing(response.body) as body:
+            return response.status, await body.read_all(4 * READ_SIZE) if response.status == 200 else b""
 
     async def write_to(self, sink: Sink) -> None:
         await Body.write_to(self, sink)
