@@ -7591,7 +7591,7 @@ class Link:
         """Stay connected until the stop. After a failure try again, for ever, at first after BACKOFF_MIN."""
         loop = asyncio.get_running_loop()
         pauses = backoff()
-        try:
+        with contextlib.suppress(_Stopped):
             while not self._stopping.is_set():
                 try:
                     took = await self._workers.unless_stopped(self._connect())
@@ -7619,8 +7619,6 @@ class Link:
                 self.connected.clear()
                 self.on_change()
                 await self._workers.unless_stopped(asyncio.sleep(pause))
-        except _Stopped:
-            pass
 
     def leave(self) -> None:
         """End the open P1 by a half-close: the relay sends no more requests, and a P3 in flight still arrives."""
@@ -7668,7 +7666,7 @@ class Link:
         The shortest of several round trips counts, because one may be slow by chance. `took` is the first.
         """
         samples = 1 if took < NEAR_ROUND_TRIP else SAMPLES
-        try:
+        with contextlib.suppress(_Stopped):
             while not failure.done():
                 try:
                     for _ in range(samples):
@@ -7679,8 +7677,6 @@ class Link:
                     self._set_distance(took, failure)
                 await self._workers.unless_stopped(asyncio.wait({failure}, timeout=MEASURE_INTERVAL))
                 took, samples = math.inf, SAMPLES
-        except _Stopped:
-            pass
 
     def _set_distance(self, took: float, failure: asyncio.Future[Exception]) -> None:
         """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one."""
@@ -7860,12 +7856,10 @@ class TunnelServer:
 
     async def _wait_for_the_end(self, seconds: float) -> bool:
         """Wait for the end of `run`; return whether it came within `seconds`."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._ended.wait()
-        except TimeoutError:
-            return False
-        return True
+        return self._ended.is_set()
 
     @staticmethod
     async def _give_up() -> NoReturn:
