@@ -8826,9 +8826,8 @@ async def run_demo(args: argparse.Namespace) -> None:
     """Run a relay and a server, which share nothing except a connection, until SIGINT or SIGTERM."""
     import secrets
 
-    path = "/frontend/servers/demo/files/"
-    config = ServerConfig("", name="demo", app=args.app or "", site=SiteOptions(auth=find_auth()))
-    config.site = replace(config.site, upload=args.upload, max_upload=args.max_upload)
+    site = SiteOptions(auth=find_auth(), upload=args.upload, max_upload=args.max_upload)
+    config = ServerConfig("", name="demo", app=args.app or "", site=site)
     if args.app:
         if args.dir:
             raise UserError("a directory and --app exclude each other", status=2)
@@ -8852,7 +8851,7 @@ async def run_demo(args: argparse.Namespace) -> None:
     await wait_for_any(server.connected.wait(), stop.wait(), running)
     if server.connected.is_set():
         print_ready(f"Serving {describe_content(config)} through a relay and a server; open:")
-        url = f"demo.localhost:{port}/" if args.app else f"127.0.0.1:{port}{path}"
+        url = f"demo.localhost:{port}/" if args.app else f"127.0.0.1:{port}/frontend/servers/demo/files/"
         print_ready(f"    http://{url}")
     await wait_for_any(stop.wait(), running)
     await server.stop()
