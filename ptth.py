@@ -7486,7 +7486,7 @@ class FetchedBody(Body):
 
     complete = False
 
-    def __init__(self, client: HTTPClient, key: str, request_id: str, length: int | None) -> None:
+    def __init__(self, client: HTTPClient, key: str, request_id: str, length: int | None = None) -> None:
         self._client = client
         self._request = Request(
             "GET", f"{BACKEND}http_request/{request_id}", Headers([("X-ApiKey", key), ("Accept", "*/*"), USER_AGENT])
@@ -7513,24 +7513,8 @@ class FetchedBody(Body):
             self.complete = True
 
 
-def backoff() -> Iterator[float]:
-    """Return the pauses before further attempts to reach a relay, in seconds; the first is short.
-
-    They are random, so that thousands of servers do not reconnect to a restarted relay in the same second.
-    """
-    import random
-
-    limit = BACKOFF_MIN
-    while True:
-        yield random.uniform(0.1, 1) * limit
-        limit = min(limit * 4, BACKOFF_MAX)
-
-
 class PolledBody(FetchedBody):
     """The bytes that a client sends after a 101, fetched from the relay by polls."""
-
-    def __init__(self, client: HTTPClient, key: str, request_id: str) -> None:
-        super().__init__(client, key, request_id, None)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         offset = failures = 0
@@ -7559,6 +7543,19 @@ class PolledBody(FetchedBody):
 
     async def write_to(self, sink: Sink) -> None:
         await Body.write_to(self, sink)
+
+
+def backoff() -> Iterator[float]:
+    """Return the pauses before further attempts to reach a relay, in seconds; the first is short.
+
+    They are random, so that thousands of servers do not reconnect to a restarted relay in the same second.
+    """
+    import random
+
+    limit = BACKOFF_MIN
+    while True:
+        yield random.uniform(0.1, 1) * limit
+        limit = min(limit * 4, BACKOFF_MAX)
 
 
 class Link:
