@@ -6982,7 +6982,7 @@ class TestServer:
     IMPOSTORS = [
         (b"HTTP/1.1 302 Found\r\nLocation: https://elsewhere/\r\nContent-Length: 0\r\n\r\n", "elsewhere"),
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5\r\n\r\nlogin", "portal"),
-        (b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n", "tripcode ="), (b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n", "502"),
+        (b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n", "tripcode ="), (b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n", "answers 502"),
         (b"HTTP/1.1 200 OK\r\nContent-Type: application/http\r\n\r\n" + b"x" * 400_000, "too large"), (b"", "closed"), (b"SSH-2.0-x\r\n\r\n", "head"),
         (p3(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"), "without an id"), (p3(), "at once and with nothing"),
     ]  # fmt: skip
