@@ -5131,18 +5131,21 @@ def parse_inner_response(head: bytes, upgrade: str = "") -> tuple[int, Headers]:
     return status, headers
 
 
+def content_kind(headers: Headers) -> str:
+    """Return the media type in Content-Type, in lower case and without its parameters; "" if there is none."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def is_endless(response: Response) -> bool:
     """Return whether a response is a WebSocket or an event stream, which may stay open for ever."""
-    kind = Headers(response.headers).get("content-type", "").partition(";")[0].strip().lower()
-    return response.status == 101 or kind == "text/event-stream"
+    return response.status == 101 or content_kind(Headers(response.headers)) == "text/event-stream"
 
 
 def is_stream(response: Response) -> bool:
     """Return whether each piece of a response should be forwarded at once."""
     headers = Headers(response.headers)
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     unbuffered = headers.get("x-accel-buffering", "").strip().lower() == "no"
-    return is_endless(response) or kind == "application/x-ndjson" or unbuffered
+    return is_endless(response) or content_kind(headers) == "application/x-ndjson" or unbuffered
 
 
 def part_fields(offset: int, more: bool) -> Fields:
@@ -6404,11 +6407,6 @@ def _bad_key() -> ProtocolError:
     return ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, ("WWW-Authenticate", 'X-ApiKey realm="ptth"')])
 
 
-def _has_head(request: Request) -> bool:
-    """Return whether a P5 begins with the response's head."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/http"
-
-
 class Backend:
     """Answers requests from servers: P1 (with P3), fetches of bodies, and P5 (with P7)."""
 
@@ -6682,7 +6680,7 @@ class Responses:
         if body is None or not {"ptth-offset", "ptth-more"} & set(headers):
             raise ProtocolError(*_GONE, headers=[NO_STORE])  # the whole P5 was repeated
         content = request.body
-        if _has_head(request):
+        if content_kind(headers) == "application/http":  # it begins with the response's head
             _, _, content = await self._read_response(request, exchange)
         part = Part(
             content, request.connection, parse_offset(headers), "ptth-more" in headers, self.state.loop.create_future()
@@ -6709,7 +6707,7 @@ class Responses:
             # If-None-Match. Its body after 304 is discarded.
             status, headers = unpack_rust_response(original)
             return status, headers, content if has_body(exchange.method, status) else EMPTY
-        if not _has_head(request):
+        if content_kind(request.headers) != "application/http":
             raise ProtocolError(502, "the response is not application/http")
         data = b""
         while (end := data.find(b"\r\n\r\n") + 4) < 4:
@@ -7873,7 +7871,7 @@ class _Stopped(Exception):
 
 def is_p3(status: int, headers: Headers) -> bool:
     """Return whether this is a P3 from a relay of this program, not from one in Rust."""
-    return status == 200 and headers.get("content-type", "").partition(";")[0].strip().lower() == "application/http"
+    return status == 200 and content_kind(headers) == "application/http"
 
 
 def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
