@@ -5449,7 +5449,6 @@ class Exchange:
             framing += [("Expect", "100-continue")] if self.body.expects else []
         head = pack_request(self.request_id, request, route.target, framing, prefix=route.prefix, trusted=trusted)
         self.head = head + (inline or b"")  # with the body, if that is sent in P3
-        self.has_content = bool(framing)
         self.upgrade = request.upgrade
         self.client_stream = ClientStream(request.body) if request.upgrade else None
         self.tunnel_body: TunnelBody | None = None  # of a response that has begun
@@ -5460,7 +5459,7 @@ class Exchange:
         self.offers = 0
         self.instance = ""  # the server that it was offered to
         self.connection: Peer | None = None  # of the P5 that has claimed it
-        self.responding = 0  # P5 in flight for it
+        self.has_p5 = False  # a P5 for it has begun, and perhaps broken off
         self.response: asyncio.Future[Response] = loop.create_future()
         self.delivered: asyncio.Future[bool] | None = None  # P5 waits for it: whether the client has the whole response
 
@@ -5524,7 +5523,7 @@ class Exchange:
         if self.response.done() or self.client is not None and self.client.is_closed():
             self.fail(502, "the client is gone")
             return False
-        if self.has_content and "body" not in features:
+        if (self.body or self.inline_size) and "body" not in features:
             self.fail(501, NO_BODIES)
             return False
         if self.upgrade and "upgrade" not in features:
@@ -6577,7 +6576,7 @@ class Backend:
 
     def _offer_again(self, exchange: Exchange, reason: str) -> None:
         """Offer a GET or HEAD again, once. Other requests may have had their effect already, and get 502."""
-        if exchange.responding or exchange.server.offered.pop(exchange.request_id, None) is None:
+        if exchange.has_p5 or exchange.server.offered.pop(exchange.request_id, None) is None:
             return  # its P5 has begun, or it has its response
         if exchange.method in ("GET", "HEAD") and exchange.offers < 2 and not exchange.was_fetched:
             exchange.server.offer(exchange)
@@ -6627,7 +6626,7 @@ class Responses:
         """
         server = exchange.server
         server.responding += 1
-        exchange.responding += 1
+        exchange.has_p5 = True
         try:
             await (self._go_on if exchange.tunnel_body else self._begin)(request, exchange)
             response = text_response(200, "StreamFinished\n", [NO_STORE])
