@@ -5430,8 +5430,8 @@ NO_BODIES = "this server is too old to take request bodies"
 class Exchange:
     """One client's request in flight: it waits, is offered in a P3, and is claimed by the P5 with its response."""
 
-    def __init__(self, route: Route, request: Request, now: float, inline: bytes | None, trusted: bool) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, state: RelayState, route: Route, request: Request, inline: bytes | None, address: str) -> None:
+        self._state = state
         self.request_id = os.urandom(16).hex()
         self.server = route.server
         self.own_host = not route.prefix
@@ -5447,20 +5447,20 @@ class Exchange:
         if self.body:
             framing = [("PTTH-Body-Length", "chunked" if self.body.length is None else str(self.body.length))]
             framing += [("Expect", "100-continue")] if self.body.expects else []
+        trusted = state.trusts(request.peer)
         head = pack_request(self.request_id, request, route.target, framing, prefix=route.prefix, trusted=trusted)
         self.head = head + (inline or b"")  # with the body, if that is sent in P3
         self.upgrade = request.upgrade
         self.client_stream = ClientStream(request.body) if request.upgrade else None
         self.tunnel_body: TunnelBody | None = None  # of a response that has begun
         self.client = request.connection
-        self.on_leave: Callable[[Exchange], object] = id
-        self.address = ""  # of the client, for the limit of requests from one address
-        self.moved = now  # when the request arrived, or a byte of its body was sent
+        self.address = address  # of the client, for the limit of requests from one address
+        self.moved = state.loop.time()  # when the request arrived, or a byte of its body was sent
         self.offers = 0
         self.instance = ""  # the server that it was offered to
         self.connection: Peer | None = None  # of the P5 that has claimed it
         self.has_p5 = False  # a P5 for it has begun, and perhaps broken off
-        self.response: asyncio.Future[Response] = loop.create_future()
+        self.response: asyncio.Future[Response] = state.loop.create_future()
         self.delivered: asyncio.Future[bool] | None = None  # P5 waits for it: whether the client has the whole response
 
     def set_delivered(self, whole: bool, size: int = 0) -> None:
@@ -5506,8 +5506,9 @@ class Exchange:
             await self.client_stream.end()
 
     def leave(self) -> None:
-        """Free this request's place among those of the server."""
-        self.on_leave(self)
+        """Free this request's place among those of the relay and of the server."""
+        self._state.uploads.pop(self.request_id, None)
+        self._state.responses.pop(self.request_id, None)
         self.server.streams.discard(self.request_id)
         if self.server.exchanges.pop(self.request_id, None):
             self.server.addresses[self.address] -= 1
@@ -6067,11 +6068,6 @@ class RelayState:
         exchange.server.waiting.pop(request_id, None)
         exchange.server.offered.pop(request_id, None)
         exchange.server.schedule_dispatch()  # a request of the same address may have waited for this one
-
-    def leave(self, exchange: Exchange) -> None:
-        """Note the end of an exchange with its client."""
-        self.uploads.pop(exchange.request_id, None)
-        self.responses.pop(exchange.request_id, None)
 
 
 class Gate:
@@ -6878,13 +6874,10 @@ class Relay:
             retry = [("Retry-After", "30")]
             raise ProtocolError(503, f"the server {server.name} is not connected to this relay; {hint}", headers=retry)
         inline = b"" if request.body is EMPTY else await self._read_inline(request, server)
-        trusted = self.state.trusts(request.peer)
-        exchange = Exchange(route, request, self.state.loop.time(), inline, trusted)
-        exchange.address = outer_address(client)
+        exchange = Exchange(self.state, route, request, inline, outer_address(client))
         server.admit(exchange)
         self.state.exchanges[exchange.request_id] = exchange
         self._inline += exchange.inline_size
-        exchange.on_leave = self.state.leave  # no closure, which would be a circle for the garbage collector
         if exchange.body or exchange.upgrade:
             self.state.uploads[exchange.request_id] = exchange
         server.offer(exchange)
