@@ -5651,7 +5651,7 @@ class RegisteredServer:
         self.responding = 0  # P5 in flight
         self.batch_bytes = 0  # bytes of batches that are being read
         self.in_flight = 0  # requests in flight
-        self.statuses: dict[int, int] = {}  # number of responses by status
+        self.statuses: Counter[int] = Counter()  # number of responses by status
         self.body_bytes = 0
         self.last_seen: float | None = None  # in the loop's time
         self.features = {"body"}  # PTTH-Features of its last P1
@@ -6344,10 +6344,8 @@ class Desk:
 
     def _audit_counts(self, request: Request) -> Response:
         """Show how often each event occurred for each server, to clients that may not see the audit log itself."""
-        counts: dict[tuple[str, str], int] = {}
-        for event in self.state.events:
-            server = event.server if event.server in self.state.servers else ""
-            counts[server, event.event] = counts.get((server, event.event), 0) + 1
+        known = self.state.servers
+        counts = Counter((one.server if one.server in known else "", one.event) for one in self.state.events)
         rows = [(server, event, count) for (server, event), count in sorted(counts.items())]
         if wants_json(request.headers):
             return json_response([dict(zip(("server", "event", "count"), row, strict=True)) for row in rows])
@@ -6854,11 +6852,10 @@ class Relay:
                 set_delivered(whole, size)
             server.in_flight -= 1
             server.body_bytes += size
-            status = response.status
-            server.statuses[status] = server.statuses.get(status, 0) + 1
+            server.statuses[response.status] += 1
             method, path = request.method[:MAX_AUDIT_TEXT], target.partition("?")[0][:MAX_AUDIT_TEXT]
             self.state.events.append(
-                AuditEvent(time.time(), "request", server.name, client, method, path, status, size)
+                AuditEvent(time.time(), "request", server.name, client, method, path, response.status, size)
             )
 
         response.on_sent = sent
