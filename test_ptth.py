@@ -673,7 +673,9 @@ class TestShape:
 
     def test_every_command_in_the_readme_is_one(self) -> None:
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            commands = re.findall(r"(?:python3?|uv run) (?:/?ptth\.py|-m ptth) ([^#\n|>&`]+)", file.read())
+            commands = re.findall(
+                r"(?:python3?|uv run) (?:/?ptth\.py|-m ptth) ([^#\n|>&`]+)", file.read().replace("%i", "relay")
+            )
         assert len(commands) >= 12
         for command in commands:
             words = shlex.split(command)
@@ -8624,7 +8626,7 @@ class TestRealProcesses:
         return Pair(start, tmp_path, big)
 
     def test_it_runs_as_a_module_without_being_compiled_anew(self, tmp_path: object) -> None:
-        """As the README's units start it: they name the directory that it lies in."""
+        """As the README's unit starts it: that names the directory in which it lies."""
         program = tmp_path / "ptth.py"
         shutil.copy(PROGRAM, program)
         python = [sys.executable, "-m"]
@@ -8634,8 +8636,10 @@ class TestRealProcesses:
         done = subprocess.run([*python, "ptth", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["ptth", ptth.__version__]
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            units = re.findall(r"WorkingDirectory=/opt/ptth\nExecStart=\S+ -m ptth (\S+) --config", file.read())
-        assert units == ["relay", "server"]
+            (command,) = re.findall(r"WorkingDirectory=/opt/ptth\nExecStart=\S+ -m ptth (.+)\n", file.read())
+        for name in ("relay", "server"):
+            arguments = ptth.build_parser().parse_args(command.replace("%i", name).split())
+            assert (arguments.command, arguments.config) == (name, f"/etc/ptth/ptth_{name}.toml")
 
     def test_a_large_file_arrives_whole_in_little_memory(self, pair: Pair, big: str) -> None:
         got, expected = hashlib.sha256(), hashlib.sha256()
