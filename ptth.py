@@ -5821,14 +5821,6 @@ class HashQueue:
             self._loop.call_at(self._used_until, self._work)
 
 
-class Verdict(NamedTuple):
-    """The result of `Keys.find`."""
-
-    tripcode: str
-    right: bool  # the tripcode is one of those that were asked for
-    is_new: bool = False  # the key is right, and is shown for the first time
-
-
 class Keys:
     """Verifies API keys by their tripcodes, in constant time.
 
@@ -5847,29 +5839,28 @@ class Keys:
         self._known = {code: key for code, key in self._known.items() if code in configured}
         self._tried &= configured
 
-    async def find(self, key: str, codes: Iterable[str], group: str) -> Verdict:
-        """Return the tripcode of `key`, and whether it is one of `codes`. ProtocolError 503 when that takes too long.
+    async def find(self, key: str, codes: Collection[str], group: str) -> tuple[str, bool]:
+        """Return the tripcode of `key`, and whether it is one of `codes` and was not known to be until now.
 
         A key that is not known waits in its group; without `codes`, in the queue for unregistered names. The first key
-        for a tripcode does not wait: after a restart of the relay the keys of all servers come at once.
+        for a tripcode does not wait: after a restart of the relay the keys of all servers come at once. ProtocolError
+        503 after HASH_WAIT seconds.
         """
-        wanted = tuple(codes)
         shown = key.encode("utf-8", "surrogateescape")
-        for code in wanted:
+        for code in codes:
             known = self._known.get(code)
             if known is not None and is_same_secret(known, shown):
-                return Verdict(code, True)
-        if self._tried.issuperset(wanted):
-            found = await (self._registered if wanted else self._strangers).hash(key, group)
+                return code, False
+        if self._tried.issuperset(codes):
+            found = await (self._registered if codes else self._strangers).hash(key, group)
         else:
-            self._tried.update(wanted)
+            self._tried.update(codes)
             found = tripcode(key)
-        matches = [is_same_secret(found.encode(), code.encode()) for code in wanted]
-        if not any(matches):
-            return Verdict(found, False)
-        is_new = found not in self._known  # False for the second of two requests at the same time
+        matches = [is_same_secret(found.encode(), code.encode()) for code in codes]
+        if not any(matches) or found in self._known:  # another request with the key was first
+            return found, False
         self._known[found] = shown
-        return Verdict(found, True, is_new)
+        return found, True
 
 
 class Part(NamedTuple):
@@ -6096,17 +6087,17 @@ class Gate:
             return False
         address = outer_address(self.state.client_address(request))
         if server:
-            verdict = await self._server_keys.find(key, [server.entry.tripcode], f"{name} {address}")
-            if verdict.is_new and "ptth-instance" not in request.headers:
+            code, is_new = await self._server_keys.find(key, [server.entry.tripcode], f"{name} {address}")
+            if is_new and "ptth-instance" not in request.headers:
                 self._warn_of_weakness("server", name, key)
-            if verdict.right:
-                return verdict.tripcode == server.entry.tripcode  # a reload may have changed it meanwhile
+            if is_same_secret(code.encode(), server.entry.tripcode.encode()):
+                return True
         else:
-            verdict = await self._server_keys.find(key, [], address)
+            code, _ = await self._server_keys.find(key, [], address)
         self._record_refused_key("backend", request, name, "wrong key" if server else "unknown name")
         if not server and _NAME.fullmatch(name):
-            self.state.unregistered[name, verdict.tripcode] = time.time()
-            self.state.unregistered.move_to_end((name, verdict.tripcode))
+            self.state.unregistered[name, code] = time.time()
+            self.state.unregistered.move_to_end((name, code))
             while len(self.state.unregistered) > MAX_UNREGISTERED:
                 self.state.unregistered.popitem(last=False)
         return False
@@ -6120,11 +6111,11 @@ class Gate:
         elif key:
             why = "unknown key"
             codes = [entry.hash for entry in self.state.config.scraper_keys]
-            verdict = await self._scraper_keys.find(key, codes, outer_address(self.state.client_address(request)))
+            code, is_new = await self._scraper_keys.find(key, codes, outer_address(self.state.client_address(request)))
             for entry in self.state.config.scraper_keys:
-                if is_same_secret(verdict.tripcode.encode(), entry.hash.encode()):
+                if is_same_secret(code.encode(), entry.hash.encode()):
                     name = entry.name
-                    if verdict.is_new:
+                    if is_new:
                         self._warn_of_weakness("scraper", name, key)
                     if entry.not_before <= now <= entry.not_after:
                         return True

@@ -5419,13 +5419,13 @@ class TestKeys:
     def test_a_key_is_hashed_once_also_after_a_reload(self, background: Background, counted: list[str]) -> None:
         async def work() -> None:
             keys = ptth.Keys()
-            assert await keys.find("a", ["code of a"], "") == ("code of a", True, True)
+            assert await keys.find("a", ["code of a"], "") == ("code of a", True)
             keys.configure(["code of a", "code of b"])
-            assert await keys.find("a", ["code of b", "code of a"], "") == ("code of a", True, False)
+            assert await keys.find("a", ["code of b", "code of a"], "") == ("code of a", False)
             assert counted == ["a"]
-            assert await keys.find("b", ["code of a"], "") == ("code of b", False, False)
+            assert await keys.find("b", ["code of a"], "") == ("code of b", False)
             keys.configure(["code of b"])  # what is not configured is not kept
-            assert await keys.find("a", ["code of a"], "") == ("code of a", True, True)
+            assert await keys.find("a", ["code of a"], "") == ("code of a", True)
             assert counted == ["a", "b", "a"]
 
         background.run(work())
@@ -5478,7 +5478,7 @@ class TestKeys:
                 coroutine = keys.find(str(i), [f"code of {i}"], "")
                 with pytest.raises(StopIteration) as end:
                     coroutine.send(None)
-                assert end.value.value.right
+                assert end.value.value == (f"code of {i}", True)
             with pytest.raises(TimeoutError):  # but the second one does, also after the configuration was read again
                 keys.configure([f"code of {i}" for i in range(3000)])
                 await asyncio.wait_for(keys.find("0", ["code of 0"], ""), 0.01)
