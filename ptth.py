@@ -5183,7 +5183,7 @@ _WIDE = {  # first byte: kind, and bytes of the number that follows
     0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
 _MEMBERS = {"array": 1, "map": 2}  # values of each member
-# The least first byte of other kinds, the largest first; "" is a kind that the Rust form does not use.
+# Other kinds by their least first byte, which the number is added to; "" is a kind that the Rust form does not use.
 _NARROW = ((0xC1, ""), (0xC0, "nil"), (0xA0, "text"), (0x90, "array"), (0x80, "map"), (0, "number"))
 MAX_DEPTH = 6  # levels of nested arrays and maps; the messages have five
 MAX_UNPACKED = 100_000  # members of all arrays and maps in a message, except ASCII bytes: at most 0.1 s of work
@@ -5227,11 +5227,11 @@ def _unpack_head(data: bytes, at: int) -> tuple[str, int, int]:
     """Return the kind of the value at `at`, its number or count of members, and the position after that."""
     first = data[at] if at < len(data) else 0xC1  # MessagePack never uses this byte
     at += 1
-    kind, width = _WIDE.get(first, ("", 0))
-    count = int.from_bytes(data[at : at + width], "big")
-    if not width:
+    if first in _WIDE:
+        kind, width = _WIDE[first]
+        count, at = int.from_bytes(data[at : at + width], "big"), at + width
+    else:
         kind, count = next((kind, first - low) for low, kind in _NARROW if first >= low)
-    at += width
     if not kind or at > len(data) or kind != "number" and count > len(data) - at:  # an announced length costs nothing
         raise ProtocolError(502, "not a message in Rust form", close=True)
     return kind, count, at
@@ -5239,7 +5239,7 @@ def _unpack_head(data: bytes, at: int) -> tuple[str, int, int]:
 
 def _unpack(data: bytes, at: int, depth: int, budget: list[int]) -> tuple[Value, int]:
     """Return the value at `at` and the position after it. `budget` holds how many more members are allowed."""
-    kind, count, at = _unpack_head(data, at if depth else len(data))
+    kind, count, at = _unpack_head(data, at if depth else len(data))  # too deep is an error, as no data
     if kind in ("number", "nil"):
         return count if kind == "number" else None, at
     if kind == "text":
@@ -5356,7 +5356,7 @@ def unpack_rust_response(text: str) -> tuple[int, Headers]:
         if not isinstance(value, list) or len(value) != 2:
             raise ProtocolError(502, "not a response in Rust form")
         head = format_response_head(_unpack_choice(value[0], RUST_STATUSES), _unpack_fields(value[1]))
-    except (ValueError, UnicodeEncodeError):
+    except ValueError:
         raise ProtocolError(502, "not a response in Rust form") from None
     return parse_inner_response(head)
 
