@@ -5421,7 +5421,7 @@ class AuditEvent(NamedTuple):
     method: str = ""
     path: str = ""
     status: int = 0
-    size: int = 0  # bytes of the body
+    bytes: int = 0  # of the body
 
 
 NO_BODIES = "this server is too old to take request bodies"
@@ -6179,7 +6179,7 @@ class Desk:
         self._scraper_pages: dict[str, Callable[[], Response]] = {
             "test": lambda: text_response(200, "You're valid!", [NO_STORE]),
             "server_list": lambda: json_response({"servers": [self._server_info(one) for one in self._servers()]}),
-            "metrics": self._metrics_response,
+            "metrics": self._metrics,
         }
 
     async def show(self, request: Request, path: str) -> Response:
@@ -6229,12 +6229,7 @@ class Desk:
             "connected": server.connected,
         }
 
-    def _metrics_response(self) -> Response:
-        response = text_response(200, self._metrics(), [NO_STORE])
-        response.headers[0] = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        return response
-
-    def _metrics(self) -> str:
+    def _metrics(self) -> Response:
         """Return all counters in Prometheus' text format. Labels name registered servers only."""
         servers = self._servers()
 
@@ -6250,21 +6245,17 @@ class Desk:
         families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
             ("connections", "gauge", "Open connections.", [("", self.state.connection_count())]),
             ("keys_refused_total", "counter", "Keys that were refused.", refused),
-            ("server_connected", "gauge", "Whether the server is connected.", each(lambda server: server.connected)),
-            (
-                "requests_waiting",
-                "gauge",
-                "Requests that wait for the server.",
-                each(lambda server: len(server.waiting)),
-            ),
-            ("body_bytes_total", "counter", "Bytes of bodies sent to clients.", each(lambda server: server.body_bytes)),
+            ("server_connected", "gauge", "Whether the server is connected.", each(lambda one: one.connected)),
+            ("requests_waiting", "gauge", "Requests that wait for the server.", each(lambda one: len(one.waiting))),
+            ("body_bytes_total", "counter", "Bytes of bodies sent to clients.", each(lambda one: one.body_bytes)),
             ("requests_total", "counter", "Requests answered.", answered),
         ]
         lines = []
         for name, kind, text, samples in families:
             lines += [f"# HELP ptth_{name} {text}", f"# TYPE ptth_{name} {kind}"]
             lines += [f"ptth_{name}{labels} {count:.0f}" for labels, count in samples]
-        return "\n".join(lines) + "\n"
+        fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8"), NOSNIFF, NO_STORE]
+        return Response(200, fields, BytesBody(("\n".join(lines) + "\n").encode()))
 
     # pages
 
@@ -6285,7 +6276,7 @@ class Desk:
     def _server_list(self, request: Request) -> Response:
         """Show the registered servers: their state, requests, and bytes sent."""
         now = self.state.loop.time()
-        port = re.search(r"(?::[0-9]+)?\Z", request.headers.get("host", ""))
+        port = re.search(r":[0-9]+\Z", request.headers.get("host", ""))
         rows = []
         for server in self._servers():
             if server.connected:
@@ -6295,15 +6286,13 @@ class Desk:
             else:
                 state = f"last seen {format_age(now - server.last_seen)}"
             shown = escape(server.entry.display_name or server.name)
-            hosts = self.state.config.hosts_of(server.entry)
-            url = f"//{hosts[0]}{port[0] if port else ''}/" if hosts else f"./{server.name}/"
+            url = f"//{server.hosts[0]}{port[0] if port else ''}/" if server.hosts else f"./{server.name}/"
             link = f'<a href="{escape(url)}">{shown}</a>'
             state = f'<span class="{"on" if server.connected else "q"}">{state}</span>'
             requests = f"{sum(server.statuses.values()):,}"
             rows.append((link, state, requests, format_size(server.body_bytes), str(server.in_flight)))
-        content = "<h1>Servers</h1>\n"
-        if self.state.config.news_url:
-            content += f'<p><a href="{escape(self.state.config.news_url)}">News</a></p>\n'
+        news = self.state.config.news_url
+        content = f'<p><a href="{escape(news)}">News</a></p>\n' if news else ""
         columns = {"Name": "d", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
         content += html_table(columns, rows) if rows else "<p>No server is registered in the relay's configuration.</p>"
         return self._page("Servers", content, "../../")
@@ -6313,25 +6302,23 @@ class Desk:
         links = [("servers/", "Servers"), ("unregistered_servers", "Unregistered servers"), ("audit_log", "Audit log")]
         links += [("debug/", "Debug")] if self.state.config.dev_mode else []
         ways = " &middot; ".join(f'<a href="{top}frontend/{path}">{text}</a>' for path, text in links)
-        footer = f"<footer>{ways}<br>{VERSION_LINE.format(top)}</footer>"
-        return html_response(200, page(title, f"<main>\n{content}\n</main>\n{footer}"), [NO_STORE])
+        html = f"<main>\n<h1>{title}</h1>\n{content}\n</main>\n<footer>{ways}<br>{VERSION_LINE.format(top)}</footer>"
+        return html_response(200, page(title, html), [NO_STORE])
 
     def _audit_log(self, request: Request) -> Response:
         """Show the audit log, the newest event first, as a page or as JSON."""
         if wants_json(request.headers):
-            names = ("time", "event", "server", "client", "method", "path", "status", "bytes")
-            newest_first = ((format_time(event[0]), *event[1:]) for event in reversed(self.state.events))
-            return json_response([dict(zip(names, values, strict=True)) for values in newest_first])
+            newest_first = reversed(self.state.events)
+            return json_response([event._asdict() | {"time": format_time(event.time)} for event in newest_first])
         rows = []
         for event in itertools.islice(reversed(self.state.events), MAX_AUDIT_ROWS):
             what = f"{event.method} {event.path}" if event.method else event.event
-            end = f"{event.status}, {format_size(event.size)}" if event.status else ""
+            end = f"{event.status}, {format_size(event.bytes)}" if event.status else ""
             day, _, second = format_time(event.time).removesuffix("Z").partition("T")
             when = f'<span class="w">{day} </span>{second}'
             rows.append((when, *map(escape, (event.server, event.client, what, end))))
         columns = {"Time (UTC)": "t", "Server": "", "Client": "w", "What": "b", "Answer": "n"}
-        content = "<h1>Audit log</h1>\n" + (html_table(columns, rows) if rows else "<p>Nothing has happened.</p>")
-        return self._page("Audit log", content, "../")
+        return self._page("Audit log", html_table(columns, rows) if rows else "<p>Nothing has happened.</p>", "../")
 
     def _audit_counts(self, request: Request) -> Response:
         """Show how often each event occurred for each server, to clients that may not see the audit log itself."""
@@ -6340,8 +6327,8 @@ class Desk:
         rows = [(server, event, count) for (server, event), count in sorted(counts.items())]
         if wants_json(request.headers):
             return json_response([dict(zip(("server", "event", "count"), row, strict=True)) for row in rows])
-        content = "<h1>Audit log</h1>\n<p>Counts only: addresses and paths are shown on the relay's own machine and to "
-        content += "programs with a scraper key, or to everybody with <code>audit_log_public = true</code>.</p>\n"
+        content = "<p>Counts only: addresses and paths are shown on the relay's own machine and to programs with a "
+        content += "scraper key, or to everybody with <code>audit_log_public = true</code>.</p>\n"
         columns, cells = {"Server": "", "What": "b", "Count": "n"}, (map(escape, map(str, row)) for row in rows)
         content += html_table(columns, cells) if rows else "<p>Nothing has happened.</p>"
         return self._page("Audit log", content, "../")
@@ -6359,7 +6346,7 @@ class Desk:
             "Requests not answered": str(len(self.state.exchanges)),
         }
         rows = [(name, escape(value)) for name, value in values.items()]
-        return self._page("Debug", "<h1>Debug</h1>\n" + html_table({"Name": "", "Value": "b"}, rows), "../../")
+        return self._page("Debug", html_table({"Name": "", "Value": "b"}, rows), "../../")
 
     def _unregistered_servers(self, request: Request) -> Response:
         """Show the names of unregistered servers that tried to connect, with the block that would register them."""
@@ -6368,8 +6355,8 @@ class Desk:
             (f'<pre>[[servers]]\nname = "{escape(name)}"\ntripcode = "{code}"</pre>', format_age(now - seen))
             for (name, code), seen in reversed(self.state.unregistered.items())
         ]
-        content = "<h1>Unregistered servers</h1>\n<p>These tried to connect. Anybody can: before pasting a block into "
-        content += "ptth_relay.toml, compare its tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
+        content = "<p>These tried to connect. Anybody can: before pasting a block into ptth_relay.toml, compare its "
+        content += "tripcode with what <code>server --print-tripcode</code> prints.</p>\n"
         content += html_table({"To register": "", "Tried": "n"}, rows) if rows else "<p>Nobody has tried.</p>"
         return self._page("Unregistered servers", content, "../")
 
