@@ -3149,15 +3149,29 @@ def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
 _parse_short_path = functools.lru_cache(256)(_parse_path)
 
 
+@dataclass(slots=True)
+class Found:
+    """What was found at a path: a regular file, which is open until `close`, or a directory."""
+
+    fd: int  # -1 for a directory, and for a file after `close`
+    facts: os.stat_result
+    place: bytes  # its path in the file system
+
+    def close(self) -> None:
+        """Close the file, unless that was done before."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
 class FileBody(Body):
-    """A part of an open regular file, which `aclose` closes.
+    """A part of an open file, which `aclose` closes.
 
     Without a `length` it is all that can be read from `offset`, which may differ each time.
     """
 
-    def __init__(self, fd: int, opened: os.stat_result, offset: int, length: int | None) -> None:
-        self._fd = fd
-        self._opened = opened
+    def __init__(self, file: Found, offset: int, length: int | None) -> None:
+        self._file = file
         self._offset = offset
         self.length = length
         self.replayable = length is not None
@@ -3165,7 +3179,7 @@ class FileBody(Body):
     def part(self, offset: int, count: int) -> Body | None:
         if self.length is None:
             return None
-        return FileBody(self._fd, self._opened, self._offset + offset, min(count, self.length - offset))
+        return FileBody(self._file, self._offset + offset, min(count, self.length - offset))
 
     def slices(self, size: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, count) of each part to send; before each, check that the file has not changed.
@@ -3174,20 +3188,21 @@ class FileBody(Body):
         no longer those that Content-Length and ETag describe.
         """
         end = self._offset + (self.length or 0)
+        opened = self._file.facts
         for offset in range(self._offset, end, size):
-            now = os.fstat(self._fd)
-            changed = now.st_mtime_ns != self._opened.st_mtime_ns
-            if now.st_size < end or changed and now.st_size <= self._opened.st_size:
+            now = os.fstat(self._file.fd)
+            changed = now.st_mtime_ns != opened.st_mtime_ns
+            if now.st_size < end or changed and now.st_size <= opened.st_size:
                 raise IncompleteBody("the file changed while it was sent")
             yield offset, min(size, end - offset)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         offset = self._offset
-        while self.length is None and (data := read_at(self._fd, offset, WRITE_HIGH_WATER)):
+        while self.length is None and (data := read_at(self._file.fd, offset, WRITE_HIGH_WATER)):
             offset += len(data)
             yield data
         for offset, count in self.slices(READ_SIZE):
-            data = read_at(self._fd, offset, count)
+            data = read_at(self._file.fd, offset, count)
             if len(data) < count:
                 raise IncompleteBody("the file became shorter")
             yield data
@@ -3197,40 +3212,33 @@ class FileBody(Body):
             await super().write_to(sink)
             return
         for offset, count in self.slices(4 * SENDFILE_SIZE):
-            await sink.send_file(self._fd, offset, count)
+            await sink.send_file(self._file.fd, offset, count)
 
     async def aclose(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
-class MultipartBody(Body):
-    """Several parts of one file, each behind a head of its own (RFC 9110, 14.6)."""
+class JoinedBody(Body):
+    """Several bodies of known lengths, one after the other."""
 
     replayable = True
 
-    def __init__(self, fd: int, opened: os.stat_result, parts: list[tuple[bytes, int, int]], last: bytes) -> None:
-        self._whole = FileBody(fd, opened, 0, 0)
-        self._parts = [(head, FileBody(fd, opened, offset, count)) for head, offset, count in parts]
-        self._last = last
-        self.length = sum(len(head) + count for head, _, count in parts) + len(last)
+    def __init__(self, bodies: list[Body]) -> None:
+        self._bodies = bodies
+        self.length = sum(body.length or 0 for body in bodies)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        for head, part in self._parts:
-            yield head
-            async for piece in part:
+        for body in self._bodies:
+            async for piece in body:
                 yield piece
-        yield self._last
 
     async def write_to(self, sink: Sink) -> None:
-        for head, part in self._parts:
-            await sink.send(head)
-            await part.write_to(sink)
-        await sink.send(self._last)
+        for body in self._bodies:
+            await body.write_to(sink)
 
     async def aclose(self) -> None:
-        await self._whole.aclose()
+        for body in self._bodies:
+            await body.aclose()
 
 
 class ListingEntry(NamedTuple):
@@ -3620,28 +3628,22 @@ def _is_below(place: bytes, root: bytes) -> bool:
     return place == root or place.startswith(root.rstrip(_SLASHES) + os.fsencode(os.sep))
 
 
-def _open_place(place: bytes) -> int | None:
-    """Open a file or a directory, but no link. None for a directory that cannot be opened, though its files can.
+def _open_place(place: bytes) -> Found:
+    """Open a file or a directory, but no link.
 
-    On Windows no directory can be opened; elsewhere those with x and without r permission.
+    A directory that cannot be opened may have files that can: on Windows all, elsewhere those with x and without r
+    permission.
     """
     try:
-        return os.open(place, _OPEN_FLAGS)
+        fd = os.open(place, _OPEN_FLAGS)
     except PermissionError:
         if os.path.isdir(place):
-            return None
+            return Found(-1, os.stat(place), place)
         raise
+    return Found(fd, os.fstat(fd), place)
 
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-
-
-class Found(NamedTuple):
-    """The file system's object at a path: a regular file, open, or a directory, for which `fd` is None."""
-
-    fd: int | None
-    facts: os.stat_result
-    place: bytes  # its path in the file system
 
 
 @dataclass(frozen=True)
@@ -3765,10 +3767,10 @@ class Site:
         if check(segments, self.options.hidden):
             raise ProtocolError(404, "not found")
         found = self.open(segments)
-        if found.fd is None:
+        if found.fd < 0:
             return await self._respond_folder(request, found, segments, directory, as_json)
         if directory:
-            os.close(found.fd)
+            found.close()
             raise ProtocolError(404, "not found")
         return self._respond_file(request, found, segments)
 
@@ -3786,7 +3788,7 @@ class Site:
             raise ProtocolError(404, "not found")
         as_json = as_json or wants_json(request.headers)
         try:  # resolve links once: if a link to the root changes meanwhile, two directories must not be mixed
-            found = found._replace(place=self._follow(found.place))
+            found.place = self._follow(found.place)
         except OSError as error:
             raise file_error(error) from None
         return await self._respond_directory(request, found, segments, as_json)
@@ -3802,16 +3804,6 @@ class Site:
         except OSError as error:
             raise file_error(error) from None
 
-    def _open_if_there(self, segments: tuple[bytes, ...]) -> Found | None:
-        """Open a regular file, or return None if it cannot be opened."""
-        if not os.access(self._inside + b"/".join(segments), os.F_OK):
-            return None  # the usual case, without the cost of exceptions
-        try:
-            found = self.open(segments)
-        except ProtocolError:
-            return None
-        return found if found.fd is not None else None
-
     def _open(self, place: bytes, segments: tuple[bytes, ...]) -> Found:
         asked = place
         # Resolve the whole path only if it has a link, as that is slow. O_NOFOLLOW finds one at the end, lstat before.
@@ -3823,21 +3815,19 @@ class Site:
                 break
             path += b"/"
         try:
-            fd = _open_place(place)
+            found = _open_place(place)
         except OSError:
             if not os.path.islink(place):
                 raise
             place = self._follow(place)
-            fd = _open_place(place)
-        if fd is None:
-            return Found(None, os.stat(place), place)
-        facts = os.fstat(fd)
-        if stat.S_ISREG(facts.st_mode) and not self._is_private(place, facts, asked):
-            return Found(fd, facts, place)
-        os.close(fd)
-        if not stat.S_ISDIR(facts.st_mode):
+            found = _open_place(place)
+        mode = found.facts.st_mode
+        if stat.S_ISREG(mode) and not self._is_private(place, found.facts, asked):
+            return found
+        found.close()
+        if not stat.S_ISDIR(mode):
             raise FileNotFoundError  # a device, a socket, a FIFO (O_NONBLOCK: it does not block), or a secret file
-        return Found(None, facts, place)
+        return found
 
     def _follow(self, place: bytes) -> bytes:
         """Resolve the links of a path; FileNotFoundError when it leads outside the root."""
@@ -3860,58 +3850,64 @@ class Site:
         return not facts.st_size and bool(_OF_A_PROCESS.match(os.path.realpath(place)))
 
     def _respond_file(self, request: Request, found: Found, segments: tuple[bytes, ...]) -> Response:
-        """Answer with an open file. It is closed here, or by the response's body."""
-        assert found.fd is not None
+        """Answer with an open file. It is closed here, unless the response's body has to read it."""
+        response = None
         try:
-            kind, beginning, sized = _look_into(found.fd, found.facts, segments[-1])
+            kind, beginning, sized = _look_into(found, segments[-1])
+            if sized:
+                plain = found
+                found, encoding, vary = self._precompressed(request, plain, segments)
+                beginning = beginning if found is plain else b""
+                response = _sized_response(request, found, kind, beginning, encoding, vary)
+            else:
+                response = _unsized_response(request, found, kind)
+            return response
         except OSError as error:
-            os.close(found.fd)
             raise file_error(error, found.place) from None
-        if not sized:
-            return _unsized_response(request, found, kind)
-        encoding = vary = ""
-        if "accept-encoding" in request.headers:
-            plain = found
-            found, encoding, vary = self._precompressed(request, found, segments)
-            beginning = beginning if found is plain else b""
-        facts = found.facts
-        tag = entity_tag(facts, encoding)
-        modified = facts.st_mtime_ns // 1_000_000_000
-        now = time.time()
-        # RFC 9110, 8.8.2.1: not in the future. Some file systems have times before 1970, too.
-        fields = [("ETag", tag), ("Last-Modified", format_date(max(0, min(modified, int(now)))))]
-        if vary:
-            fields.append(("Vary", vary))
-        outcome = evaluate_preconditions(request.method, request.headers, tag, modified, facts.st_size, now)
-        if outcome.status not in (200, 206):
-            return _without_file(outcome.status, found, fields)
-        if encoding:
-            fields.append(("Content-Encoding", encoding))
-        return _with_file(request.method, found, kind, beginning, outcome, fields)
+        finally:
+            if response is None or response.body.data is not None:
+                found.close()
 
     def _precompressed(self, request: Request, plain: Found, segments: tuple[bytes, ...]) -> tuple[Found, str, str]:
         """Return the file to send (`plain`, or NAME.br or NAME.gz beside it), its coding, and the value of Vary.
 
-        For a range request it is always `plain`.
+        For a range request it is always `plain`. The other files are closed.
         """
+        if "accept-encoding" not in request.headers:
+            return plain, "", ""
         varies = ""
         ranged = request.method == "GET" and "range" in request.headers
         accepted = {} if ranged else parse_weights(request.headers, "accept-encoding")
         weight = {encoding: accepted.get(encoding, accepted.get("*", 0)) for encoding in ENCODINGS}
         for encoding in sorted(ENCODINGS, key=lambda encoding: -weight[encoding]):
             name, beginning = ENCODINGS[encoding]
-            other = self._open_if_there((*segments[:-1], segments[-1] + name))
-            if other is None or other.fd is None or plain.fd is None:
-                continue
-            if not _is_current(plain, other, beginning):
-                os.close(other.fd)
-                continue
-            varies = "Accept-Encoding"
-            if weight[encoding] > 0 and weight[encoding] >= accepted.get("identity", 0):
-                os.close(plain.fd)
-                return other, encoding, varies
-            os.close(other.fd)
+            other = self._open_encoded(plain, (*segments[:-1], segments[-1] + name), beginning)
+            if other:
+                varies = "Accept-Encoding"
+                if weight[encoding] > 0 and weight[encoding] >= accepted.get("identity", 0):
+                    plain.close()
+                    return other, encoding, varies
+                other.close()
         return plain, "", varies
+
+    def _open_encoded(self, plain: Found, segments: tuple[bytes, ...], beginning: bytes) -> Found | None:
+        """Open a file that is `plain` in a content coding, and begins with `beginning`; None if there is none."""
+        if not os.access(self._inside + b"/".join(segments), os.F_OK):
+            return None  # the usual case, without the cost of exceptions
+        try:
+            other = self.open(segments)
+        except ProtocolError:
+            return None
+        # It must not be older. But programs that copy the time may round it down to whole seconds or microseconds.
+        time_ = plain.facts.st_mtime_ns
+        rounded = (time_ // 10**9 * 10**9, time_ // 1000 * 1000)
+        is_current = other.facts.st_mtime_ns >= time_ or other.facts.st_mtime_ns in rounded
+        with contextlib.suppress(OSError):
+            if other.fd >= 0 and other.facts.st_size and is_current:
+                if not beginning or read_at(other.fd, 0, len(beginning)) == beginning:
+                    return other
+        other.close()
+        return None
 
     async def _respond_directory(
         self, request: Request, found: Found, segments: tuple[bytes, ...], as_json: bool
@@ -3940,7 +3936,7 @@ class Site:
                     if b"index.html" not in os.listdir(place):
                         return None
             raise
-        return found if found.fd is not None else None
+        return found if found.fd >= 0 else None
 
     def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool, form: str) -> Response:
         """Make a listing."""
@@ -4196,7 +4192,7 @@ class FolderZip:
     def _file(self, place: bytes, name: str) -> Iterator[bytes]:
         """Add a file to the zip; yield the bytes that are ready. Raises OSError with the reason."""
         archive, found = self._archive, self._site._open(place, ())
-        if found.fd is None:
+        if found.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "not a file any more")
         facts = found.facts
         # Read no more than its size now: a log may grow without end. Files in /proc have size 0 and are not empty.
@@ -4273,108 +4269,84 @@ def zip_response(site: Site, segments: tuple[bytes, ...], found: Found) -> Respo
 _PAGES = (16 * 1024, 64 * 1024)  # bytes; the size of files in /sys with other processors
 
 
-def _look_into(fd: int, facts: os.stat_result, name: bytes) -> tuple[str, bytes, bool]:
+def _look_into(found: Found, name: bytes) -> tuple[str, bytes, bool]:
     """Return the content type of an open file, the bytes read from it, and whether its size is true. Raises OSError.
 
     Files in /proc and /sys are made while they are read; their size is 0, or that of a memory page.
     """
-    kind, size = known_type(name), facts.st_size
+    kind, size = known_type(name), found.facts.st_size
     if kind and size > SNIFFED and size not in _PAGES:
         return kind, b"", True
     count = min(size, SNIFFED)
-    beginning = read_at(fd, 0, count or SNIFFED)
-    sized = len(beginning) == count or os.fstat(fd).st_size != size  # it is being written
-    return kind or media_type(name, beginning), beginning if sized else b"", sized
+    beginning = read_at(found.fd, 0, count or SNIFFED)
+    sized = len(beginning) == count or os.fstat(found.fd).st_size != size  # it is being written
+    return kind or media_type(name, beginning), beginning, sized
 
 
 def _unsized_response(request: Request, found: Found, kind: str) -> Response:
     """Answer with all that can be read from a file whose size is not true. It has no validators and no ranges."""
-    assert found.fd is not None
     outcome = evaluate_preconditions(request.method, request.headers, "", 0, 0, 0)
     if outcome.status != 200:
-        return _without_file(outcome.status, found, [])
-    body: Body = FileBody(found.fd, found.facts, 0, None)
-    if request.method == "HEAD":
-        os.close(found.fd)
-        body = AbsentBody(None)
+        return _without_file(outcome.status, 0, [])
+    body = AbsentBody(None) if request.method == "HEAD" else FileBody(found, 0, None)
     return Response(200, [NOSNIFF, ("Content-Type", kind)], body)
 
 
-def _without_file(status: int, found: Found, fields: Fields) -> Response:
-    """Close a file that is not sent, and answer 304; ProtocolError for 412 and 416."""
-    assert found.fd is not None
-    os.close(found.fd)
+def _sized_response(request: Request, found: Found, kind: str, beginning: bytes, encoding: str, vary: str) -> Response:
+    """Answer with a file or with ranges of it; `beginning` are its bytes that were read already. Raises OSError."""
+    size = found.facts.st_size
+    tag = entity_tag(found.facts, encoding)
+    modified = found.facts.st_mtime_ns // 1_000_000_000
+    now = time.time()
+    # RFC 9110, 8.8.2.1: not in the future. Some file systems have times before 1970, too.
+    fields = [("ETag", tag), ("Last-Modified", format_date(max(0, min(modified, int(now)))))]
+    if vary:
+        fields.append(("Vary", vary))
+    status, ranges = evaluate_preconditions(request.method, request.headers, tag, modified, size, now)
+    if status not in (200, 206):
+        return _without_file(status, size, fields)
+    if encoding:
+        fields.append(("Content-Encoding", encoding))
+    fields += [("Accept-Ranges", "bytes"), NOSNIFF]
+    if len(ranges) > 1:
+        boundary = f"ptth-{found.facts.st_mtime_ns:x}-{size:x}"
+        fields.append(("Content-Type", f"multipart/byteranges; boundary={boundary}"))
+        return Response(206, fields, _multipart(found, kind, boundary, ranges))
+    fields.append(("Content-Type", kind))
+    first, last = ranges[0] if ranges else (0, size - 1)
+    if ranges:
+        fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
+    return Response(status, fields, _file_body(request.method, found, beginning, first, last - first + 1))
+
+
+def _without_file(status: int, size: int, fields: Fields) -> Response:
+    """Answer 304; ProtocolError for 412 and 416."""
     if status == 304:
         return Response(304, [*fields, NOSNIFF])
     if status == 412:
         raise ProtocolError(412, "a precondition failed", headers=fields)
-    size = found.facts.st_size
     raise ProtocolError(416, "no such range", headers=[*fields, ("Content-Range", f"bytes */{size}")])
 
 
-def _with_file(method: str, found: Found, kind: str, beginning: bytes, outcome: Outcome, fields: Fields) -> Response:
-    """Answer with a file or with ranges of it; `beginning` are its bytes that were read already."""
-    fd, facts, _ = found
-    assert fd is not None
-    size = facts.st_size
-    fields += [("Accept-Ranges", "bytes"), NOSNIFF]
-    if len(outcome.ranges) > 1:
-        boundary = f"ptth-{facts.st_mtime_ns:x}-{size:x}"
-        fields.append(("Content-Type", f"multipart/byteranges; boundary={boundary}"))
-        return Response(206, fields, _multipart(fd, facts, kind, boundary, outcome.ranges))
-    fields.append(("Content-Type", kind))
-    first, last = outcome.ranges[0] if outcome.ranges else (0, size - 1)
-    if outcome.ranges:
-        fields.append(("Content-Range", f"bytes {first}-{last}/{size}"))
-    count = last - first + 1
-    if method != "HEAD" and last < len(beginning):
-        os.close(fd)
-        return Response(outcome.status, fields, BytesBody(beginning[first : last + 1]))
-    return Response(outcome.status, fields, _file_body(method, found, first, count))
-
-
-def _file_body(method: str, found: Found, first: int, count: int) -> Body:
+def _file_body(method: str, found: Found, beginning: bytes, first: int, count: int) -> Body:
     """Return the body for a part of an open file. A small one is read now, so that it is sent with its head."""
-    fd, facts, place = found
-    assert fd is not None
     if method == "HEAD":
-        os.close(fd)
         return AbsentBody(count)
-    if count <= SMALL_BODY:
-        try:
-            data = read_at(fd, first, count)
-        except OSError as error:
-            os.close(fd)
-            raise file_error(error, place) from None
-        if len(data) == count:
-            os.close(fd)
-            return BytesBody(data)
-    return FileBody(fd, facts, first, count)
+    if first + count <= len(beginning):
+        return BytesBody(beginning[first : first + count])
+    if count <= SMALL_BODY and len(data := read_at(found.fd, first, count)) == count:
+        return BytesBody(data)
+    return FileBody(found, first, count)
 
 
-def _is_current(plain: Found, other: Found, beginning: bytes) -> bool:
-    """Return whether `other` is a current coding of `plain`: not older, not empty, and with the right `beginning`."""
-    assert other.fd is not None
-    time_, others = plain.facts.st_mtime_ns, other.facts.st_mtime_ns
-    # Programs that copy the time to the compressed file may round it down to whole seconds or microseconds.
-    if others < time_ and others not in (time_ // 10**9 * 10**9, time_ // 1000 * 1000) or not other.facts.st_size:
-        return False
-    try:
-        return read_at(other.fd, 0, len(beginning)) == beginning if beginning else True
-    except OSError:
-        return False
-
-
-def _multipart(
-    fd: int, facts: os.stat_result, kind: str, boundary: str, ranges: list[tuple[int, int]]
-) -> MultipartBody:
-    """Return the body of several ranges (RFC 9110, 14.6)."""
-    size = facts.st_size
-    parts = []
+def _multipart(found: Found, kind: str, boundary: str, ranges: list[tuple[int, int]]) -> Body:
+    """Return the body of several ranges, each behind a head of its own (RFC 9110, 14.6)."""
+    bodies: list[Body] = []
     for first, last in ranges:
-        head = f"\r\n--{boundary}\r\nContent-Type: {kind}\r\nContent-Range: bytes {first}-{last}/{size}\r\n\r\n"
-        parts.append((head.encode("latin-1"), first, last - first + 1))
-    return MultipartBody(fd, facts, parts, f"\r\n--{boundary}--\r\n".encode("latin-1"))
+        content_range = f"bytes {first}-{last}/{found.facts.st_size}"
+        head = f"\r\n--{boundary}\r\nContent-Type: {kind}\r\nContent-Range: {content_range}\r\n\r\n"
+        bodies += [BytesBody(head.encode("latin-1")), FileBody(found, first, last - first + 1)]
+    return JoinedBody([*bodies, BytesBody(f"\r\n--{boundary}--\r\n".encode("latin-1"))])
 
 
 _COMMIT = threading.Lock()  # held from the check that a name is free until the upload has that name
@@ -4640,8 +4612,8 @@ class Uploads:
         path = request.headers.get("x-forwarded-prefix", "") + request.target.partition("?")[0]
         path = urllib.parse.quote(path.encode("latin-1"), safe="/%")
         facts = found.facts
-        if found.fd is not None:
-            os.close(found.fd)
+        if found.fd >= 0:
+            found.close()
             rows = [(path, ListingEntry(b"", False, facts.st_size, facts.st_mtime_ns))]
         else:
             path = path.removesuffix("/") + "/"
@@ -4702,9 +4674,9 @@ class Uploads:
         if not is_refused(segments, options.hidden):
             with contextlib.suppress(ProtocolError):
                 found = self._site.open(segments)
-        if found and found.fd is not None:
-            os.close(found.fd)
-        if not found or found.fd is not None:
+        if found:
+            found.close()
+        if not found or not stat.S_ISDIR(found.facts.st_mode):
             raise ProtocolError(409, "there is no such folder")
         if not options.follow_symlinks and found.place != self._site._inside + (b"/".join(segments) or b"."):
             raise ProtocolError(403, "files are not uploaded through a symbolic link without --follow-symlinks")

@@ -1025,7 +1025,7 @@ class TestStreams:
         async def send(change: object) -> bytes:
             path.write_bytes(b"x" * 300_000)
             fd = os.open(path, os.O_RDONLY)
-            body = ptth.FileBody(fd, os.fstat(fd), 0, 300_000)
+            body = ptth.FileBody(ptth.Found(fd, os.fstat(fd), b""), 0, 300_000)
             change()
             try:
                 return b"".join([piece async for piece in body])
