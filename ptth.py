@@ -3777,21 +3777,30 @@ class Site:
     async def _respond_folder(
         self, request: Request, found: Found, segments: tuple[bytes, ...], directory: bool, as_json: bool
     ) -> Response:
-        """Answer a request for a directory: by a redirect to its path with a slash, its index.html, or its listing."""
+        """Answer with a redirect to a directory's path with a slash, its index.html, its zip, or its listing.
+
+        A thread makes the zip and the listing, because large ones take long.
+        """
         if not directory and segments:
             location = redirect_below(segments[-1], request.target)
             return text_response(301, "it is a directory\n", [("Location", location)])
         index = None if as_json else self._open_index(segments, found.place)
-        if index is not None:
+        if index:
             return self._respond_file(request, index, (*segments, b"index.html"))
         if not self.options.listing:
             raise ProtocolError(404, "not found")
+        query = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY], keep_blank_values=True)
         as_json = as_json or wants_json(request.headers)
-        try:  # resolve links once: if a link to the root changes meanwhile, two directories must not be mixed
+        form = self.uploads.form(request.headers) if self.uploads else ""
+        try:
+            # Resolve links once: if a link to the root changes meanwhile, two directories must not be mixed.
             found.place = self._follow(found.place)
+            if "zip" in query and not as_json:
+                return await asyncio.to_thread(zip_response, self, segments, found)
+            order = query.get("sort", [""])[-1]
+            return await asyncio.to_thread(self._list, segments, found.place, order, as_json, form)
         except OSError as error:
             raise file_error(error) from None
-        return await self._respond_directory(request, found, segments, as_json)
 
     def open(self, segments: tuple[bytes, ...]) -> Found:
         """Open a path below the root.
@@ -3909,20 +3918,6 @@ class Site:
         other.close()
         return None
 
-    async def _respond_directory(
-        self, request: Request, found: Found, segments: tuple[bytes, ...], as_json: bool
-    ) -> Response:
-        """Answer with a directory's listing or zip. A thread makes it, because a large one takes long."""
-        wanted = urllib.parse.parse_qs(request.target.partition("?")[2][:MAX_QUERY], keep_blank_values=True)
-        order = wanted.get("sort", [""])[-1]
-        form = self.uploads.form(request.headers) if self.uploads else ""
-        try:
-            if "zip" in wanted and not as_json:
-                return await asyncio.to_thread(zip_response, self, segments, found)
-            return await asyncio.to_thread(self._list, segments, found, order, as_json, form)
-        except OSError as error:
-            raise file_error(error) from None
-
     def _open_index(self, segments: tuple[bytes, ...], place: bytes) -> Found | None:
         """Open a folder's index.html, or return None. ProtocolError 403 when it cannot be read, 500, 503."""
         try:
@@ -3938,9 +3933,9 @@ class Site:
             raise
         return found if found.fd >= 0 else None
 
-    def _list(self, segments: tuple[bytes, ...], found: Found, order: str, as_json: bool, form: str) -> Response:
+    def _list(self, segments: tuple[bytes, ...], place: bytes, order: str, as_json: bool, form: str) -> Response:
         """Make a listing."""
-        entries = sort_entries(self.entries(found.place), order)
+        entries = sort_entries(self.entries(place), order)
         if as_json:
             return json_listing(entries)
         vary = ("Vary", "Accept, Origin" if self.uploads else "Accept")
