@@ -3763,9 +3763,6 @@ class Site:
             raise ProtocolError(status, f"{request.method} is not possible here", headers=[self._allow])
         if request.method == "OPTIONS":
             return Response(204, [self._allow, NOSNIFF])
-        check = _is_short_path_refused if len(segments) < 32 else is_refused
-        if check(segments, self.options.hidden):
-            raise ProtocolError(404, "not found")
         found = self.open(segments)
         if found.fd < 0:
             return await self._respond_folder(request, found, segments, directory, as_json)
@@ -3805,9 +3802,12 @@ class Site:
     def open(self, segments: tuple[bytes, ...]) -> Found:
         """Open a path below the root.
 
-        Raises ProtocolError: 404 if it is missing, outside the root or not a regular file, 403 without permission, 503
-        when no descriptors are left, 500 when the file system fails.
+        Raises ProtocolError: 404 if it is missing, not served, outside the root or not a regular file, 403 without
+        permission, 503 when no descriptors are left, 500 when the file system fails.
         """
+        check = _is_short_path_refused if len(segments) < 32 else is_refused
+        if check(segments, self.options.hidden):
+            raise ProtocolError(404, "not found")
         try:
             return self._open(self._inside + (b"/".join(segments) or b"."), segments)
         except OSError as error:
@@ -4600,8 +4600,7 @@ class Uploads:
 
     def _properties(self, request: Request, segments: tuple[bytes, ...]) -> Response:
         """Answer PROPFIND (RFC 4918, 9.1) for a file, or a folder and its files: rclone sends it before it copies."""
-        options = self._site.options
-        if is_refused(segments, options.hidden) or not options.listing:
+        if not self._site.options.listing:
             raise ProtocolError(404, "not found")
         found = self._site.open(segments)
         path = request.headers.get("x-forwarded-prefix", "") + request.target.partition("?")[0]
@@ -4665,15 +4664,13 @@ class Uploads:
 
     def _open_folder(self, segments: tuple[bytes, ...]) -> bytes:
         """Return a folder's path in the file system. ProtocolError 409 if it is not there, 403 behind a link."""
-        options, found = self._site.options, None
-        if not is_refused(segments, options.hidden):
-            with contextlib.suppress(ProtocolError):
-                found = self._site.open(segments)
-        if found:
+        found = None
+        with contextlib.suppress(ProtocolError):
+            found = self._site.open(segments)
             found.close()
         if not found or not stat.S_ISDIR(found.facts.st_mode):
             raise ProtocolError(409, "there is no such folder")
-        if not options.follow_symlinks and found.place != self._site._inside + (b"/".join(segments) or b"."):
+        if not self._site.options.follow_symlinks and found.place != self._site._inside + (b"/".join(segments) or b"."):
             raise ProtocolError(403, "files are not uploaded through a symbolic link without --follow-symlinks")
         return found.place
 
