@@ -3660,30 +3660,38 @@ class SiteOptions:
     max_upload: int = 0  # bytes of one file; 0 is no limit
 
 
-# Errors for invalid names, links in a circle, sockets, and missing devices.
-_NOTHING_THERE = {
-    errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV, errno.ENXIO,
-    errno.EOPNOTSUPP,
-}  # fmt: skip
+ErrorTable: TypeAlias = Sequence[tuple[int, str, set[int]]]  # status, reason, and the errors that become them
+_READ_ERRORS: ErrorTable = (
+    (403, "no permission to read this", {errno.EACCES, errno.EPERM}),
+    (503, "too many open files", {errno.EMFILE, errno.ENFILE}),
+    (503, "not enough memory, or the file is busy; try again", {errno.EAGAIN, errno.ENOMEM}),
+    (404, "not found", {errno.ENOENT, errno.ENOTDIR}),
+    (404, "not found", {errno.EILSEQ, errno.EINVAL, errno.ENAMETOOLONG}),  # invalid names
+    (404, "not found", {errno.EISDIR, errno.ELOOP, errno.ENODEV, errno.ENXIO, errno.EOPNOTSUPP}),  # not files
+)
+_WRITE_ERRORS: ErrorTable = (
+    (507, "the disk has no space for this", {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}),
+    (412, "the name is taken", {errno.EEXIST}),
+    (403, "this folder cannot be written to", {errno.EACCES, errno.EPERM, errno.EROFS}),
+    (409, "there is no such folder", {errno.ENOENT, errno.ENOTDIR}),
+    (413, "the file is too large for the file system", {errno.EFBIG}),
+    (400, "the file system does not accept this name", {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}),
+    *_READ_ERRORS,
+)
 
 
-def file_error(error: OSError, place: bytes = b"") -> ProtocolError:
-    """Return the client's error for one of the file system: 403, 404, 503, or 500, which is logged with the path."""
-    if isinstance(error, PermissionError):
-        return ProtocolError(403, "no permission to read this")
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return ProtocolError(503, "too many open files", headers=[("Retry-After", "1")])
-    if error.errno in (errno.EAGAIN, errno.ENOMEM):
-        return ProtocolError(503, "not enough memory, or the file is busy; try again", headers=[("Retry-After", "1")])
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _NOTHING_THERE:
-        return ProtocolError(404, "not found")
+def file_error(error: OSError, place: bytes = b"", table: ErrorTable = _READ_ERRORS) -> ProtocolError:
+    """Return the client's error for one of the file system. One that is not in `table` is 500, and logged."""
+    for status, reason, numbers in table:
+        if error.errno in numbers:
+            return ProtocolError(status, reason, headers=[("Retry-After", "1")] if status == 503 else [])
     log_line(f"cannot read {os.fsdecode(error.filename or place)}: {format_error(error)}")
     return ProtocolError(500, "the file system failed; the server's log has the details")
 
 
 _DIGITS = re.compile("0*([0-9]+)")
 _LETTERS = str.maketrans(
-    dict(zip("\u00f8\u0142\u0111\u0127\u0131\u00e6\u0153", ("o", "l", "d", "h", "i", "ae", "oe"), strict=True))
+    {"\xf8": "o", "\u0142": "l", "\u0111": "d", "\u0127": "h", "\u0131": "i", "\xe6": "ae", "\u0153": "oe"}
 )
 
 
@@ -3834,15 +3842,15 @@ class Site:
         if stat.S_ISREG(mode) and not self._is_private(place, found.facts, asked):
             return found
         found.close()
-        if not stat.S_ISDIR(mode):
-            raise FileNotFoundError  # a device, a socket, a FIFO (O_NONBLOCK: it does not block), or a secret file
+        if not stat.S_ISDIR(mode):  # a device, a socket, a FIFO (O_NONBLOCK: it does not block), or a secret file
+            raise FileNotFoundError(errno.ENOENT, "not readable")
         return found
 
     def _follow(self, place: bytes) -> bytes:
         """Resolve the links of a path; FileNotFoundError when it leads outside the root."""
         real = os.path.realpath(place, strict=True)
         if not self.options.follow_symlinks and not _is_below(real, os.path.realpath(self._root)):
-            raise FileNotFoundError
+            raise FileNotFoundError(errno.ENOENT, "not readable")
         return real
 
     def _is_private(self, place: bytes, facts: os.stat_result, asked: bytes) -> bool:
@@ -4175,7 +4183,7 @@ class FolderZip:
                 try:
                     yield from self._file(place, name)
                 except OSError as error:
-                    self.failed.append(f"{name}: {error.strerror or 'not readable'}")
+                    self.failed.append(f"{name}: {error.strerror}")
             if archive.waiting >= SENDFILE_SIZE:
                 yield archive.take()
         if self.failed:
@@ -4459,29 +4467,12 @@ def remove_partial_files(root: str) -> None:
                         os.unlink(path)
 
 
-def write_error(error: OSError) -> ProtocolError:
-    """Return the client's error when its file cannot be written."""
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return ProtocolError(507, "the disk has no space for this")
-    if isinstance(error, FileExistsError):
-        return ProtocolError(412, "the name is taken")
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-        return ProtocolError(403, "this folder cannot be written to")
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return ProtocolError(409, "there is no such folder")
-    if error.errno == errno.EFBIG:
-        return ProtocolError(413, "the file is too large for the file system")
-    if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL):
-        return ProtocolError(400, "the file system does not accept this name")
-    return file_error(error)
-
-
 async def in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Run a blocking function in a thread. Its OSError becomes the ProtocolError of `write_error`."""
+    """Run a blocking function of an upload in a thread. Its OSError becomes a ProtocolError."""
     try:
         return await asyncio.to_thread(work, *args)
     except OSError as error:
-        raise write_error(error) from None
+        raise file_error(error, table=_WRITE_ERRORS) from None
 
 
 def is_cross_site(headers: Headers) -> bool:
@@ -4724,10 +4715,7 @@ class Uploads:
     ) -> tuple[os.stat_result, bool]:
         """Store a file from the bytes that `read` returns until b"". Return its status, and whether it is new."""
         place = os.path.join(folder, name)
-        try:
-            created = self._check(place, headers) is None
-        except OSError as error:
-            raise write_error(error) from None
+        created = await in_thread(self._check, place, headers) is None
         if self._limit and length > self._limit:
             raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
         partial = PartialFile(folder)
