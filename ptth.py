@@ -1182,13 +1182,13 @@ async def take_buffered(connection: Connection) -> None:
         connection.buffer += data
 
 
-async def read_request_head(connection: Connection, idle_timeout: float, head_timeout: float) -> bytes:
+async def read_request_head(connection: Connection) -> bytes:
     """Return the next request head with its empty line; b"" at the end of the stream before a request.
 
-    TimeoutError: no request for `idle_timeout` seconds if `buffer` is empty, else a head that took more than
-    `head_timeout`. ConnectionError when the stream ends inside a head. ProtocolError 400, 414 or 431.
+    TimeoutError: no request for IDLE_TIMEOUT seconds if `buffer` is empty, else a head that took more than
+    HEAD_TIMEOUT. ConnectionError when the stream ends inside a head. ProtocolError 400, 414 or 431.
     """
-    connection.read_deadline = connection.loop.time() + idle_timeout
+    connection.read_deadline = connection.loop.time() + IDLE_TIMEOUT
     blank_lines = checked = 0
     while True:
         data = connection.buffer
@@ -1204,7 +1204,7 @@ async def read_request_head(connection: Connection, idle_timeout: float, head_ti
         if data:
             check_partial_head(data, checked)
             if not checked:
-                connection.read_deadline = connection.loop.time() + head_timeout
+                connection.read_deadline = connection.loop.time() + HEAD_TIMEOUT
             checked = len(data)
         connection.buffer = data
         # A body of 100 KiB comes with its head. Of what is pipelined, not much more than that is buffered.
@@ -1821,15 +1821,11 @@ class HTTPServer:
         log: AccessLog | None = None,
         tls: ssl.SSLContext | None = None,
         takes_bodies: bool = False,
-        idle_timeout: float = IDLE_TIMEOUT,
-        head_timeout: float = HEAD_TIMEOUT,
     ) -> None:
         self.handler = handler
         self.log = log
         self.tls = tls
         self.takes_bodies = takes_bodies  # the handler reads also the bodies of GET and HEAD
-        self.idle_timeout = idle_timeout
-        self.head_timeout = head_timeout
         self.connections: set[Connection] = set()
         self.busy: set[Connection] = set()  # those with a request in flight
         self.stopping = False
@@ -1935,7 +1931,7 @@ class HTTPServer:
         """Read a request's head, and check its body. None when no request follows, or after one was refused."""
         data = b""
         try:
-            data = await read_request_head(connection, self.idle_timeout, self.head_timeout)
+            data = await read_request_head(connection)
             if not data:
                 return None
             self.busy.add(connection)

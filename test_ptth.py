@@ -1528,17 +1528,14 @@ class TestHTTPServer:
         assert status == 500 and b"secret" not in body
         assert "RuntimeError: secret" in capfd.readouterr().err
 
-    def test_a_head_that_comes_too_slowly_is_408_and_an_idle_connection_is_closed(self, background: Background) -> None:
-        async def begin() -> tuple[ptth.HTTPServer, int]:
-            server = ptth.HTTPServer(echo, idle_timeout=0.01, head_timeout=0.01)
-            sock = ptth.open_socket("127.0.0.1", 0)
-            await server.listen(sock)
-            return server, sock.getsockname()[1]
-
-        server, port = background.run(begin())
-        assert one(fetch(port, b"GET / HT", half_close=False))[0] == 408
-        assert fetch(port, b"", half_close=False) == b""
-        background.run(server.stop(1))
+    def test_a_head_that_comes_too_slowly_is_408_and_an_idle_connection_is_closed(
+        self, background: Background, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ptth, "IDLE_TIMEOUT", 0.01)
+        monkeypatch.setattr(ptth, "HEAD_TIMEOUT", 0.01)
+        with serving(background, echo) as port:
+            assert one(fetch(port, b"GET / HT", half_close=False))[0] == 408
+            assert fetch(port, b"", half_close=False) == b""
 
     def test_a_half_closed_request_is_answered_and_an_incomplete_one_is_not(self, files_tunnel: Tunnel) -> None:
         assert one(files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
