@@ -263,8 +263,7 @@ _BLOCK = 64
 
 def _compress(chain: tuple[int, ...], block: bytes, counter: int, flags: int) -> tuple[int, ...]:
     """Return the chaining value after one block of at most 64 bytes (BLAKE3, section 2.2)."""
-    padded = block.ljust(_BLOCK, b"\0")
-    message = [int.from_bytes(padded[i : i + 4], "little") for i in range(0, _BLOCK, 4)]
+    message = struct.unpack("<16I", block.ljust(_BLOCK, b"\0"))
     v = [*chain, *_IV[:4], counter & 0xFFFFFFFF, counter >> 32, len(block), flags]
     for _ in range(7):
         for i, (a, b, c, d) in enumerate(_MIXES):
@@ -275,7 +274,7 @@ def _compress(chain: tuple[int, ...], block: bytes, counter: int, flags: int) ->
                 v[c] = (v[c] + v[d]) & 0xFFFFFFFF
                 x = v[b] ^ v[c]
                 v[b] = (x >> turn_b | x << (32 - turn_b)) & 0xFFFFFFFF
-        message = [message[i] for i in _PERMUTATION]
+        message = tuple(message[i] for i in _PERMUTATION)
     return tuple(v[i] ^ v[i + 8] for i in range(8))
 
 
@@ -292,17 +291,16 @@ def _subtree(data: bytes, index: int, root: int) -> tuple[int, ...]:
     left_chunks = 1 << ((len(data) - 1) // _CHUNK).bit_length() - 1  # the largest power of two that leaves a rest
     left = _subtree(data[: left_chunks * _CHUNK], index, 0)
     right = _subtree(data[left_chunks * _CHUNK :], index + left_chunks, 0)
-    parent = b"".join(word.to_bytes(4, "little") for word in left + right)
-    return _compress(_IV, parent, 0, _PARENT | root)
+    return _compress(_IV, struct.pack("<16I", *left, *right), 0, _PARENT | root)
 
 
 def builtin_blake3(data: bytes) -> bytes:
     """Return the 32-byte BLAKE3 hash; for keys, so short and clear instead of fast."""
-    return b"".join(word.to_bytes(4, "little") for word in _subtree(data, 0, _ROOT))
+    return struct.pack("<8I", *_subtree(data, 0, _ROOT))
 
 
 @functools.cache
-def _fastest_blake3() -> Callable[[bytes], bytes]:
+def fastest_blake3() -> Callable[[bytes], bytes]:
     """Return the blake3 package's hash function if it is installed, else the built-in one. Cached: imports are slow."""
     try:
         from blake3 import blake3  # type: ignore[import-not-found, unused-ignore]  # it may be missing
@@ -311,14 +309,9 @@ def _fastest_blake3() -> Callable[[bytes], bytes]:
     return lambda data: bytes(blake3(data).digest())
 
 
-def blake3_hash(data: bytes) -> bytes:
-    """Return the 32-byte BLAKE3 hash, by the blake3 package when it is installed."""
-    return _fastest_blake3()(data)
-
-
 def tripcode(key: str) -> str:
     """Return the tripcode of an API key: standard base64 of the BLAKE3 hash of its UTF-8 bytes."""
-    return base64.b64encode(blake3_hash(key.encode("utf-8", "surrogateescape"))).decode("ascii")
+    return base64.b64encode(fastest_blake3()(key.encode("utf-8", "surrogateescape"))).decode("ascii")
 
 
 def is_same_secret(one: bytes, other: bytes) -> bool:
