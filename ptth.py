@@ -208,8 +208,6 @@ class UserError(Exception):
 
 def format_error(error: BaseException) -> str:
     """Format an error as text of one line."""
-    if isinstance(error, ProtocolError):
-        return error.reason
     if isinstance(error, OSError) and error.errno and type(error).__module__ == "builtins":
         return os.strerror(error.errno).lower()  # asyncio and socket add the address, which the caller prints
     if numbers := re.findall(r"\[Errno ([0-9]+)\]", str(error)):  # from asyncio, for several addresses
@@ -237,10 +235,8 @@ def write_stderr(text: str) -> None:
 
     Not through sys.stderr, which keeps unwritten text and raises again at exit.
     """
-    try:
+    with contextlib.suppress(OSError):
         os.write(2, text.encode("utf-8", "backslashreplace"))
-    except OSError:
-        pass
 
 
 # Control characters in a client's text could control the operator's terminal, or forge a line of the log.
@@ -1774,11 +1770,9 @@ def file_limit() -> int:
     except ImportError:  # Windows
         return 1 << 30
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    with contextlib.suppress(OSError, ValueError):  # not allowed: the old limit stays
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    except (OSError, ValueError):
-        pass  # not allowed: the old limit stays
     return soft if soft != resource.RLIM_INFINITY else 1 << 30
 
 
@@ -1863,13 +1857,12 @@ class HTTPServer:
         for connection in self.connections - self.busy:
             # A TLS client may take half a minute to answer a close.
             connection.abort() if connection.buffer or self.tls else connection.close()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 while self.connections:
                     await asyncio.sleep(0.02)
-        except TimeoutError:
-            for connection in list(self.connections):
-                connection.abort()
+        for connection in list(self.connections):
+            connection.abort()
         await asyncio.sleep(0)
         if self._sweeper:
             self._sweeper.cancel()
