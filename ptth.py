@@ -413,11 +413,10 @@ class Headers(dict[str, str]):
         for name, value in self.pairs:  # twice as fast as dict()
             self[name.lower()] = value
         if len(self) < len(self.pairs):
-            values: dict[str, list[str]] = {}
+            self.clear()
             for name, value in self.pairs:
-                values.setdefault(name.lower(), []).append(value)
-            for name, several in values.items():
-                self[name] = ", ".join(several)
+                key = name.lower()
+                self[key] = f"{self[key]}, {value}" if key in self else value
 
     def all(self, name: str) -> list[str]:
         """Return the value of each field called `name` (in lower case)."""
@@ -692,11 +691,10 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
     """Parse a complete head into a request without body (RFC 9112, 3). ProtocolError 400, 405, 414, 431 or 505."""
     text = data.decode("latin-1")
     match = _REQUEST_HEAD.fullmatch(text)
-    if match is None:
-        raise _why_no_request(data, text)
+    if match is None or match.end(4) > MAX_REQUEST_LINE:
+        check_partial_head(data)
+        raise _why_no_request(text)
     method, target, major, minor, lines = match.groups()
-    if match.end(4) > MAX_REQUEST_LINE:
-        raise ProtocolError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes", close=True)
     if method == "PRI":  # RFC 9113, 3.4: the preface of HTTP/2
         raise ProtocolError(400, "this is HTTP/1.1; the client began with HTTP/2", close=True)
     if major != "1":
@@ -715,13 +713,9 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
     return request
 
 
-def _why_no_request(data: bytes, text: str) -> ProtocolError:
-    """Return the error for a head that the pattern did not match. Slow, but rarely called."""
-    if _NEVER.search(data):
-        return ProtocolError(400, "a bare CR or LF, or a control character, in the head", close=True)
+def _why_no_request(text: str) -> ProtocolError:
+    """Return the error for a head that the pattern did not match, though `check_partial_head` accepts it."""
     line, _, rest = text.partition("\r\n")
-    if len(line) > MAX_REQUEST_LINE:
-        return ProtocolError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes", close=True)
     if not re.fullmatch(rf"{TOKEN} [!-~\x80-\xff]+ HTTP/[0-9]\.[0-9]", line):
         return ProtocolError(400, "the request line is not METHOD SP TARGET SP HTTP/1.1", close=True)
     if re.search(r"(?:\A|\r\n)[ \t]", rest):
@@ -817,9 +811,8 @@ def parse_framing(headers: Headers, minor: int = 1) -> int | None:
     if length is None:
         return None
     if not _LENGTH.fullmatch(length):
-        copies = set(headers.all("content-length"))  # RFC 9112, 6.3(5): equal copies are harmless
-        length = copies.pop() if len(copies) == 1 else ""
-        if not _LENGTH.fullmatch(length):
+        length, *others = set(headers.all("content-length"))  # RFC 9112, 6.3(5): equal copies are harmless
+        if others or not _LENGTH.fullmatch(length):
             raise ProtocolError(400, "Content-Length is not one number", close=True)
     if len(length) > 18:
         raise ProtocolError(413, "Content-Length is too large", close=True)
