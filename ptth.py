@@ -1714,21 +1714,14 @@ class AccessLog:
     def __init__(self, address: Callable[[Request], str] = lambda request: request.peer) -> None:
         self._address = address  # of the client, behind proxies
         self._lines: list[str] = []
-        self._second = 0
-        self._stamp = ""
 
     def add(self, request: Request, status: int, size: int) -> None:
         """Add the line for one response. A query that may hold a key is left out."""
-        now = int(time.time())
-        if now != self._second:
-            t = time.gmtime(now)
-            month = _MONTHS[t.tm_mon - 1]
-            self._second = now
-            self._stamp = f"{t.tm_mday:02}/{month}/{t.tm_year}:{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} +0000"
+        now = _log_date(int(time.time()))
         what = _quoted(f"{request.method} {_without_key(request.target)} HTTP/1.{request.minor}")
         referer = _quoted(_without_key(request.headers.get("referer", "-")))
         agent = _quoted(request.headers.get("user-agent", "-"))
-        line = f'{self._address(request)} - - [{self._stamp}] "{what}" {status} {size} "{referer}" "{agent}"\n'
+        line = f'{self._address(request)} - - [{now}] "{what}" {status} {size} "{referer}" "{agent}"\n'
         if not self._lines:
             asyncio.get_running_loop().call_soon(self.flush)
         self._lines.append(line)
@@ -1737,6 +1730,13 @@ class AccessLog:
         """Write the collected lines."""
         lines, self._lines = self._lines, []
         write_stderr("".join(lines))
+
+
+@functools.lru_cache(1)
+def _log_date(seconds: int) -> str:
+    """Format a POSIX time as the Common Log Format has it."""
+    day, month, year, clock = format_date(seconds).split()[1:5]
+    return f"{day}/{month}/{year}:{clock} +0000"
 
 
 _LOGGED = {code: f"\\x{code:02x}" for code in (*range(32), *b'"\\', *range(127, 256))}
