@@ -2603,7 +2603,6 @@ _NOT_TO_OWN_CLIENT = _HOP_BY_HOP - {"x-apikey"} | {
     "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
 }  # fmt: skip
 _COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|\Z)", re.IGNORECASE)
-_NOT_IN_304 = {"content-type", "content-security-policy"}
 _RUNS_NOTHING = re.compile(
     r"(?![^;]*\+xml)(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
     r"|application/(?:json|pdf|zip|octet-stream))(?:;[^,]*)?",
@@ -2654,7 +2653,6 @@ def _name_to_client(name: str) -> str:
 
 
 # The members of a list. A quoted text or a <URL> may contain commas. Possessive, so no input makes the match slow.
-_LIST = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^"<])*+')
 _MEMBER = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^,"<])++')
 _AUTH_PARAM = rf'({TOKEN})[ \t]*=[ \t]*({TOKEN}|"(?:\\.|[^"\\])*+")'  # RFC 9110, 11.2
 _CONTINUED = re.compile(_AUTH_PARAM)
@@ -2663,7 +2661,7 @@ _CHALLENGE = re.compile(rf"({TOKEN})(?: +{_AUTH_PARAM})?")
 
 def _split_list(value: str) -> list[str]:
     """Return the members of a list; [] if it is ambiguous or has MAX_MEMBERS commas or more."""
-    if value.count(",") >= MAX_MEMBERS or not _LIST.fullmatch(value):
+    if value.count(",") >= MAX_MEMBERS or _MEMBER.sub("", value).strip(","):  # a quote or a < without its end
         return []
     return [member for part in _MEMBER.findall(value) if (member := part.strip(" \t"))]
 
@@ -2698,12 +2696,6 @@ def name_realms(value: str, server: str) -> str:
     return ", ".join(named)
 
 
-def _safe_links(value: str) -> str:
-    """Return a Link field without compression dictionaries, which could apply to other servers' URLs (RFC 9842)."""
-    links = _split_list(value)
-    return ", ".join(link for link in links if "compression-dictionary" not in link.replace("\\", "").lower())
-
-
 def max_forwards(request: Request) -> int | None:
     """Return Max-Forwards of OPTIONS or TRACE (RFC 9110, 7.6.2), 10**9 at most. ProtocolError 400 if it is no number.
 
@@ -2714,14 +2706,17 @@ def max_forwards(request: Request) -> int | None:
         return None
     if not _LENGTH.fullmatch(value):
         raise ProtocolError(400, "Max-Forwards is not one number")
-    digits = value.lstrip("0")
-    return int(digits or "0") if len(digits) < 10 else 10**9
+    return int(min(float(value), 1e9))  # int refuses thousands of digits
 
 
 def _fenced_value(name: str, value: str, headers: Headers, server: str) -> str:
-    """Return the value of Link or WWW-Authenticate that the client gets, or "" to drop the field."""
+    """Return the value of Link or WWW-Authenticate that the client gets, or "" to drop the field.
+
+    A link to a compression dictionary is left out: it could apply to other servers' URLs (RFC 9842).
+    """
     if name == "link":
-        return _safe_links(value) if len(headers[name]) <= MAX_LINK else ""
+        links = _split_list(value) if len(headers[name]) <= MAX_LINK else []
+        return ", ".join(link for link in links if "compression-dictionary" not in link.replace("\\", "").lower())
     if not server:
         return value
     return name_realms(value, server) if len(headers[name]) <= MAX_CHALLENGES else ""
@@ -2739,7 +2734,7 @@ def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True,
     """
     dropped = set(headers.tokens("connection"))
     if status == 304:  # a browser updates its stored response by it (RFC 9111, 4.3.4), which must not lose the sandbox
-        dropped |= _NOT_IN_304
+        dropped |= {"content-type", "content-security-policy"}
     result: Fields = []
     for name, value in headers.pairs:
         lower = _name_to_client(name)
@@ -2756,16 +2751,6 @@ def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True,
     return result
 
 
-# A dot and the separators of a path, in every form that a proxy may normalise. nginx decodes %2F; Envoy and programs on
-# Windows treat a backslash as a slash; behind two proxies an escape may be escaped again.
-_ESCAPED_DOT = re.compile(r"%(?:25)*2e", re.IGNORECASE)
-_SLASH, _BACKSLASH = r"/|%(?:25)*2f", r"\\|%(?:25)*5c"
-_SEPARATORS = [
-    re.compile(pattern, re.IGNORECASE) for pattern in ("/", _SLASH, rf"/|{_BACKSLASH}", rf"{_SLASH}|{_BACKSLASH}")
-]
-_PATH_PARAMETER = re.compile(rf";(?:(?!{_SLASH}|{_BACKSLASH}).)*", re.IGNORECASE)  # Java's servers ignore it
-
-
 def own_host_fields(headers: Headers) -> Fields:
     """Return the fields of a response that the client gets from a server with a host, and so an origin, of its own.
 
@@ -2780,6 +2765,17 @@ def own_host_fields(headers: Headers) -> Fields:
     return [*result, _add_via(headers)]
 
 
+# A dot and the separators of a path, in every form that a proxy may normalise. nginx decodes %2F; Envoy and programs on
+# Windows treat a backslash as a slash; behind two proxies an escape may be escaped again.
+_ESCAPED_DOT = re.compile(r"%(?:25)*2e", re.IGNORECASE)
+_SLASH, _BACKSLASH = r"/|%(?:25)*2f", r"\\|%(?:25)*5c"
+_SEPARATORS = [
+    re.compile(pattern, re.IGNORECASE) for pattern in ("/", _SLASH, rf"/|{_BACKSLASH}", rf"{_SLASH}|{_BACKSLASH}")
+]
+_PATH_PARAMETER = re.compile(rf";(?:(?!{_SLASH}|{_BACKSLASH}).)*", re.IGNORECASE)  # Java's servers ignore it
+_STEPS = {"..": -1, ".": 0, "": 0}  # how much deeper a segment leads; any other: 1
+
+
 def climbs(path: str) -> bool:
     """Return whether `path` leads above its beginning, in any way that a proxy or a server may read it.
 
@@ -2790,14 +2786,9 @@ def climbs(path: str) -> bool:
         return False
     text = _PATH_PARAMETER.sub("", text)
     for segments in {tuple(separator.split(text)) for separator in _SEPARATORS}:
-        depth = 0
-        for segment in segments:
-            if segment == "..":
-                depth -= 1
-                if depth < 0:
-                    return True
-            elif segment not in ("", "."):
-                depth += 1
+        depths = itertools.accumulate(_STEPS.get(segment, 1) for segment in segments)
+        if min(depths) < 0:
+            return True
     return False
 
 
@@ -2806,27 +2797,29 @@ def is_loopback(address: str) -> bool:
     return address.startswith("127.") or address in ("::1", "-", "")
 
 
-_FORWARDING = {"forwarded", "via", "x-real-ip"}  # and x-forwarded-*: what proxies add
-
-
 def is_local(request: Request) -> bool:
     """Return whether a request comes from this machine itself, and not through a proxy on it."""
     if request.peer == "-" or not is_loopback(request.peer):
         return False
-    return not any(name in _FORWARDING or name.startswith("x-forwarded-") for name in request.headers)
+    added = re.compile("forwarded|via|x-real-ip|x-forwarded-.*")  # by proxies
+    return not any(map(added.fullmatch, request.headers))
+
+
+def request_host(text: str) -> str:
+    """Return the host in a Host field's value, in lower case, without port and without a final dot."""
+    host = re.sub(r":[0-9]*\Z", "", text.lower())
+    return host.removesuffix(".")
 
 
 def is_local_name(host: str) -> bool:
     """Return whether a Host field names this machine for itself: localhost, a name below it, a loopback address."""
-    name = re.sub(r":[0-9]*\Z", "", host.lower()) if not host.endswith("]") else host
-    if name.startswith("["):
-        family, name, own = socket.AF_INET6, name.strip("[]"), b"\0" * 15 + b"\1"
-    else:
-        family, name, own = socket.AF_INET, name.removesuffix("."), b"\x7f"
+    name = request_host(host)
     if name == "localhost" or name.endswith(".localhost"):
-        return family == socket.AF_INET
+        return True
     try:
-        return socket.inet_pton(family, name).startswith(own)
+        if name.startswith("["):
+            return socket.inet_pton(socket.AF_INET6, name.strip("[]")) == bytes(15) + b"\1"
+        return socket.inet_pton(socket.AF_INET, name)[0] == 127
     except (OSError, ValueError):
         return False
 
@@ -2845,12 +2838,6 @@ def outer_address(addresses: str) -> str:
         except (OSError, ValueError):
             return address
     return ""
-
-
-def request_host(text: str) -> str:
-    """Return the host in a Host field's value, in lower case, without port and without a final dot."""
-    host = re.sub(r":[0-9]*\Z", "", text.lower())
-    return host.removesuffix(".")
 
 
 REFUSALS = (400, 403, 421)  # statuses with which apps refuse an unknown Host or Origin
