@@ -5353,7 +5353,7 @@ class Exchange:
         self.body = request.body if inline is None else None  # the body that the server fetches
         self.was_fetched = False
         self.fetching: asyncio.Task[object] | None = None
-        self.fetch_sink: Sink | None = None  # the connection on which it was fetched
+        self.fetch_sink: Sink | None = None  # the connection on which it is fetched
         self.broke_at: float | None = None  # when that connection, or a P5 before its head, ended too early
         self._fetched = 0  # bytes written to it
         self.inline_size = len(inline or b"")
@@ -5409,7 +5409,8 @@ class Exchange:
             self.broke_at = asyncio.get_running_loop().time()  # a response may still arrive: see `_sweep`
             raise
         finally:
-            self.fetching = None
+            self.fetching = self.fetch_sink = None  # what the connection carries from now on is not this body
+            self.moved = asyncio.get_running_loop().time()
 
     async def end_fetch(self) -> None:
         """End the fetch of the body, so that the HTTP server can read the client's connection again."""

@@ -5678,6 +5678,28 @@ class TestBodies:
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
         tunnel.close()
 
+    def test_other_bytes_on_the_connection_of_a_body_give_no_more_time(self, background: Background) -> None:
+        relay = Tunnel(background, None, response_timeout=0.5)
+        hand = Hand(relay.port)
+        hand.listen(0, "PTTH-Features: body")
+        hand.answer()
+        hand.listen(20, "PTTH-Features: body")
+        with socket.create_connection(("127.0.0.1", relay.port), timeout=20) as client:
+            client.sendall(f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 100000\r\n\r\n".encode() + bytes(100_000))
+            identity = re.search(rb"PTTH-Request-Id: (\w+)", hand.answer()[2])[1].decode()
+            hand.send("GET", f"http_request/{identity}")
+            assert hand.answer()[2] == bytes(100_000)
+            client.setblocking(False)
+            begin, answer = time.monotonic(), b""
+            while not answer and time.monotonic() < begin + 3:
+                hand.listen(0, "PTTH-Features: body")
+                hand.answer()
+                with contextlib.suppress(BlockingIOError):
+                    answer = client.recv(100)
+            assert answer.startswith(b"HTTP/1.1 504")
+        hand.close()
+        relay.close()
+
     def test_a_server_that_dies_with_half_a_body_is_502_and_the_request_is_not_offered_again(
         self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
     ) -> None:
