@@ -5354,8 +5354,8 @@ class Exchange:
         self.was_fetched = False
         self.fetching: asyncio.Task[object] | None = None
         self.fetch_sink: Sink | None = None  # the connection on which it is fetched
-        self.broke_at: float | None = None  # when that connection, or a P5 before its head, ended too early
-        self._fetched = 0  # bytes written to it
+        self.fetched = 0  # bytes that this connection had sent when it was last looked at
+        self.broke_at: float | None = None  # when the fetch, or a P5 before its head, ended too early
         self.inline_size = len(inline or b"")
         framing: Fields = [("Content-Length", str(len(inline)))] if inline else []
         if self.body:
@@ -5385,32 +5385,9 @@ class Exchange:
 
     def is_late(self, now: float, response_timeout: float) -> bool:
         """Return whether the response's head is overdue. The time starts again with each byte of the request's body."""
-        if self.fetch_sink and self.fetch_sink.written != self._fetched:
-            self._fetched = self.fetch_sink.written
-            self.moved = now
+        if self.fetch_sink and self.fetch_sink.written != self.fetched:
+            self.fetched, self.moved = self.fetch_sink.written, now
         return now - self.moved >= (max(response_timeout, RELAY_STALL_TIMEOUT) if self.fetching else response_timeout)
-
-    async def write_body_to(self, sink: Sink) -> None:
-        """Send the request's body to the server that fetches it. If the client causes an error, the client gets it."""
-        assert self.body
-        self.fetching, self.fetch_sink = asyncio.current_task(), sink
-        self._fetched = sink.written
-        try:
-            await self.body.write_to(sink)
-        except IncompleteBody as error:
-            if not self.response.done():
-                self.response.set_exception(error)  # the client has closed the connection
-                self.response.exception()
-            raise
-        except ProtocolError as error:
-            self.fail(error.status, error.reason)
-            raise
-        except (OSError, asyncio.CancelledError):
-            self.broke_at = asyncio.get_running_loop().time()  # a response may still arrive: see `_sweep`
-            raise
-        finally:
-            self.fetching = self.fetch_sink = None  # what the connection carries from now on is not this body
-            self.moved = asyncio.get_running_loop().time()
 
     async def end_fetch(self) -> None:
         """End the fetch of the body, so that the HTTP server can read the client's connection again."""
@@ -5469,10 +5446,29 @@ class UploadBody(Body):
 
     def __init__(self, exchange: Exchange, body: Body) -> None:
         self._exchange = exchange
+        self._body = body
         self.length = body.length
 
     async def write_to(self, sink: Sink) -> None:
-        await self._exchange.write_body_to(sink)
+        """Send it. If the client causes an error, the client gets it."""
+        exchange = self._exchange
+        exchange.fetching, exchange.fetch_sink, exchange.fetched = asyncio.current_task(), sink, sink.written
+        try:
+            await self._body.write_to(sink)
+        except IncompleteBody as error:
+            if not exchange.response.done():
+                exchange.response.set_exception(error)  # the client has closed the connection
+                exchange.response.exception()
+            raise
+        except ProtocolError as error:
+            exchange.fail(error.status, error.reason)
+            raise
+        except (OSError, asyncio.CancelledError):
+            exchange.broke_at = asyncio.get_running_loop().time()  # a response may still arrive: see `_sweep`
+            raise
+        finally:
+            exchange.fetching = exchange.fetch_sink = None  # what the connection carries from now on is not this body
+            exchange.moved = asyncio.get_running_loop().time()
 
 
 class ClientStream:
