@@ -6309,7 +6309,10 @@ class Backend:
         if form is _NAME:
             server = await self._verified_server(request, rest)
             return await (self._listen if method == "GET" else self._receive_batch)(request, server)
-        exchange = self._find_exchange(action, rest)
+        if method == "GET":
+            exchange = self.state.uploads.get(rest)
+        else:
+            exchange = self.state.exchanges.get(rest) or self.state.responses.get(rest)
         if exchange is None:
             raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self.responses.settle(request))
         if not await self.gate.is_server(request, exchange.server, exchange.server.name):
@@ -6326,12 +6329,6 @@ class Backend:
         if server is None or not verified or server is not self.state.servers.get(name):  # a reload has changed it
             raise _bad_key()
         return server
-
-    def _find_exchange(self, action: str, request_id: str) -> Exchange | None:
-        """Return the exchange with this id, for which the action is possible now."""
-        state = self.state
-        tables = {"http_response": (state.exchanges, state.responses), "http_request": (state.uploads,)}
-        return next((table[request_id] for table in tables.get(action, ()) if request_id in table), None)
 
     async def _listen(self, request: Request, server: RegisteredServer) -> Response:
         """Answer a P1 with the waiting requests, or wait for one."""
