@@ -5918,9 +5918,9 @@ class RelayState:
         self.hosts = {host: server for server in self.servers.values() for host in server.hosts}
         self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
 
-    def audit(self, event: str, server: str, **details: Any) -> None:
-        """Add a line to the audit log."""
-        self.events.append(AuditEvent(time.time(), event, server, **details))
+    def audit(self, event: str, server: str, *details: Any) -> None:
+        """Add a line to the audit log; `details` are the further fields of AuditEvent."""
+        self.events.append(AuditEvent(time.time(), event, server, *details))
 
     def trusts(self, address: str) -> bool:
         """Return whether an address is that of a trusted proxy, whose X-Forwarded-* are used."""
@@ -6057,7 +6057,7 @@ class Gate:
         log_line(
             f"ptth relay: {who} {name!r}: {why} from {client}, {status}; further ones are not logged for 60 seconds"
         )
-        self.state.audit(f"{api} key refused: {why}", name, client=client)
+        self.state.audit(f"{api} key refused: {why}", name, client)
 
 
 # -- 14. Relay desk --
@@ -6282,6 +6282,7 @@ _BACKEND_ACTIONS = {
     "http_responses": ("POST", _NAME),
 }
 _GONE = (410, "no client waits for this response")
+_UPLOAD_FIELDS = [("Content-Type", "application/octet-stream"), ("Cache-Control", "no-store, no-transform")]
 
 
 def _bad_key() -> ProtocolError:
@@ -6336,7 +6337,7 @@ class Backend:
         if not server.connected:
             server.connected = True
             log_line(f"ptth relay: {server.name} is connected")
-            self.state.audit("connected", server.name, client=self.state.client_address(request))
+            self.state.audit("connected", server.name, self.state.client_address(request))
         instance = request.headers.get("ptth-instance", "")[:32]
         server.see(instance, now)
         wait = parse_wait(request.headers.get("prefer", ""))
@@ -6388,26 +6389,24 @@ class Backend:
         if exchange.body is None or exchange.was_fetched or exchange.body.expects and exchange.response.done():
             raise ProtocolError(410, "the body was fetched before, or is not wanted any more", headers=[NO_STORE])
         exchange.was_fetched = True
-        fields = [("Content-Type", "application/octet-stream"), ("Cache-Control", "no-store, no-transform")]
-        return Response(200, fields, UploadBody(exchange, exchange.body))
+        return Response(200, _UPLOAD_FIELDS, UploadBody(exchange, exchange.body))
 
     @staticmethod
     async def _give_stream(request: Request, exchange: Exchange, stream: ClientStream) -> Response:
         """Answer a poll with the bytes that the client has sent since the last one; 204 for none, 410 after the end."""
         offset, wait = parse_offset(request.headers), parse_wait(request.headers.get("prefer", ""))
         await asyncio.wait({exchange.response}, timeout=wait)
-        data: bytes | None = b""
         if not exchange.response.done():
-            data = None
-        elif not exchange.response.exception() and exchange.response.result().status == 101:
+            return Response(204, [NO_STORE])
+        data: bytes | None = b""
+        if not exchange.response.exception() and exchange.response.result().status == 101:
             try:
                 data = await stream.poll(offset, wait)
             except IncompleteBody as error:
                 exchange.break_off(format_error(error))
         if data == b"":
             raise ProtocolError(*_GONE, headers=[NO_STORE])
-        fields = [("Content-Type", "application/octet-stream"), ("Cache-Control", "no-store, no-transform")]
-        return Response(200, fields, BytesBody(data)) if data else Response(204, [NO_STORE])
+        return Response(200, _UPLOAD_FIELDS, BytesBody(data)) if data else Response(204, [NO_STORE])
 
     @staticmethod
     def _take_losses(server: RegisteredServer, headers: Headers) -> None:
@@ -6740,9 +6739,7 @@ class Relay:
             server.body_bytes += size
             server.statuses[response.status] += 1
             method, path = request.method[:MAX_AUDIT_TEXT], target.partition("?")[0][:MAX_AUDIT_TEXT]
-            self.state.events.append(
-                AuditEvent(time.time(), "request", server.name, client, method, path, response.status, size)
-            )
+            self.state.audit("request", server.name, client, method, path, response.status, size)
 
         response.on_sent = sent
         return response
