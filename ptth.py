@@ -5561,7 +5561,6 @@ class RegisteredServer:
         self.streams: set[str] = set()  # ids of the exchanges whose responses have no end
         self.responding = 0  # P5 in flight
         self.batch_bytes = 0  # bytes of batches that are being read
-        self.in_flight = 0  # requests in flight
         self.statuses: Counter[int] = Counter()  # number of responses by status
         self.body_bytes = 0
         self.last_seen: float | None = None  # in the loop's time
@@ -6201,7 +6200,7 @@ class Desk:
             link = f'<a href="{escape(url)}">{shown}</a>'
             state = f'<span class="{"on" if server.connected else "q"}">{state}</span>'
             requests = f"{sum(server.statuses.values()):,}"
-            rows.append((link, state, requests, format_size(server.body_bytes), str(server.in_flight)))
+            rows.append((link, state, requests, format_size(server.body_bytes), str(len(server.exchanges))))
         news = self.state.config.news_url
         content = f'<p><a href="{escape(news)}">News</a></p>\n' if news else ""
         columns = {"Name": "d", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
@@ -6722,20 +6721,15 @@ class Relay:
         if max_forwards(request) == 0:  # the relay answers as the last recipient
             return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
         client = self.state.client_address(request)
-        server.in_flight += 1
         try:
             response = await self._ask(request, route, client)
         except ProtocolError as error:
             response = error_response(request, error)
-        except BaseException:
-            server.in_flight -= 1
-            raise
         set_delivered = response.on_sent
 
         def sent(whole: bool, size: int) -> None:
             if set_delivered:
                 set_delivered(whole, size)
-            server.in_flight -= 1
             server.body_bytes += size
             server.statuses[response.status] += 1
             method, path = request.method[:MAX_AUDIT_TEXT], target.partition("?")[0][:MAX_AUDIT_TEXT]

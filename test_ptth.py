@@ -4882,7 +4882,7 @@ class TestRelay:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             sock.close()
         eventually(lambda: not (server.exchanges or server.waiting or server.offered or server.addresses))
-        assert not bare_relay.relay.state.exchanges and not server.in_flight
+        assert not bare_relay.relay.state.exchanges
         assert hand.reply(identity, OK) == 410
 
     def test_thousands_of_instances_are_bounded(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -5322,7 +5322,7 @@ class TestRelay:
     def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
         answer = one(bare_relay.fetch(get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)))
         assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
-        assert not bare_relay.relay.state.exchanges and not bare_relay.relay.state.servers["n"].in_flight
+        assert not bare_relay.relay.state.exchanges and not bare_relay.relay.state.servers["n"].exchanges
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
