@@ -2031,7 +2031,7 @@ class HTTPServer:
 # Kept-alive connections to one server, direct or through a forward proxy.
 
 
-async def end_task(task: asyncio.Task[None] | None) -> None:
+async def end_task(task: asyncio.Task[Any] | None) -> None:
     """Cancel a task, and wait for its end."""
     if task:
         task.cancel()
@@ -7049,7 +7049,7 @@ class PartReader:
     async def _read(self) -> bytes:
         """Return bytes that have arrived, b"" after PART_INTERVAL without any."""
         if not self._stopped:
-            self._reading = self._reading or asyncio.create_task(self._next_piece())
+            self._reading = self._reading or asyncio.ensure_future(anext(self._pieces, None))
             await asyncio.wait({self._reading}, timeout=PART_INTERVAL)
         if self._stopped or self._reading is None:
             self.ended = True
@@ -7061,10 +7061,6 @@ class PartReader:
         self.ended = piece is None
         return piece or b""
 
-    async def _next_piece(self) -> bytes | None:
-        """Return the next bytes, or None at the end."""
-        return await anext(self._pieces, None)
-
     def stop(self) -> None:
         """End the body here."""
         self._stopped = True
@@ -7073,9 +7069,7 @@ class PartReader:
 
     async def aclose(self) -> None:
         """End reading."""
-        if self._reading:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
+        await end_task(self._reading)
 
 
 class Batch(NamedTuple):
@@ -7352,9 +7346,8 @@ class FetchedBody(Body):
 
     def __init__(self, client: HTTPClient, key: str, request_id: str, length: int | None = None) -> None:
         self._client = client
-        self._request = Request(
-            "GET", f"{BACKEND}http_request/{request_id}", Headers([("X-ApiKey", key), ("Accept", "*/*"), USER_AGENT])
-        )
+        headers = Headers([("X-ApiKey", key), ("Accept", "*/*"), USER_AGENT])
+        self._request = Request("GET", f"{BACKEND}http_request/{request_id}", headers)
         self.length = length
 
     async def _fetch(self) -> Body:
@@ -7466,12 +7459,11 @@ class Link:
                     if loop.time() - began > BACKOFF_MAX:  # the connection worked for some time
                         pauses = backoff()
                     raise error
+                except KeyRefused:
+                    self._log_change(registration_needed(self.name, self._key))
+                    pause = REFUSED_DELAY
                 except Refused as error:
-                    self._log_change(
-                        registration_needed(self.name, self._key)
-                        if isinstance(error, KeyRefused)
-                        else f"{error}; retrying every {REFUSED_DELAY:.0f} seconds"
-                    )
+                    self._log_change(f"{error}; retrying every {REFUSED_DELAY:.0f} seconds")
                     pause = REFUSED_DELAY
                 except (OSError, ProtocolError) as error:
                     host = self.client.origin.authority
@@ -7558,7 +7550,7 @@ class Link:
         try:
             while self._sender.lost and not self._stopping.is_set():
                 await self._poll_again(self.client.take_idle(), 1)
-        except (OSError, ProtocolError, Refused):
+        except (OSError, ProtocolError):
             pass
         finally:
             self._reporting = False
@@ -7742,12 +7734,11 @@ def is_p3(status: int, headers: Headers) -> bool:
 
 def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
     """Return whether this P3 is in Rust form. KeyRefused, Refused or ConnectionError if it is no P3."""
-    kind = headers.get("content-type", "")
     if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(f"a proxy in front of the relay compresses its answers: switch that off for {BACKEND}")
     if is_p3(status, headers):
         return False
-    if status == 204 or status == 200 and not kind:
+    if status == 204 or status == 200 and not headers.get("content-type"):
         return True
     raise _refusal_of_p1(status, headers, client)
 
