@@ -7834,21 +7834,13 @@ class ServerConfig:
     app_url: BaseURL = NO_URL
 
 
-def is_tripcode(text: str) -> bool:
-    """Return whether `text` is 32 bytes in standard base64."""
-    try:
-        return len(text) == 44 and len(base64.b64decode(text, validate=True)) == 32
-    except ValueError:
-        return False
-
-
+@dataclass
 class TOMLTable:
     """A TOML table: returns values by key and type, and collects its problems."""
 
-    def __init__(self, values: dict[str, object], where: str, problems: list[str]) -> None:
-        self.values = values
-        self.where = where
-        self.problems = problems
+    values: dict[str, object]
+    where: str  # the file, and perhaps the block in it
+    problems: list[str] = field(default_factory=list)  # of the whole file
 
     def problem(self, text: str) -> None:
         """Add a problem."""
@@ -7882,7 +7874,7 @@ class TOMLTable:
     def tripcode(self, key: str, command: str) -> str:
         """Return a tripcode or hash that ptth.py has printed: 32 bytes in standard base64."""
         code = self.text(key)
-        if self.is_text(key) and not is_tripcode(code):
+        if self.is_text(key) and not re.fullmatch("[A-Za-z0-9+/]{43}=", code):
             self.problem(f"{key} must be what `ptth.py {command}` prints, 44 characters that end in =")
         return code
 
@@ -7896,12 +7888,10 @@ class TOMLTable:
         import datetime
 
         value = self.values.get(key)
-        try:
+        with contextlib.suppress(ValueError):
             when = value if isinstance(value, datetime.datetime) else datetime.datetime.fromisoformat(str(value))
             if when.tzinfo is not None:
                 return when.timestamp()
-        except ValueError:
-            pass
         self.problem(f"{key} must be a date and time with an offset, for example 2026-01-31T12:00:00Z")
         return math.nan
 
@@ -7994,14 +7984,13 @@ _NEWS_URL = re.compile(
 def load_relay_config(path: str) -> RelayConfig:
     """Read ptth_relay.toml. UserError with a line for each problem."""
     values = read_toml(path, "it needs a [[servers]] block from each `ptth.py server --print-tripcode`")
-    problems: list[str] = []
-    table = TOMLTable(values, path, problems)
-    if "server_tripcodes" in values:
+    table = TOMLTable(values, path)
+    if values.pop("server_tripcodes", None) is not None:
         table.problem(
             "the table [server_tripcodes] is an old form; write for each server a block of these lines: "
             '[[servers]]  name = "NAME"  tripcode = "TRIPCODE"'
         )
-    table.allow_only([*(one.name for one in dataclasses.fields(RelayConfig)), *({"server_tripcodes"} & values.keys())])
+    table.allow_only(one.name for one in dataclasses.fields(RelayConfig))
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
     config.response_timeout = table.number("response_timeout", int(RESPONSE_TIMEOUT), 1, 86400)
     config.domain = read_host(table, "domain")
@@ -8019,8 +8008,8 @@ def load_relay_config(path: str) -> RelayConfig:
     names: set[str] = set()
     config.servers = [read_server_entry(block, names) for block in table.tables("servers")]
     check_hosts(config, table)
-    if problems:
-        raise UserError(*problems)
+    if table.problems:
+        raise UserError(*table.problems)
     return config
 
 
@@ -8126,12 +8115,11 @@ def load_server_config(
     Without `to_connect`, keys that only a connection needs may be missing. An `optional` file may be missing if the API
     key is in the environment.
     """
-    problems: list[str] = []
     if optional and os.environ.get("PTTH_API_KEY") and not os.path.exists(path):
-        table = TOMLTable({}, path, problems)
+        table = TOMLTable({}, path)
     else:
         how = f"make one with: (umask 077; python3 ptth.py server --new-key > {path})"
-        table = TOMLTable(read_toml(path, how), path, problems)
+        table = TOMLTable(read_toml(path, how), path)
         check_secrecy(path, table)
     values = table.values
     site_keys = ("auth", "hidden", "follow_symlinks", "listing", "cors", "headers", "upload", "max_upload")
@@ -8159,8 +8147,8 @@ def load_server_config(
     if to_connect:
         read_relays(config, table)
         read_content(config, table)
-    if problems:
-        raise UserError(*problems)
+    if table.problems:
+        raise UserError(*table.problems)
     return config
 
 
