@@ -8356,13 +8356,11 @@ def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
         hosts = ["127.0.0.1" if four else "::1"]
         # The addresses from which this machine would connect; connecting a UDP socket sends nothing.
         for probe in ["192.0.2.1"] * four + ["2001:db8::1"] * six:
-            try:
-                with socket.socket(socket.AF_INET6 if ":" in probe else socket.AF_INET, socket.SOCK_DGRAM) as udp:
-                    udp.connect((probe, 9))
-                    address = udp.getsockname()[0]
-                    hosts += [] if address.startswith(("127.", "::1")) else [address]
-            except OSError:
-                pass  # no route, so no address
+            family = socket.AF_INET6 if ":" in probe else socket.AF_INET
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as udp:
+                udp.connect((probe, 9))  # fails if there is no route, and so no address
+                address = udp.getsockname()[0]
+                hosts += [] if address.startswith(("127.", "::1")) else [address]
     elif more and more[1]:  # the interface of a link-local address
         hosts = [f"{host.partition('%')[0]}%25{socket.if_indextoname(more[1])}"]
     return [f"{scheme}://{bracket(host)}:{port}/" for host in hosts]
@@ -8376,10 +8374,9 @@ def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(report_error)
     event = asyncio.Event()
-    number = getattr(signal, "SIGHUP", None)
-    if number:
-        attached = signal.getsignal(number) != signal.SIG_IGN and has_terminal()  # nohup ignores it
-        loop.add_signal_handler(number, lambda: event.set() if attached and not has_terminal() else hang_up())
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        attached = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()  # nohup ignores it
+        loop.add_signal_handler(signal.SIGHUP, lambda: event.set() if attached and not has_terminal() else hang_up())
 
     def stop(number: int) -> None:
         if event.is_set() and number == signal.SIGINT:
@@ -8565,11 +8562,8 @@ async def run_server(args: argparse.Namespace) -> None:
     if args.new_key:
         print_server_config(args.name or "my-server", args.relay_url or ["https://relay.example.com"])
         return
-    flags = {
-        key: value
-        for key in ("name", "relay_url", "file_server_root", "app")
-        if (value := getattr(args, key)) is not None
-    }
+    given = {key: getattr(args, key) for key in ("name", "relay_url", "file_server_root", "app")}
+    flags = {key: value for key, value in given.items() if value is not None}
     path = find_config(args.config, "ptth_server.toml")
     load = functools.partial(load_server_config, path, flags, optional=args.config is None)
     config = load(to_connect=not args.print_tripcode)
@@ -8590,9 +8584,8 @@ async def run_server(args: argparse.Namespace) -> None:
 def make_content(config: ServerConfig, command: str = "server") -> Handler:
     """Return the handler of `ptth server` for its configuration: an app or a directory."""
     if config.app:
-        return with_site_options(
-            App(HTTPClient(config.app_url), config.app_host).handle, config.site, config.name, app=True
-        )
+        app = App(HTTPClient(config.app_url), config.app_host)
+        return with_site_options(app.handle, config.site, config.name, app=True)
     private = [config.path] if os.path.exists(config.path) else []
     site = Site(config.file_server_root, config.site, private=private)
     tell_secrets(site, command)
@@ -8603,7 +8596,7 @@ def make_content(config: ServerConfig, command: str = "server") -> Handler:
 def describe_content(config: ServerConfig) -> str:
     """Return the app or the directory as text, for messages."""
     if config.app:
-        return f"the app at {config.app_url.unix and config.app_url.place or config.app_url.url}"
+        return f"the app at {config.app_url.place if config.app_url.unix else config.app_url.url}"
     return os.path.realpath(config.file_server_root)
 
 
@@ -8653,10 +8646,8 @@ def local_names_only(handler: Handler) -> Handler:
     async def handle(request: Request) -> Response:
         host = request.headers.get("host", "")
         if not is_local_name(host) and (host or "host" in request.headers):
-            wrong = (
-                f"this demo answers to localhost and 127.0.0.1 only, and the request is for {host[:MAX_AUDIT_TEXT]!r}"
-            )
-            raise ProtocolError(403, f"{wrong}; open it under one of these names", close=True)
+            why = f"this demo answers to localhost and 127.0.0.1 only, and the request is for {host[:MAX_AUDIT_TEXT]!r}"
+            raise ProtocolError(403, f"{why}; open it under one of these names", close=True)
         return await handler(request)
 
     return handle
@@ -8684,9 +8675,8 @@ async def run_demo(args: argparse.Namespace) -> None:
     stop = stop_event(lambda: log_line("ptth demo: there is nothing to read again"))
     await http.listen(sock)
     port = sock.getsockname()[1]
-    server = TunnelServer(
-        HTTPClient(BaseURL(False, "127.0.0.1", port, "")), "demo", key, make_content(config, args.command)
-    )
+    client = HTTPClient(BaseURL(False, "127.0.0.1", port, ""))
+    server = TunnelServer(client, "demo", key, make_content(config, args.command))
     running = asyncio.create_task(server.run())
     await wait_for_any(server.connected.wait(), stop.wait(), running)
     if server.connected.is_set():
@@ -8820,12 +8810,10 @@ def occupy_standard_descriptors() -> None:
 
     Otherwise a client's connection could get descriptor 2, and receive the log.
     """
-    try:
+    with contextlib.suppress(OSError):  # a chroot without /dev
         while (fd := os.open(os.devnull, os.O_RDONLY)) < 3:  # read only: writing fails, as if closed
             pass
         os.close(fd)
-    except OSError:
-        pass  # a chroot without /dev
 
 
 def main(argv: list[str] | None = None) -> int:
