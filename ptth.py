@@ -3064,16 +3064,15 @@ _ENTITY_TAG = re.compile(r'(?:\A|,)[ \t]*(W/)?("[!#-~\x80-\xff]*")(?=[ \t]*(?:,|
 
 
 def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
-    """Return whether a list of entity tags, or "*", names `tag`; a weak comparison ignores W/ (RFC 9110, 8.8.3.2)."""
+    """Return whether a list of entity tags, or "*", names the strong `tag`.
+
+    A weak comparison ignores W/ (RFC 9110, 8.8.3.2).
+    """
     if field_value.strip(" \t") == "*":
         return True
-    own_weak, own = tag.startswith("W/"), tag.removeprefix("W/")
-    if own not in field_value:  # fast, for long lists
+    if tag not in field_value:  # fast, for long lists
         return False
-    for prefix, opaque in _ENTITY_TAG.findall(field_value):
-        if opaque == own and (weak or not (prefix or own_weak)):
-            return True
-    return False
+    return any(opaque == tag and (weak or not prefix) for prefix, opaque in _ENTITY_TAG.findall(field_value))
 
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -3095,17 +3094,14 @@ def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
         raise ProtocolError(400, "a percent sign without two hex digits in the path")
     if "%00" in path or "\0" in path:
         raise ProtocolError(400, "a NUL in the path")
+    decoded = [urllib.parse.unquote_to_bytes(segment) for segment in path.encode("latin-1").split(b"/")[1:]]
     segments: list[bytes] = []
-    segment = b""
-    for segment in path.encode("latin-1").split(b"/")[1:]:
-        if b"%" in segment:
-            segment = urllib.parse.unquote_to_bytes(segment)
+    for segment in decoded:
         if segment not in (b".", b".."):
             segments.append(segment)
         elif segment == b".." and segments:
             segments.pop()
-    directory = segment in (b"", b".", b"..")
-    return tuple(filter(None, segments)), directory
+    return tuple(filter(None, segments)), decoded[-1] in (b"", b".", b"..")
 
 
 _parse_short_path = functools.lru_cache(256)(_parse_path)
@@ -3328,7 +3324,7 @@ def _sum_up(entries: list[ListingEntry]) -> str:
     return ", ".join(facts)
 
 
-def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str, form: str = "") -> bytes:
+def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str, form: str, script: str) -> bytes:
     """Make the page of a directory: `path` is below the root, `order` the sort order, `form` the HTML for uploads.
 
     All links are relative. Sorting and the zip are buttons of forms: they need no script, and wget -r ignores them.
@@ -3343,9 +3339,8 @@ def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: st
         '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
         '<form><button name="zip" value="">Download as .zip</button></form>'
     )
-    script = LISTING_SCRIPT + UPLOAD_SCRIPT * bool(form)
     form = form and f"<style>{UPLOAD_STYLE}</style>{form}"
-    headings = "".join(_sort_heading(key, label, order) for key, label in _SORT_KEYS)
+    headings = "".join(_sort_heading(*column, order) for column in _SORT_KEYS)
     rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
     return page(
         "/" + "/".join(names[1:]),
@@ -3356,22 +3351,21 @@ def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: st
     )
 
 
-_SORT_KEYS = (("name", "Name"), ("time", "Modified (UTC)"), ("size", "Size"))
+_SORT_KEYS = (("name", "Name", ""), ("time", "Modified (UTC)", ' class="n w"'), ("size", "Size", ' class="n"'))
 _PARENT_ROW = (
     '<tr class="up"><td class="d"><a href="../" aria-label="Folder above">..</a></td>'
     '<td class="n w"></td><td class="n"></td></tr>\n'
 )
 
 
-def _sort_heading(key: str, label: str, order: str) -> str:
+def _sort_heading(key: str, label: str, kind: str, order: str) -> str:
     """Make a column's heading: a button that sorts by it, or reverses the order."""
     active = (order.removeprefix("-") or "name") == key
     backwards = order.startswith("-")
     value = f"-{key}" if active and not backwards else key
     aria = f' aria-sort="{"descending" if backwards else "ascending"}"' if active else ""
     arrow = f' <span aria-hidden="true">{"&darr;" if backwards else "&uarr;"}</span>' if active else ""
-    column = {"name": "", "size": ' class="n"', "time": ' class="n w"'}[key]
-    return f'<th scope="col"{column}{aria}><button name="sort" value="{value}">{label}{arrow}</button></th>'
+    return f'<th scope="col"{kind}{aria}><button name="sort" value="{value}">{label}{arrow}</button></th>'
 
 
 def _entry_row(entry: ListingEntry) -> str:
@@ -3429,11 +3423,6 @@ def known_type(name: bytes) -> str:
     extension = os.path.splitext(name)[1].lower().decode("latin-1")
     known = TYPES.get(extension) or mimetypes.types_map.get(extension) or ""
     return f"{known}; charset=utf-8" if known.startswith("text/") and known not in ("text/html", "text/xml") else known
-
-
-def media_type(name: bytes, beginning: bytes | None = None) -> str:
-    """Return the Content-Type for a file's name, or, if its extension is unknown, for its first bytes."""
-    return known_type(name) or (PLAIN_TEXT if beginning is not None and is_text(beginning) else OCTETS)
 
 
 SNIFFED = 4096  # bytes of a file that are read to find its type; also the size of each file in /sys
@@ -3910,7 +3899,7 @@ class Site:
             return json_listing(entries)
         vary = ("Vary", "Accept, Origin" if self.uploads else "Accept")
         script = LISTING_SCRIPT + UPLOAD_SCRIPT * bool(form)
-        return html_response(200, listing_page(segments, entries, order, form), [vary], script)
+        return html_response(200, listing_page(segments, entries, order, form, script), [vary], script)
 
     def entries(self, place: bytes) -> Iterator[ListingEntry]:
         """Yield the files and directories in a directory, without hidden ones and links that leave the root.
@@ -4245,7 +4234,7 @@ def _look_into(found: Found, name: bytes) -> tuple[str, bytes, bool]:
     count = min(size, SNIFFED)
     beginning = read_at(found.fd, 0, count or SNIFFED)
     sized = len(beginning) == count or os.fstat(found.fd).st_size != size  # it is being written
-    return kind or media_type(name, beginning), beginning, sized
+    return kind or (PLAIN_TEXT if is_text(beginning) else OCTETS), beginning, sized
 
 
 def _unsized_response(request: Request, found: Found, kind: str) -> Response:
@@ -4378,10 +4367,10 @@ class PartialFile:
         """Append `data`. Sync after every SYNC_SIZE bytes, because one sync at the end would take too long."""
         with self._busy:
             view = memoryview(data)
-            while view and not self.ended:
+            while view:
                 view = view[os.write(self._fd, view) :]
             self._unsynced += len(data)
-            if self._unsynced >= SYNC_SIZE and not self.ended:
+            if self._unsynced >= SYNC_SIZE:
                 os.fsync(self._fd)
                 self._unsynced = 0
 
@@ -4656,6 +4645,10 @@ class Uploads:
             raise ProtocolError(403, "the file of this name cannot be replaced")
         return facts
 
+    def _check_size(self, size: int) -> None:
+        if self._limit and size > self._limit:
+            raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
+
     async def _put_folder(self, request: Request, place: bytes) -> Response:
         """Make a folder, which may be there already, but for MKCOL (RFC 4918, 9.3.1)."""
         if await request.body.read():
@@ -4678,8 +4671,7 @@ class Uploads:
         """Store a file from the bytes that `read` returns until b"". Return its status, and whether it is new."""
         place = os.path.join(folder, name)
         created = await in_thread(self._check, place, headers) is None
-        if self._limit and length > self._limit:
-            raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
+        self._check_size(length)
         partial = PartialFile(folder)
         try:
             await in_thread(partial.open, length)
@@ -4696,8 +4688,7 @@ class Uploads:
         pieces: list[bytes] = []
         while data := await read():
             size += len(data)
-            if self._limit and size > self._limit:
-                raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
+            self._check_size(size)
             pieces.append(data)
             waiting += len(data)
             if waiting >= WRITE_SIZE:

@@ -3083,8 +3083,10 @@ class TestFileServer:
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("name", "kind"), TYPES)
-    def test_types(self, name: str, kind: str) -> None:
-        assert ptth.media_type(name.encode("latin-1")) == kind
+    def test_types(self, name: str, kind: str, tmp_path: object) -> None:
+        with open(os.path.join(os.fsencode(tmp_path), name.encode("latin-1")), "wb") as file:
+            file.write(b"\0")
+        assert one(say(self.site(tmp_path), get("/" + ptth.quote(name.encode("latin-1")))))[1]["content-type"] == kind
 
     SNIFFED = [
         ("README", b"read me\n", True), ("x.rs", "\u00e4".encode() * 5000, True), ("x.diff", b"x" + "\u20ac".encode() * 5000, True), ("LICENSE", b"", True),
