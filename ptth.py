@@ -4016,7 +4016,7 @@ class ZipWriter:
     def __init__(self) -> None:
         self.waiting = 0  # bytes that `take` returns
         self._pieces: list[bytes | memoryview] = []
-        self._taken = 0
+        self._size = 0  # bytes made so far
         self._directory = bytearray()
         self._count = 0
 
@@ -4024,13 +4024,13 @@ class ZipWriter:
         """Return the bytes made since the last call."""
         data = b"".join(self._pieces)
         self._pieces.clear()
-        self._taken += self.waiting
         self.waiting = 0
         return data
 
     def _put(self, data: bytes | memoryview) -> None:
         self._pieces.append(data)
         self.waiting += len(data)
+        self._size += len(data)
 
     def _head(self, name: str, mode: int, mtime: int, version: int, flags: int, method: int) -> _Member:
         seconds = mtime // 1_000_000_000
@@ -4041,7 +4041,7 @@ class ZipWriter:
         )
         form = (hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day)
         # Flag 0x800: the name is UTF-8.
-        return _Member(name.encode(), mode, stamp, (version, flags | 0x800, method, *form), self._taken + self.waiting)
+        return _Member(name.encode(), mode, stamp, (version, flags | 0x800, method, *form), self._size)
 
     def add(self, name: str, mode: int, mtime: int, data: bytes = b"") -> None:
         """Add a member: `mode` is its st_mode, `mtime` in nanoseconds.  A folder's name ends in a slash."""
@@ -4060,7 +4060,7 @@ class ZipWriter:
         member = self._head(name, mode, mtime, 45 if large else 20, 0x008, 8)
         self._put_local(member, 0, 0xFFFFFFFF if large else 0, struct.pack("<2H2Q", 1, 16, 0, 0) if large else b"")
         checksum = size = 0
-        begin = self._taken + self.waiting
+        begin = self._size
         try:
             for piece in pieces:
                 checksum, size = zlib.crc32(piece, checksum), size + len(piece)
@@ -4072,7 +4072,7 @@ class ZipWriter:
                 yield self.take()
         finally:
             self._put(struct.pack("<BHH", 1, 0, 0xFFFF))  # the last block, empty
-            packed = self._taken + self.waiting - begin
+            packed = self._size - begin
             self._put(struct.pack("<4sIQQ" if large else "<4sIII", b"PK\7\10", checksum, packed, size))
             self._list(member, checksum, packed, size)
 
@@ -4100,7 +4100,7 @@ class ZipWriter:
     def finish(self) -> Iterator[bytes]:
         """Yield the bytes not taken yet, and the central directory."""
         yield self.take()
-        begin, size, count = self._taken, len(self._directory), self._count
+        begin, size, count = self._size, len(self._directory), self._count
         for at in range(0, size, SENDFILE_SIZE):
             yield bytes(self._directory[at : at + SENDFILE_SIZE])
         last = b""
@@ -4340,12 +4340,14 @@ def give_name(partial: bytes, place: bytes) -> None:
 class PartialFile:
     """A file that is being uploaded: hidden and locked until it is complete. Its methods block: call them in threads.
 
-    When an upload is cancelled, a method may still run in its thread. So each method waits for the others.
+    When an upload is cancelled, a method may still run, or begin, in its thread. So each method waits for the others,
+    and after `discard` none makes a file.
     """
 
-    def __init__(self, folder: bytes) -> None:
-        self._folder = folder
-        self._place = os.path.join(folder, PARTIAL + os.urandom(16).hex().encode())
+    def __init__(self, place: bytes) -> None:
+        self._place = place
+        self._folder = os.path.dirname(place)
+        self._partial = os.path.join(self._folder, PARTIAL + os.urandom(16).hex().encode())
         self._fd = -1
         self._busy = threading.Lock()
         self._unsynced = 0
@@ -4360,7 +4362,7 @@ class PartialFile:
         with self._busy:
             if not self.ended:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-                self._fd = os.open(self._place, flags, 0o666)
+                self._fd = os.open(self._partial, flags, 0o666)
                 lock_file(self._fd)
 
     def write(self, data: bytes) -> None:
@@ -4374,22 +4376,22 @@ class PartialFile:
                 os.fsync(self._fd)
                 self._unsynced = 0
 
-    def finish(self, place: bytes, mtime: int | None, check: Callable[[], os.stat_result | None]) -> os.stat_result:
+    def finish(self, mtime: int | None, check: Callable[[], os.stat_result | None]) -> os.stat_result:
         """Give the file its name, and return its status. `check` returns the file to replace, or None, or raises."""
         with self._busy:
             os.fsync(self._fd)
             self._close()
             if mtime is not None:
-                os.utime(self._place, (mtime, mtime))
+                os.utime(self._partial, (mtime, mtime))
             with _COMMIT:
                 old = check()
                 if old:
-                    os.chmod(self._place, old.st_mode & 0o777)  # not setuid: it was meant for the old content
-                    os.replace(self._place, place)
+                    os.chmod(self._partial, old.st_mode & 0o777)  # not setuid: it was meant for the old content
+                    os.replace(self._partial, self._place)
                 else:
-                    give_name(self._place, place)
+                    give_name(self._partial, self._place)
                 self.ended = True
-                return os.stat(place)
+                return os.stat(self._place)
 
     def discard(self) -> None:
         """Remove the file, unless it has its name already."""
@@ -4397,7 +4399,7 @@ class PartialFile:
             if not self.ended:
                 self.ended = True
                 self._close()
-                os.unlink(self._place)
+                os.unlink(self._partial)
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -4405,9 +4407,9 @@ class PartialFile:
             self._fd = -1
 
 
-def remove_partial_files(root: str) -> None:
+def remove_partial_files(root: bytes) -> None:
     """Remove the incomplete files of uploads that were killed. Those of running uploads are locked."""
-    for folder, _, names in os.walk(_absolute(root)):
+    for folder, _, names in os.walk(root):
         for name in names:
             if re.fullmatch(re.escape(PARTIAL) + rb"[0-9a-f]{32}", name):
                 path = os.path.join(folder, name)
@@ -4547,17 +4549,14 @@ class Uploads:
         found = self._site.open(segments)
         path = request.headers.get("x-forwarded-prefix", "") + request.target.partition("?")[0]
         path = urllib.parse.quote(path.encode("latin-1"), safe="/%")
-        facts = found.facts
-        if found.fd >= 0:
-            found.close()
-            rows = [(path, ListingEntry(b"", False, facts.st_size, facts.st_mtime_ns))]
-        else:
+        is_dir, facts = found.fd < 0, found.facts
+        found.close()
+        if is_dir:
             path = path.removesuffix("/") + "/"
-            rows = [(path, ListingEntry(b"", True, 0, facts.st_mtime_ns))]
-            if request.headers.get("depth") != "0":
-                rows += [
-                    (path + entry_link(entry), entry) for entry in self._site.entries(found.place) if not entry.error
-                ]
+        rows = [(path, ListingEntry(b"", is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns))]
+        if is_dir and request.headers.get("depth") != "0":
+            entries = self._site.entries(found.place)
+            rows += [(path + entry_link(entry), entry) for entry in entries if not entry.error]
         xml = "".join(itertools.starmap(_property_row, rows))
         xml = f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus xmlns:D="DAV:">{xml}</D:multistatus>\n'
         return Response(207, [("Content-Type", "application/xml; charset=utf-8"), NOSNIFF], BytesBody(xml.encode()))
@@ -4571,10 +4570,10 @@ class Uploads:
             name = _form_name(part.get("filename", ""))
             try:
                 if name:
-                    await self._store(folder, self._check_name(name), form.read, Headers(), 0)
+                    await self._store(self._new_place(folder, name), form.read, Headers(), 0)
                     stored.append(show_name(name))
                 elif part.get("name") == "folder" and (name := await form.value()):
-                    await in_thread(os.mkdir, os.path.join(folder, self._check_name(name)))
+                    await in_thread(os.mkdir, self._new_place(folder, name))
                     stored.append(show_name(name))
             except ProtocolError as error:
                 if error.close:
@@ -4594,11 +4593,10 @@ class Uploads:
             raise ProtocolError(415, "files are stored as they come, so they cannot have a Content-Encoding")
         if not segments:
             raise ProtocolError(409, "this is a folder")
-        folder = self._open_folder(segments[:-1])
-        name = self._check_name(segments[-1])
+        place = self._new_place(self._open_folder(segments[:-1]), segments[-1])
         if directory:
-            return await self._put_folder(request, os.path.join(folder, name))
-        facts, created = await self._store(folder, name, request.body.read, headers, request.body.known_length or 0)
+            return await self._put_folder(request, place)
+        facts, created = await self._store(place, request.body.read, headers, request.body.known_length or 0)
         fields = [("ETag", entity_tag(facts)), NOSNIFF]
         if _mtime(headers) is not None:
             fields.append(("X-OC-Mtime", "accepted"))
@@ -4616,13 +4614,13 @@ class Uploads:
             raise ProtocolError(403, "files are not uploaded through a symbolic link without --follow-symlinks")
         return found.place
 
-    def _check_name(self, name: bytes) -> bytes:
-        """Return the name of a new file. ProtocolError 400 if it is invalid, 403 if such a file would not be served."""
+    def _new_place(self, folder: bytes, name: bytes) -> bytes:
+        """Return the path of a new file. ProtocolError 400 for an invalid name, 403 for one that is not served."""
         if not 0 < len(name) < 256 or name in (b".", b"..") or _CONTROLS.search(name_text(name)):
             raise ProtocolError(400, "a name has 1 to 255 bytes, and no control characters")
         if is_refused((name,), self._site.options.hidden) or self._site._is_secret(name):
             raise ProtocolError(403, "a file of this name is not served here")
-        return name
+        return os.path.join(folder, name)
 
     def _check(self, place: bytes, headers: Headers) -> os.stat_result | None:
         """Return the file to replace, or None for a new one. ProtocolError 403, 409 or 412 (RFC 9110, 13.2)."""
@@ -4666,18 +4664,17 @@ class Uploads:
         return Response(201, [NOSNIFF])
 
     async def _store(
-        self, folder: bytes, name: bytes, read: Callable[[], Awaitable[bytes]], headers: Headers, length: int
+        self, place: bytes, read: Callable[[], Awaitable[bytes]], headers: Headers, length: int
     ) -> tuple[os.stat_result, bool]:
         """Store a file from the bytes that `read` returns until b"". Return its status, and whether it is new."""
-        place = os.path.join(folder, name)
         created = await in_thread(self._check, place, headers) is None
         self._check_size(length)
-        partial = PartialFile(folder)
+        partial = PartialFile(place)
         try:
             await in_thread(partial.open, length)
             await self._receive(partial, read)
             check = functools.partial(self._check, place, headers)
-            return await in_thread(partial.finish, place, _mtime(headers), check), created
+            return await in_thread(partial.finish, _mtime(headers), check), created
         finally:
             if not partial.ended:
                 await asyncio.shield(asyncio.to_thread(partial.discard))
@@ -4734,16 +4731,16 @@ def _mtime(headers: Headers) -> int | None:
     return int(text.partition(".")[0]) if re.fullmatch(r"[0-9]{1,11}(?:\.[0-9]*)?", text) else None
 
 
-def begin_uploads(site: Site, command: str, root: str) -> None:
+def begin_uploads(site: Site, command: str) -> None:
     """Remove the incomplete files of earlier uploads, and warn the operator if there is no password."""
     if not site.uploads:
         return
-    removal = threading.Thread(target=remove_partial_files, args=(root,), daemon=True)
+    removal = threading.Thread(target=remove_partial_files, args=(site._root,), daemon=True)
     removal.start()
     removal.join(1)  # seconds; in a large tree it continues in the background
     if not site.options.auth:
         who = "uploads are on and there is no password, so everybody who reaches this server can add files to"
-        log_line(f"ptth {command}: {who} {os.path.realpath(root)}")
+        log_line(f"ptth {command}: {who} {os.fsdecode(os.path.realpath(site._root))}")
 
 
 _CORS = (
@@ -8414,7 +8411,7 @@ async def run_file_server(args: argparse.Namespace) -> None:
     tls = load_certificate(args.tls_cert, args.tls_key)
     site = Site(root, options, private=filter(None, (args.tls_cert, args.tls_key)))
     tell_secrets(site, args.command)
-    begin_uploads(site, args.command, root)
+    begin_uploads(site, args.command)
     server = HTTPServer(site_handler(site), log=None if args.quiet else AccessLog(), tls=tls)
     sock = open_socket(args.bind, args.port)
     stop = stop_event(functools.partial(reload_certificate, tls, args.tls_cert, args.tls_key))
@@ -8580,7 +8577,7 @@ def make_content(config: ServerConfig, command: str = "server") -> Handler:
     private = [config.path] if os.path.exists(config.path) else []
     site = Site(config.file_server_root, config.site, private=private)
     tell_secrets(site, command)
-    begin_uploads(site, command, config.file_server_root)
+    begin_uploads(site, command)
     return server_handler(site, config.name)
 
 
