@@ -124,7 +124,7 @@ MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.
 MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashed
 MAX_P3_REQUESTS = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
-MAX_RESPONSES_BYTES = 384 * 1024  # bytes of responses in one batch; relays of all versions read at least 432 KiB
+MAX_RESPONSES_BYTES = 512 * 1024  # bytes of responses in one batch; relays of version 1.0.0 read only 432 KiB
 MAX_BATCHES_BYTES = 8 * 1024 * 1024  # bytes of one name's batches that the relay reads at the same time
 MAX_INLINE = 64 * 1024  # bytes of a request's body that is sent inside P3; the server fetches a longer one
 MAX_INLINE_TOTAL = 16 * 1024 * 1024  # bytes of all such bodies that wait at the relay
@@ -175,7 +175,7 @@ NEAR_ROUND_TRIP = 0.005  # seconds to the relay; if it is nearer, one P1 is best
 SAMPLES = 3  # round trips measured; the shortest counts
 MEASURE_INTERVAL = 300.0  # seconds after which the server measures again
 FAR_P1 = 8  # P1 open at the same time
-FAR_BATCHES = 4  # batches of responses in flight at the same time, if the relay is not near
+MAX_BATCHES = 4  # batches of responses in flight at the same time; a near relay gets several only while they are full
 BACKEND = "/7ZSFUKGV/"  # the path of P1 and P5 at the relay
 
 
@@ -6634,17 +6634,16 @@ class Responses:
         """Read a batch. ProtocolError 408 after the response timeout, 503 above MAX_BATCHES_BYTES, 502 if too large."""
         if body is EMPTY:
             return b""
-        most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL_BODY
-        size = most if body.length is None else min(body.length, most)
+        size = min(MAX_RESPONSES_BYTES if body.length is None else body.length, MAX_RESPONSES_BYTES)
         if server.batch_bytes + size > MAX_BATCHES_BYTES:
             retry = ("Retry-After", "1")
             raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
         server.batch_bytes += size
         try:
             if body.has_arrived:
-                return await body.read_all(most)
+                return await body.read_all(MAX_RESPONSES_BYTES)
             async with asyncio.timeout(self.state.config.response_timeout):
-                return await body.read_all(most)
+                return await body.read_all(MAX_RESPONSES_BYTES)
         except TimeoutError:
             reason = f"the batch took longer than {self.state.config.response_timeout:.0f} seconds"
             raise ProtocolError(408, reason, close=True, headers=[NO_STORE]) from None
@@ -7078,7 +7077,7 @@ class Sender:
         self.features: set[str] = set()  # of the relay
         self._part_size = 0  # bytes of a POST that the proxy in front of the relay probably accepts; 0: no limit known
         self._passed = 0  # bytes of the largest POST that was accepted
-        self.most_batches = 1  # in flight at the same time
+        self.near = True  # few milliseconds from the relay
         self._key = key
         self._workers = workers
         self._log_change = log
@@ -7098,7 +7097,7 @@ class Sender:
 
         A relay forwards a batch when it has all of it. From afar that takes long, so that a larger body goes alone.
         """
-        data, most = response.body.data, SMALL_BODY if self.most_batches == 1 else MAX_BATCHED_BODY
+        data, most = response.body.data, SMALL_BODY if self.near else MAX_BATCHED_BODY
         return data is not None and len(data) <= most and not (self.client.limiter or self.rust_relay)
 
     def batch(self, request_id: str, response: Response, method: str) -> None:
@@ -7112,9 +7111,9 @@ class Sender:
         if len(self._batch) == 1:
             asyncio.get_running_loop().call_soon(self._start)  # a poll that is sent before that takes the batch
 
-    def _start(self) -> None:
-        """Start to post batches, unless `most_batches` are in flight."""
-        if self._batch and self._sending < self.most_batches:
+    def _start(self, *, full: bool = False) -> None:
+        """Start to post batches, unless enough are in flight. To a near relay that is one, if the last was not full."""
+        if self._batch and self._sending < (MAX_BATCHES if full or not self.near else 1):
             self._sending += 1
             self._workers.spawn(self._send_batches())
 
@@ -7123,17 +7122,18 @@ class Sender:
         try:
             while self._batch:
                 batch = self.take_batch()
-                self._start()
+                self._start(full=True)
                 await self.send_batch(batch)
         finally:
             self._sending -= 1
 
     def take_batch(self) -> Batch:
-        """Remove small responses from the queue, MAX_RESPONSES_BYTES at most, and return them."""
+        """Remove small responses from the queue, as many as the relay, and a proxy, read at once, and return them."""
         request_ids: list[str] = []
         pieces: list[bytes] = []
         size = 0
-        most = min(self._part_size or MAX_RESPONSES_BYTES, MAX_RESPONSES_BYTES)
+        most = MAX_RESPONSES_BYTES if "listen" in self.features else MAX_BATCH_BYTES
+        most = min(self._part_size or most, most)
         while self._batch and (not pieces or size + len(self._batch[0][1]) <= most):
             request_id, piece = self._batch.popleft()
             request_ids.append(request_id)
@@ -7522,7 +7522,7 @@ class Link:
     def _set_distance(self, took: float, failure: asyncio.Future[Exception]) -> None:
         """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one."""
         one_by_one = took < NEAR_ROUND_TRIP or self._sender.rust_relay
-        self._sender.most_batches = 1 if one_by_one else FAR_BATCHES
+        self._sender.near = one_by_one
         before, self._most_polls = self._most_polls, 1 if one_by_one else FAR_P1
         for number in range(before, self._most_polls):
             self._spawn(self._listen(number, failure))

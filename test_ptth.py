@@ -7410,28 +7410,68 @@ class TestServer:
 
         assert asyncio.run(measure()) == [ptth.MAX_HANDLERS, ptth.MAX_HANDLERS, 0]
 
-    def test_a_batch_has_larger_bodies_for_a_near_relay_and_no_more_than_any_relay_reads(self) -> None:
-        async def handler(request: ptth.Request) -> ptth.Response:
-            return ptth.Response(200)
-
-        async def measure() -> tuple[list[int], list[bool]]:
-            client = ptth.HTTPClient(ptth.parse_base_url("http://127.0.0.1:1"))
-            sender = ptth.Sender(client, "n", KEY, ptth.Workers(handler), print)
+    @pytest.mark.parametrize(
+        ("features", "near", "expected"),
+        [
+            ({"listen"}, True, [5, 5, 2]),
+            ({"listen"}, False, []),
+            (set(), True, [2, 2, 2, 2, 2, 2]),  # release 1.0.0 reads 256 KiB, a head, and a body
+        ],
+    )
+    def test_a_batch_has_larger_bodies_for_a_near_relay_and_no_more_than_the_relay_reads(
+        self, features: set[str], near: bool, expected: list[int]
+    ) -> None:
+        async def measure() -> list[int]:
+            sender = ptth.Sender(
+                ptth.HTTPClient(ptth.parse_base_url("http://127.0.0.1:1")), "n", KEY, ptth.Workers(echo), print
+            )
+            sender.features, sender.near = features, near
             response = ptth.Response(200, [], ptth.BytesBody(b"x" * 100 * 1024))
-            near = sender.can_batch(response)
-            for number in range(8):
-                sender.batch(f"{number:08}", response, "GET")
+            for number in range(12):
+                if sender.can_batch(response):
+                    sender.batch(f"{number:08}", response, "GET")
             sizes = []
             while sender.has_batch:
                 sizes.append(len(sender.take_batch().data))
-            sender.most_batches = ptth.FAR_BATCHES
-            return sizes, [near, sender.can_batch(response)]
+            return sizes
 
-        sizes, batched = asyncio.run(measure())
-        assert batched == [True, False]
-        assert [size // (100 * 1024) for size in sizes] == [3, 3, 2]
-        # What release 1.0.0 reads: 256 KiB, a head, and a body.
-        assert max(sizes) <= ptth.MAX_RESPONSES_BYTES <= (256 + 48 + 128) * 1024
+        sizes = asyncio.run(measure())
+        assert [size // (100 * 1024) for size in sizes] == expected
+        assert max(sizes, default=0) <= (ptth.MAX_RESPONSES_BYTES if features else (256 + 48 + 128) * 1024)
+
+    @pytest.mark.parametrize(
+        ("near", "size", "expected"),
+        [(True, 100 * 1024, 4), (True, 100, 1), (False, 60 * 1024, 4), (False, 100, 2)],
+    )
+    def test_several_batches_are_in_flight_to_a_far_relay_or_while_they_are_full(
+        self, near: bool, size: int, expected: int
+    ) -> None:
+        async def measure() -> int:
+            sender = ptth.Sender(
+                ptth.HTTPClient(ptth.parse_base_url("http://127.0.0.1:1")), "n", KEY, ptth.Workers(echo), print
+            )
+            sender.features, sender.near = {"listen"}, near
+            sent: list[ptth.Batch] = []
+            finish = asyncio.Event()
+
+            async def send_batch(batch: ptth.Batch) -> None:
+                sent.append(batch)
+                await finish.wait()
+
+            sender.send_batch = send_batch
+            response = ptth.Response(200, [], ptth.BytesBody(b"x" * size))
+            async with asyncio.TaskGroup() as sender._workers.group:
+                for number in range(80):
+                    sender.batch(f"{number:08}", response, "GET")
+                    if number in (39, 79):
+                        for _ in range(20):
+                            await asyncio.sleep(0)
+                in_flight = len(sent)
+                finish.set()
+            assert sum(len(batch.request_ids) for batch in sent) == 80
+            return in_flight
+
+        assert asyncio.run(measure()) == expected
 
     def test_whatever_a_handler_raises_becomes_a_response(
         self, background: Background, capfd: pytest.CaptureFixture[str]
@@ -7620,7 +7660,7 @@ class TestServer:
         async def measure() -> list[tuple[int, int]]:
             link = ptth.Link(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, ptth.Workers(echo))
             samples = iter([0.9, 0.001, 0.9, 0.9, 0.8, 0.7, 0.9, 0.9, OSError("refused"), 0.0, OSError("refused")])
-            seen: list[tuple[int, int]] = []
+            seen: list[tuple[int, bool]] = []
             set_distance = link._set_distance
 
             async def probe() -> float:
@@ -7637,7 +7677,7 @@ class TestServer:
 
             def look(took: float, failure: object) -> None:
                 set_distance(took, failure)
-                seen.append((link._most_polls, link._sender.most_batches))
+                seen.append((link._most_polls, link._sender.near))
 
             link._sender.probe, link._listen, link._set_distance = probe, listen, look
             failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -7646,7 +7686,7 @@ class TestServer:
             return seen
 
         monkeypatch.setattr(ptth, "MEASURE_INTERVAL", 0)
-        near, far = (1, 1), (ptth.FAR_P1, ptth.FAR_BATCHES)
+        near, far = (1, True), (ptth.FAR_P1, False)
         # 0.9 and three samples; then three at a time, one of which may fail, and then those before it count
         assert asyncio.run(asyncio.wait_for(measure(), 20))[:4] == [near, far, far, near]
 
