@@ -3094,7 +3094,8 @@ def _parse_path(path: str) -> tuple[tuple[bytes, ...], bool]:
         raise ProtocolError(400, "a percent sign without two hex digits in the path")
     if "%00" in path or "\0" in path:
         raise ProtocolError(400, "a NUL in the path")
-    decoded = [urllib.parse.unquote_to_bytes(segment) for segment in path.encode("latin-1").split(b"/")[1:]]
+    raw = path.encode("latin-1").split(b"/")[1:]
+    decoded = [urllib.parse.unquote_to_bytes(segment) if b"%" in segment else segment for segment in raw]
     segments: list[bytes] = []
     for segment in decoded:
         if segment not in (b".", b".."):
