@@ -6860,13 +6860,13 @@ class Workers:
         self.handler = handler
         self.group: asyncio.TaskGroup | None = None  # while the server runs
         self.stopping = asyncio.Event()
-        self.room = asyncio.Event()  # set while fewer than MAX_HANDLERS requests are handled or queued
+        self.room = asyncio.Event()  # clear while queue and workers, or all batches, hold MAX_HANDLERS
         self.room.set()
-        self.request_ids: dict[str, Sender] = {}  # ids of all requests without a response
+        self.request_ids: dict[str, Sender] = {}  # ids of all requests without a response, and who will send it
         self.sending: Counter[str] = Counter()  # large responses that are being sent, by the client's address
-        self.most_sending = file_limit() // 4  # each needs two descriptors: half of all
+        self.most_sending = file_limit() // 4  # of them: two descriptors for each, half of all
         self._queue: deque[tuple[str, Request | ProtocolError, Sender]] = deque()
-        self._count = 0  # tasks that handle them
+        self._count = 0  # workers: tasks that handle what is queued
         self._batched = 0  # small responses that wait for their batch
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -6910,7 +6910,7 @@ class Workers:
             self.room.clear()
 
     def _start_worker(self) -> None:
-        """Start a worker. If requests are still queued one turn of the loop later, it is waiting: start another.
+        """Start a worker. If requests are still queued one turn of the loop later, all workers wait: start another.
 
         Fast handlers need one task; a slow one delays no other request.
         """
@@ -6987,7 +6987,7 @@ class Workers:
             self.done(request_id)
 
     def ids_from(self, sender: Sender) -> list[str]:
-        """Return the newest ids of requests from the sender's relay without a response, MAX_LOST at most."""
+        """Return the ids of the newest requests from the sender's relay without a response, MAX_LOST at most."""
         found = (key for key, value in reversed(self.request_ids.items()) if value is sender)
         return list(itertools.islice(found, MAX_LOST))
 
@@ -7003,13 +7003,13 @@ class Workers:
 
 
 class PartReader:
-    """Cuts a body into parts. Its end is known with the last one."""
+    """Cuts a body into parts. `ended` becomes true with the last one."""
 
     def __init__(self, body: Body) -> None:
         self.offset = 0  # bytes before the next part
         self.ended = False
         self._body = body
-        self._length = body.length  # now: that of a body that is being received becomes smaller
+        self._length = body.length  # at the beginning: while a body is received, its `length` becomes smaller
         self._pieces = aiter(body)
         self._size = 0  # bytes of the last part
         self._held = b""  # bytes that were read, and are in no part yet
@@ -7050,13 +7050,13 @@ class PartReader:
         return piece or b""
 
     def stop(self) -> None:
-        """End the body here."""
+        """Treat what has been read as the whole body."""
         self._stopped = True
         if self._reading:
             self._reading.cancel()
 
     async def aclose(self) -> None:
-        """End reading."""
+        """End the reading of the body, which the caller closes."""
         await end_task(self._reading)
 
 
@@ -7083,7 +7083,7 @@ class Sender:
         self._workers = workers
         self._log_change = log
         self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach the relay
-        self.on_loss: Callable[[], object] = int
+        self.on_loss: Callable[[], object] = int  # called when `lost` has grown
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
         self._sending = 0  # batches in flight
         self._endless: set[PartReader] = set()  # WebSockets and event streams that are being sent
@@ -7329,7 +7329,7 @@ _REFUSALS = {  # status: what to do about it
 
 
 class FetchedBody(Body):
-    """The body of a request. It is fetched from the relay when it is first read, once."""
+    """The body of a request. It is fetched from the relay when it is read, which is possible once."""
 
     complete = False
 
@@ -7521,7 +7521,10 @@ class Link:
                 took, samples = math.inf, SAMPLES
 
     def _set_distance(self, took: float, failure: asyncio.Future[Exception]) -> None:
-        """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one."""
+        """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one.
+
+        `took`: the seconds of a round trip.
+        """
         one_by_one = took < NEAR_ROUND_TRIP or self._sender.rust_relay
         self._sender.near = one_by_one
         before, self._most_polls = self._most_polls, 1 if one_by_one else FAR_P1
@@ -7561,7 +7564,10 @@ class Link:
                 failure.set_result(error)
 
     def _next_poll(self, brought: bool) -> tuple[Connection | None, float, Batch]:
-        """Return an idle connection for the next P1, its wait, and the batch to send with it. `brought`: after a P3."""
+        """Return an idle connection for the next P1, the seconds that it waits, and the batch to send with it.
+
+        `brought`: the last P1 has brought requests.
+        """
         both = brought and "listen" in self._sender.features and self._sender.has_batch
         # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
         free = both or self.client.idle_count > brought
@@ -7605,7 +7611,7 @@ class Link:
         try:
             response = await self.client.exchange(connection, self._make_p1(wait, lost, batch), P1_TIMEOUT)
             headers = Headers(response.headers)
-            try:
+            async with contextlib.aclosing(response.body):
                 if batch.data and not is_p3(response.status, headers):
                     self._sender.lost.extend(lost)
                     self._sender.settle(batch, response.status, headers)
@@ -7613,8 +7619,6 @@ class Link:
                 self._sender.rust_relay = check_p3(response.status, headers, self.client)
                 limit = MAX_RUST if self._sender.rust_relay else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
                 body = await response.body.read_all(limit)
-            finally:
-                await response.body.aclose()
             self._host = headers.get("ptth-host", "")
             self._sender.features = set(headers.tokens("ptth-features"))
             self.accept(body)
@@ -7636,9 +7640,9 @@ class Link:
 
     def accept(self, data: bytes) -> None:
         """Queue the requests of a P3."""
-        original = self._sender.rust_relay and data
+        rust = self._sender.rust_relay and data
         try:
-            for request_id, request in unpack_rust_requests(data) if original else unpack_requests(data, self._fetch):
+            for request_id, request in unpack_rust_requests(data) if rust else unpack_requests(data, self._fetch):
                 if request_id in self._sender.lost:  # offered again before PTTH-Lost was sent: handle it again
                     self._sender.lost.remove(request_id)
                 self._workers.add(request_id, request, self._sender)
@@ -7778,9 +7782,10 @@ def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
         return "to the same URL; the proxy in front of the relay does not see that this is https already"
     if origin.tls and not there.tls:
         return f"to {there.url}, which would send the key without TLS; correct relay_url"
-    if there.host == origin.host and there.tls and not origin.tls:  # some drop the path
-        there, ours = there._replace(path=there.path if ours else origin.path), "yes"
-    if ours:
+    to_https = there.host == origin.host and there.tls and not origin.tls
+    if to_https and not ours:  # some proxies drop the path
+        there = there._replace(path=origin.path)
+    if ours or to_https:
         return f'write relay_url = "{there.url}"'
     return f"to {there.url[:200]}, which is not a relay's URL; a login page, or a captive portal?"
 
@@ -7957,17 +7962,12 @@ def toml_hint(line: str) -> str:
 
 def find_config(given: str | None, name: str) -> str:
     """Return the path of a configuration file: `given`, else ./NAME, else ./config/NAME as in the original."""
-    if given:
-        return given
-    original = os.path.join("config", name)
-    return original if not os.path.exists(name) and os.path.exists(original) else name
+    return given or next(filter(os.path.exists, (name, os.path.join("config", name))), name)
 
 
 # No other schemes: javascript: would run in the relay's origin. No white space and no control characters: browsers skip
 # them, so "java\nscript:" is the same scheme.
-_NEWS_URL = re.compile(
-    r"(?:https?://[^\s\x00-\x20\x7f/][^\s\x00-\x20\x7f]*|(?![A-Za-z][A-Za-z0-9+.\-]*:)[^\s\x00-\x20\x7f]*)", re.I
-)
+_NEWS_URL = re.compile(r"(?:https?://(?=[^/])|(?![A-Za-z][A-Za-z0-9+.-]*:))[^\s\x00-\x20\x7f]*", re.IGNORECASE)
 
 
 def load_relay_config(path: str) -> RelayConfig:
@@ -8154,7 +8154,7 @@ def read_relays(config: ServerConfig, table: TOMLTable) -> None:
         try:
             config.relays.append((origin, find_proxy(config, origin)))
         except UserError as error:
-            table.problems += [line for line in error.args if line not in table.problems]
+            table.problems += [line for line in error.args if line not in table.problems]  # once for all relays
 
 
 def read_content(config: ServerConfig, table: TOMLTable) -> None:
@@ -8261,7 +8261,10 @@ def find_proxy(config: ServerConfig, origin: BaseURL) -> ForwardProxy | None:
 
 
 def check_root(root: str, how: str) -> str:
-    """Return the directory to serve. UserError; also for / and the home directory, unless they are named."""
+    """Return the directory to serve; "" is the current one.
+
+    UserError if it cannot be served. For / and the home directory, unless they are named, its text says `how` to do it.
+    """
     try:
         path = os.path.abspath(root)
     except OSError as error:
