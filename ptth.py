@@ -70,6 +70,7 @@ import struct
 import threading
 import time
 import urllib.parse
+import weakref
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
@@ -5680,44 +5681,26 @@ class HashQueue:
     def __init__(self, share: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._share = share
-        self._groups: OrderedDict[str, deque[tuple[str, asyncio.Future[str]]]] = OrderedDict()
+        self._turn = asyncio.Lock()  # held by the key that is next; one key of each group waits for it
+        self._groups: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._used_until = -math.inf  # in the loop's time: no hash before that
 
     async def hash(self, key: str, group: str) -> str:
         """Wait for the key's turn, and return its tripcode. ProtocolError 503 after HASH_WAIT seconds."""
-        if not self._groups and self._used_until <= self._loop.time():
-            return self._hash(key)
-        if not self._groups:
-            self._loop.call_at(self._used_until, self._work)
-        result: asyncio.Future[str] = self._loop.create_future()
-        self._groups.setdefault(group, deque()).append((key, result))
+        first_of_group = self._groups.setdefault(group, asyncio.Lock())
         try:
-            async with asyncio.timeout(HASH_WAIT):
-                return await result
+            async with asyncio.timeout(HASH_WAIT), first_of_group, self._turn:
+                if self._used_until > self._loop.time():
+                    await asyncio.sleep(self._used_until - self._loop.time())
+                begin = time.thread_time()
+                code = tripcode(key)
+                cost = (time.thread_time() - begin) / self._share
+                # Time that was not used more than a second ago does not count.
+                self._used_until = max(self._used_until, self._loop.time() - 1) + cost
+                return code
         except TimeoutError:
             reason = "too many keys are to be verified"
             raise ProtocolError(503, reason, headers=[NO_STORE, ("Retry-After", "1")]) from None
-
-    def _hash(self, key: str) -> str:
-        """Hash a key, and count its time against the share. Unused time of more than a second ago does not count."""
-        begin = time.thread_time()
-        code = tripcode(key)
-        cost = (time.thread_time() - begin) / self._share
-        self._used_until = max(self._used_until, self._loop.time() - 1) + cost
-        return code
-
-    def _work(self) -> None:
-        """Hash the next key of the next group: one in each turn of the loop, so as not to block it."""
-        while self._groups:
-            group, waiting = self._groups.popitem(last=False)
-            key, result = waiting.popleft()
-            if waiting:
-                self._groups[group] = waiting  # after the other groups
-            if not result.done():  # otherwise its request has timed out, or its client is gone
-                result.set_result(self._hash(key))
-                break
-        if self._groups:
-            self._loop.call_at(self._used_until, self._work)
 
 
 class Keys:
