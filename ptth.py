@@ -4964,7 +4964,7 @@ def _unpack_request(
     return request
 
 
-def pack_response_head(response: Response, batched: Fields = []) -> bytes:  # noqa: B006  it is copied
+def pack_response_head(response: Response, batched: Iterable[tuple[str, str]] = ()) -> bytes:
     """Format the inner head of P5, which the body follows.
 
     In a batch, `batched` has the request's id and the body's length, and comes first.
