@@ -6042,7 +6042,8 @@ class Desk:
         self.state = state
         self.gate = gate
         with open(__file__, "rb") as file:
-            self._source = file.read()  # now, because the file may be replaced while the program runs
+            source = file.read()  # now, because the file may be replaced while the program runs
+        source_fields = [("Content-Type", "text/x-python; charset=utf-8"), NOSNIFF]
         self._pages: dict[str, Callable[[Request], Response]] = {
             "/": lambda request: text_response(302, "see frontend/servers/\n", [("Location", "./frontend/servers/")]),
             "/frontend/servers": lambda request: text_response(301, "see servers/\n", [("Location", "./servers/")]),
@@ -6052,11 +6053,7 @@ class Desk:
             "/frontend/debug/": self._debug,
             "/frontend/tls_check": self._tls_check,
             "/frontend/relay_up_check": self._up_check,
-            "/ptth.py": lambda request: Response(
-                200,
-                [("Content-Type", "text/x-python; charset=utf-8"), ("X-Content-Type-Options", "nosniff")],
-                BytesBody(self._source),
-            ),
+            "/ptth.py": lambda request: Response(200, source_fields, BytesBody(source)),
         }
         self._scraper_pages: dict[str, Callable[[], Response]] = {
             "test": lambda: text_response(200, "You're valid!", [NO_STORE]),
