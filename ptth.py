@@ -5874,18 +5874,15 @@ class RelayState:
         self.config = config
         entries = {entry.name: entry for entry in config.servers}
         for name, server in list(self.servers.items()):
-            new = entries.pop(name, None)
-            if new is None or new.tripcode != server.entry.tripcode:
+            if name not in entries or entries[name].tripcode != server.entry.tripcode:
                 server.answer_empty()
-            if new is None:
+            if name not in entries:
                 del self.servers[name]
-                for exchange in list(server.waiting.values()):
+                for exchange in server.waiting.values():
                     exchange.fail(503, f"the server {name} is not registered any more")
-            else:
-                server.entry = new
-        self.servers |= {name: RegisteredServer(entry) for name, entry in entries.items()}
-        for server in self.servers.values():
-            server.hosts = config.hosts_of(server.entry)
+        for name, entry in entries.items():
+            server = self.servers.setdefault(name, RegisteredServer(entry))
+            server.entry, server.hosts = entry, config.hosts_of(entry)
         self.hosts = {host: server for server in self.servers.values() for host in server.hosts}
         self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
 
@@ -5976,12 +5973,11 @@ class Gate:
                 return True
         else:
             code, _ = await self._server_keys.find(key, [], address)
-        self._record_refused_key("backend", request, name, "wrong key" if server else "unknown name")
-        if not server and _NAME.fullmatch(name):
             self.state.unregistered[name, code] = time.time()
             self.state.unregistered.move_to_end((name, code))
-            while len(self.state.unregistered) > MAX_UNREGISTERED:
+            if len(self.state.unregistered) > MAX_UNREGISTERED:
                 self.state.unregistered.popitem(last=False)
+        self._record_refused_key("backend", request, name, "wrong key" if server else "unknown name")
         return False
 
     async def is_scraper(self, request: Request) -> bool:
