@@ -5081,14 +5081,14 @@ _ID = re.compile(r"[0-9A-Za-z]{8,64}")
 # ...]}]. Only the types that these need are supported.
 
 Value: TypeAlias = "int | str | list[Value] | dict[int | str, Value] | None"
-_WIDE = {  # first byte: kind, and bytes of the number that follows
+_WIDE = {  # first byte: kind of the value, and width in bytes of its number or count, which follows
     0xCC: ("number", 1), 0xCD: ("number", 2), 0xCE: ("number", 4), 0xCF: ("number", 8),
     0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4), 0xDC: ("array", 2), 0xDD: ("array", 4),
     0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
+# kind: the first byte for 0, and how many numbers or counts have a first byte of their own, one after the other
+_NARROW = {"number": (0, 128), "map": (0x80, 16), "array": (0x90, 16), "text": (0xA0, 32), "nil": (0xC0, 1)}
 _MEMBERS = {"array": 1, "map": 2}  # values of each member
-# Other kinds by their least first byte, which the number is added to; "" is a kind that the Rust form does not use.
-_NARROW = ((0xC1, ""), (0xC0, "nil"), (0xA0, "text"), (0x90, "array"), (0x80, "map"), (0, "number"))
 MAX_DEPTH = 6  # levels of nested arrays and maps; the messages have five
 MAX_UNPACKED = 100_000  # members of all arrays and maps in a message, except ASCII bytes: at most 0.1 s of work
 RUST_FIELD = "X-PTTH-2LJYXWC4"
@@ -5097,25 +5097,28 @@ RUST_STATUSES = (200, 204, 206, 304, 307, 400, 403, 404, 405, 416, 500)  # the s
 
 
 def pack_value(value: Value) -> bytes:
-    """Encode a value; texts, arrays and maps have up to 65,535 members."""
+    """Encode a value. ProtocolError 502 for a number, or a count of bytes or members, above 65,535."""
     if value is None:
-        return b"\xc0"
+        return _pack_head("nil", 0)
     if isinstance(value, int):
-        return _pack_number(value, ((0x80, 0x00, 0), (1 << 8, 0xCC, 1), (1 << 16, 0xCD, 2)))
+        return _pack_head("number", value)
     if isinstance(value, str):
         data = value.encode()
-        return _pack_number(len(data), ((32, 0xA0, 0), (1 << 8, 0xD9, 1), (1 << 16, 0xDA, 2))) + data
+        return _pack_head("text", len(data)) + data
     if isinstance(value, list):
-        return _pack_number(len(value), ((16, 0x90, 0), (1 << 16, 0xDC, 2))) + b"".join(map(pack_value, value))
+        return _pack_head("array", len(value)) + b"".join(map(pack_value, value))
     pairs = [pack_value(key) + pack_value(member) for key, member in value.items()]
-    return _pack_number(len(pairs), ((16, 0x80, 0), (1 << 16, 0xDE, 2))) + b"".join(pairs)
+    return _pack_head("map", len(pairs)) + b"".join(pairs)
 
 
-def _pack_number(number: int, forms: tuple[tuple[int, int, int], ...]) -> bytes:
-    """Encode a number in the first form (limit, first byte, width) that is large enough."""
-    for limit, first, width in forms:
-        if number < limit:
-            return bytes([first]) + number.to_bytes(width, "big") if width else bytes([first | number])
+def _pack_head(kind: str, count: int) -> bytes:
+    """Encode a number, or the kind of a value with its count, in as few bytes as possible. ProtocolError 502."""
+    least, size = _NARROW[kind]
+    if count < size:
+        return bytes([least + count])
+    for first, (wide, width) in _WIDE.items():
+        if wide == kind and count < min(1 << 8 * width, 1 << 16):
+            return bytes([first]) + count.to_bytes(width, "big")
     raise ProtocolError(502, "too large for the Rust form")
 
 
@@ -5135,7 +5138,8 @@ def _unpack_head(data: bytes, at: int) -> tuple[str, int, int]:
         kind, width = _WIDE[first]
         count, at = int.from_bytes(data[at : at + width], "big"), at + width
     else:
-        kind, count = next((kind, first - low) for low, kind in _NARROW if first >= low)
+        found = ((kind, first - least) for kind, (least, size) in _NARROW.items() if least <= first < least + size)
+        kind, count = next(found, ("", 0))
     if not kind or at > len(data) or kind != "number" and count > len(data) - at:  # an announced length costs nothing
         raise ProtocolError(502, "not a message in Rust form", close=True)
     return kind, count, at

@@ -4352,6 +4352,11 @@ class TestOriginalMessages:
     def test_values_both_ways(self, value: ptth.Value) -> None:
         assert ptth.unpack_value(ptth.pack_value(value)) == value
 
+    @pytest.mark.parametrize("value", [65536, "x" * 65536, [0] * 65536, dict.fromkeys(range(65536))], ids=range(4))
+    def test_what_is_too_large_for_this_form_is_refused(self, value: ptth.Value) -> None:
+        with pytest.raises(ptth.ProtocolError, match="too large"):
+            ptth.pack_value(value)
+
     REFUSED = ["", "c1", "c0c0", "92c0", "dcffff", "ddffffffff", "a3ffffff", "dbffffffff41", "82c0c0c0c0", "8200c000c0", "91" * 9 + "c0", "cb0000000000000000",
                "c2", "e0", "cc", "cd01", "d9", "df00000001c0c0", "81c0c0", "8191c0c0"]  # fmt: skip
 
