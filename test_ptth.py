@@ -51,8 +51,10 @@ import functools
 import gc
 import gzip
 import hashlib
+import html.parser
 import http.client
 import inspect
+import io
 import itertools
 import json
 import math
@@ -69,10 +71,12 @@ import struct
 import textwrap
 import threading
 import time
+import tomllib
 import traceback
 import urllib.parse
 import urllib.request
 import xml.etree.ElementTree
+import zipfile
 import zlib
 
 PLAIN = os.environ.get("PTTH_PLAIN", "") != ""  # test without functions that only some systems have
@@ -103,6 +107,8 @@ ptth.SWEEP_INTERVAL = 0.02  # seconds; many tests wait for a sweep
 PROGRAM = os.path.join(HERE, "ptth.py")
 LONG = int(os.environ.get("PTTH_LONG", "0"))  # seconds for the soak and the fuzzers; not 0: test also a dead link
 KEY = "correct-horse-battery-staple"
+Patch = pytest.MonkeyPatch
+Output = pytest.CaptureFixture[str]
 
 # -- helpers --
 
@@ -353,7 +359,7 @@ def background() -> object:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def told(monkeypatch: Patch) -> list[str]:
     """What ptth.py writes to stderr. capfd loses what another thread writes while it is read."""
     pieces: list[str] = []
     monkeypatch.setattr(ptth, "write_stderr", pieces.append)
@@ -1173,7 +1179,7 @@ class TestConnections:
     sends_files = pytest.mark.skipif(not hasattr(os, "sendfile"), reason="no os.sendfile")
 
     @splices
-    def test_a_large_body_goes_from_socket_to_socket(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_large_body_goes_from_socket_to_socket(self, monkeypatch: Patch) -> None:
         moved: list[int] = []
         splice = os.splice
 
@@ -1237,7 +1243,7 @@ class TestConnections:
 
     @sends_files
     def test_a_file_goes_from_the_disk_to_the_socket(
-        self, background: Background, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, background: Background, tmp_path: object, monkeypatch: Patch
     ) -> None:
         sent: list[int] = []
         sendfile = os.sendfile
@@ -1268,7 +1274,7 @@ class TestConnections:
         assert "stalls" in str(in_time(talk()))
 
     @sends_files
-    def test_a_fast_reader_does_not_keep_the_loop_from_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_fast_reader_does_not_keep_the_loop_from_the_others(self, monkeypatch: Patch) -> None:
         turns = 0
 
         async def talk() -> None:
@@ -1288,7 +1294,7 @@ class TestConnections:
         assert turns > 40
 
     @pytest.mark.parametrize("how", ["ends", "is silent", "sends much", "sends for long"])
-    def test_lingering_takes_what_still_comes_and_ends(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_lingering_takes_what_still_comes_and_ends(self, how: str, monkeypatch: Patch) -> None:
         for name, value in {
             "is silent": ("LINGER_TIMEOUT", 0.05),
             "sends much": ("MAX_LINGER", 3_000_000),
@@ -1345,9 +1351,7 @@ class TestConnections:
             for found in background.run(options(port)):
                 assert found == {name: value for name, value in expected.items() if name in found}
 
-    def test_an_old_idle_connection_is_not_used_again(
-        self, background: Background, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_old_idle_connection_is_not_used_again(self, background: Background, monkeypatch: Patch) -> None:
         async def talk(port: int) -> None:
             client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
             stream = await client.connect()
@@ -1414,9 +1418,7 @@ class TestHTTPServer:
         assert old.endswith(b"\r\n\r\nonetwo") and b"close" in old and b"chunked" not in old
 
     @pytest.mark.parametrize("method", ["GET", "POST", "PUT"])
-    def test_a_body_that_cannot_be_read_is_refused_also_where_nobody_wants_it(
-        self, method: str, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_body_that_cannot_be_read_is_refused_also_where_nobody_wants_it(self, method: str, capfd: Output) -> None:
         async def handler(request: ptth.Request) -> ptth.Response:
             return ptth.text_response(200, "here")
 
@@ -1432,9 +1434,7 @@ class TestHTTPServer:
         ("error", "status"),
         [(TimeoutError(), 504), (ptth.IncompleteBody("x"), 502), (ptth.ProtocolError(418, "x"), 418), (OSError(), 500)],
     )
-    def test_what_a_handler_raises_is_its_own_fault(
-        self, error: Exception, status: int, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_what_a_handler_raises_is_its_own_fault(self, error: Exception, status: int, capfd: Output) -> None:
         async def broken(request: ptth.Request) -> ptth.Response:
             raise error
 
@@ -1442,7 +1442,7 @@ class TestHTTPServer:
         assert ("Traceback" in capfd.readouterr().err) is (status == 500)
 
     def test_a_request_body_that_ends_early_is_not_answered_and_one_that_stalls_is_408(
-        self, background: Background, monkeypatch: pytest.MonkeyPatch
+        self, background: Background, monkeypatch: Patch
     ) -> None:
         head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort"
         assert say(echo, head) == b""
@@ -1520,7 +1520,7 @@ class TestHTTPServer:
             assert len(stream.buffer) + len(stream.reader._buffer) < 500_000
             background.loop.call_soon_threadsafe(release.set)
 
-    def test_an_error_of_ours_is_500_and_tells_the_client_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_an_error_of_ours_is_500_and_tells_the_client_nothing(self, capfd: Output) -> None:
         async def broken(request: ptth.Request) -> ptth.Response:
             raise RuntimeError("secret")
 
@@ -1529,7 +1529,7 @@ class TestHTTPServer:
         assert "RuntimeError: secret" in capfd.readouterr().err
 
     def test_a_head_that_comes_too_slowly_is_408_and_an_idle_connection_is_closed(
-        self, background: Background, monkeypatch: pytest.MonkeyPatch
+        self, background: Background, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "IDLE_TIMEOUT", 0.01)
         monkeypatch.setattr(ptth, "HEAD_TIMEOUT", 0.01)
@@ -1541,7 +1541,7 @@ class TestHTTPServer:
         assert one(files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
         assert files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n") == b""
 
-    def test_the_access_log_has_one_clean_line_for_a_request(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_the_access_log_has_one_clean_line_for_a_request(self, capfd: Output) -> None:
         log = ptth.AccessLog()
 
         async def talk() -> None:
@@ -1559,7 +1559,7 @@ class TestHTTPServer:
             r'"r" "\\x22\\x9b\\x5c"\n', line,
         )  # fmt: skip
 
-    def test_what_is_too_long_is_cut_before_it_is_escaped(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_what_is_too_long_is_cut_before_it_is_escaped(self, capfd: Output) -> None:
         async def talk() -> None:
             log = ptth.AccessLog()
             head = f"GET /{'x' * 5000} HTTP/1.1\r\nHost: a\r\nReferer: {chr(34) * 20_000}\r\nUser-Agent: {'y' * ptth.MAX_LOGGED}\r\n\r\n"
@@ -1600,7 +1600,7 @@ class TestHTTPServer:
         return count
 
     @pytest.mark.parametrize("field", FIELDS)
-    def test_no_request_head_is_much_work(self, field: str, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_request_head_is_much_work(self, field: str, root: str, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "write_stderr", lambda text: None)
         site = ptth.with_site_options(ptth.site_handler(ptth.Site(root)), ptth.SiteOptions(auth="me:secret"), "n")
         server = ptth.HTTPServer(site, log=ptth.AccessLog())
@@ -1810,7 +1810,7 @@ class TestHTTPClient:
         [(b"HTTP/1.1 413 No\r\nContent-Length: 0\r\n\r\n", b"", 0), (OK, b"0\r\n\r\n", 1)],
     )
     def test_with_expect_a_refused_body_is_not_sent(
-        self, reply: bytes, reads: bytes, sent: int, monkeypatch: pytest.MonkeyPatch
+        self, reply: bytes, reads: bytes, sent: int, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "EXPECT_TIMEOUT", 0.01 if sent else 60)  # an origin that does not know Expect
         body = self.Slow(1)
@@ -1818,7 +1818,7 @@ class TestHTTPClient:
         status, *_ = asyncio.run(self.ask(reply, request, reads=reads))
         assert (status, body.sent) == (413 if not sent else 200, sent)
 
-    def test_after_a_final_response_the_body_is_not_sent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_after_a_final_response_the_body_is_not_sent(self, monkeypatch: Patch) -> None:
         """Also when the response's body takes longer than the wait for 100 Continue."""
         monkeypatch.setattr(ptth, "EXPECT_TIMEOUT", 0.05)
 
@@ -2000,7 +2000,7 @@ class TestConnecting:
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("exceptions", "url", "exempt"), EXEMPT)
-    def test_no_proxy(self, exceptions: str, url: str, exempt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_proxy(self, exceptions: str, url: str, exempt: bool, monkeypatch: Patch) -> None:
         for name in ("http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HTTP_PROXY", "http://p:1")
@@ -2013,9 +2013,7 @@ class TestConnecting:
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("variables", "url"), VARIABLES)
-    def test_the_variables_of_a_proxy(
-        self, variables: dict[str, str], url: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_variables_of_a_proxy(self, variables: dict[str, str], url: str, monkeypatch: Patch) -> None:
         for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
             monkeypatch.delenv(name)
         for name, value in variables.items():
@@ -2023,7 +2021,7 @@ class TestConnecting:
         assert ptth.proxy_from_environment(ptth.parse_base_url("https://r.example")) == url
 
     @staticmethod
-    def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    def resolve(monkeypatch: Patch, *addresses: str) -> None:
         """Make names below .example resolve to these addresses."""
         real = socket.getaddrinfo
 
@@ -2049,7 +2047,7 @@ class TestConnecting:
     @pytest.mark.parametrize("through", ["direct", "proxy", "CONNECT"])
     @pytest.mark.parametrize("first", ["refuses", "swallows"])
     @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 and full queues are Linux's")
-    def test_every_address_is_tried(self, first: str, through: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_every_address_is_tried(self, first: str, through: str, monkeypatch: Patch) -> None:
         self.resolve(monkeypatch, "127.0.0.2", "127.0.0.1")
         monkeypatch.setattr(ptth, "CONNECT_DELAY", 0.01)
         proxy = FakeProxy(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -2072,7 +2070,7 @@ class TestConnecting:
         assert proxy.connections == 1
 
     @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is Linux's")
-    def test_what_no_address_takes_is_said_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_no_address_takes_is_said_once(self, monkeypatch: Patch) -> None:
         self.resolve(monkeypatch, "127.0.0.2", "127.0.0.3")
         with pytest.raises(OSError) as caught:
             asyncio.run(ptth.HTTPClient(ptth.parse_base_url(f"http://two.example:{free_port()}")).connect())
@@ -2124,7 +2122,7 @@ class TestConnecting:
             with pytest.raises(ptth.Refused, match=f"the proxy at {re.escape(place)} cannot be reached: "):
                 asyncio.run(client.connect())
 
-    def test_a_peer_that_is_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_peer_that_is_silent(self, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "CONNECT_TIMEOUT", 0.05)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             place = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -2148,7 +2146,7 @@ class TestConnecting:
 
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     @pytest.mark.parametrize(("listening", "known"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
-    def test_localhost_is_both_addresses(self, listening: str, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_localhost_is_both_addresses(self, listening: str, known: str, monkeypatch: Patch) -> None:
         """On many systems, such as containers, the name has only one of them; Node listens on ::1."""
         real = socket.getaddrinfo
         table = {"localhost": known}
@@ -2411,8 +2409,6 @@ class TestFileServer:
 
     @pytest.mark.parametrize("reader", READERS)
     def test_programs_find_the_entries_of_a_listing_and_nothing_else(self, reader: str, tmp_path: object) -> None:
-        import html
-
         folder = tmp_path / "one" / "two"
         folder.mkdir(parents=True)
         for name in self.ODD_NAMES:
@@ -2432,9 +2428,7 @@ class TestFileServer:
             assert urllib.parse.urljoin("http://h/one/two/", link).startswith("http://h/one/two/") or link == "../"
 
     def test_a_listing_links_to_the_folders_above_and_not_to_itself(self, tmp_path: object) -> None:
-        from html.parser import HTMLParser
-
-        class Links(HTMLParser):
+        class Links(html.parser.HTMLParser):
             found: list[str | None] = []
 
             def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -2507,9 +2501,6 @@ class TestFileServer:
         "name", ["ptth_server.toml", "ptth_relay.toml", "site.key", "key", "Full Chain.PEM", "a+b[c].toml"]
     )
     def test_copies_of_a_secret_are_never_served(self, name: str, tmp_path: object) -> None:
-        import io
-        import zipfile
-
         sub = tmp_path / "sub"
         sub.mkdir()
         stem, extension = os.path.splitext(name)
@@ -2563,9 +2554,7 @@ class TestFileServer:
         (tmp_path / "key.pem").symlink_to("b")
         assert [one(say(site, get(f"/{name}")))[0] for name in ("a", "b", "key.pem")] == [200, 404, 404]
 
-    def test_the_operator_is_told_which_secrets_lie_below_the_root(
-        self, tmp_path: object, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_operator_is_told_which_secrets_lie_below_the_root(self, tmp_path: object, capfd: Output) -> None:
         root = tmp_path / "root"
         (root / "config").mkdir(parents=True)
         ptth.tell_secrets(ptth.Site(str(root), private=[str(tmp_path / "key.pem")]), "file-server")
@@ -2638,9 +2627,6 @@ class TestFileServer:
         return ptth.site_handler(ptth.Site(str(root), ptth.SiteOptions(**options)))
 
     def test_a_folder_as_a_zip(self, tmp_path: object) -> None:
-        import io
-        import zipfile
-
         base = tmp_path / "base"
         base.mkdir()
         files = {"a.txt": b"a", "sub/b": b"b" * 600_000, "\u00fcml\u00e4ut/x": b"", "sub/deep/c": b"c"}
@@ -2695,12 +2681,7 @@ class TestFileServer:
         return members
 
     @pytest.mark.parametrize("limit", [ptth.ZIP32_MAX, 1_000_000], ids=["", "large"])
-    def test_a_zip_can_be_unpacked_while_it_arrives(
-        self, limit: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        import io
-        import zipfile
-
+    def test_a_zip_can_be_unpacked_while_it_arrives(self, limit: int, tmp_path: object, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "ZIP32_MAX", limit)
         sizes = (0, 1, 65535, 65536, ptth.SENDFILE_SIZE - 1, ptth.SENDFILE_SIZE, ptth.SENDFILE_SIZE + 1, 2_500_000)
         files = {f"f{size}": random.Random(size).randbytes(size) for size in sizes}
@@ -2725,9 +2706,6 @@ class TestFileServer:
         assert [(tmp_path / name).read_text() for name in "abc"] == [name * 100_000 for name in "abc"]
 
     def test_a_zip_of_more_members_than_16_bits_count(self) -> None:
-        import io
-        import zipfile
-
         archive = ptth.ZipWriter()
         for i in range(65_536):
             archive.add(f"{i}", 0o100644, 0)
@@ -2747,7 +2725,7 @@ class TestFileServer:
     @pytest.mark.parametrize(("names", "members"), SAME)
     @pytest.mark.filterwarnings("error")
     def test_every_file_has_a_name_of_its_own_in_the_zip(
-        self, names: list[bytes], members: list[str] | None, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, names: list[bytes], members: list[str] | None, tmp_path: object, monkeypatch: Patch
     ) -> None:
         for i, name in enumerate(names):
             path = os.path.join(os.fsencode(tmp_path), name)
@@ -2811,7 +2789,7 @@ class TestFileServer:
         assert fields["content-disposition"].startswith('attachment; filename="___.zip"; filename*=UTF-8')
 
     def test_what_cannot_be_read_is_told_in_the_listing_the_json_and_the_zip(
-        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: object, monkeypatch: Patch
     ) -> None:
         for name in ("good", "bad&name", "gone", "circle"):
             (tmp_path / name).write_text("x")
@@ -2906,12 +2884,7 @@ class TestFileServer:
         data += b"".join(archive.finish())
         assert self.unpack(data) == {"x": b"x" * ptth.SENDFILE_SIZE, "y": b"y"}
 
-    def test_a_file_that_cannot_be_read_is_noted_in_the_zip(
-        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        import io
-        import zipfile
-
+    def test_a_file_that_cannot_be_read_is_noted_in_the_zip(self, tmp_path: object, monkeypatch: Patch) -> None:
         for name in "ab":
             (tmp_path / name).write_text(name)
         site = ptth.Site(str(tmp_path))
@@ -2928,7 +2901,7 @@ class TestFileServer:
             assert archive.read("could-not-be-read.txt") == b"a: Permission denied\n"
 
     def test_no_descriptor_is_503_and_a_failing_disk_leaves_none_open(
-        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: object, monkeypatch: Patch
     ) -> None:
         (tmp_path / "x").write_text("x")
         site = self.site(tmp_path)
@@ -2950,7 +2923,7 @@ class TestFileServer:
 
     @pytest.mark.parametrize(("number", "status"), [(errno.EACCES, 403), (errno.EMFILE, 503), (errno.ENOENT, 200)])
     def test_an_index_that_cannot_be_opened_does_not_show_the_listing(
-        self, number: int, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, number: int, status: int, tmp_path: object, monkeypatch: Patch
     ) -> None:
         real = os.open
 
@@ -2964,7 +2937,7 @@ class TestFileServer:
 
     @pytest.mark.parametrize(("index", "status"), [(False, 200), (True, 403)])
     def test_a_folder_whose_files_cannot_be_opened_shows_their_names(
-        self, index: bool, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, index: bool, status: int, tmp_path: object, monkeypatch: Patch
     ) -> None:
         (tmp_path / ("index.html" if index else "other")).write_text("x")
         real = os.open
@@ -3195,7 +3168,7 @@ class TestFileServer:
         (tmp_path / "c").rename(tmp_path / "current")  # now it is no link any more
         check("b")
 
-    def test_a_relative_root_is_the_one_of_the_start(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_relative_root_is_the_one_of_the_start(self, tmp_path: object, monkeypatch: Patch) -> None:
         for name in ("a", "b"):
             (tmp_path / name / "root").mkdir(parents=True)
             (tmp_path / name / "root" / "x").write_text(name)
@@ -3248,12 +3221,7 @@ class TestFileServer:
 
     @pytest.mark.parametrize(("number", "status"), ERRORS, ids=[errno.errorcode[row[0]] for row in ERRORS])
     def test_an_error_of_the_file_system_is_told_apart(
-        self,
-        number: int,
-        status: int,
-        tmp_path: object,
-        monkeypatch: pytest.MonkeyPatch,
-        capfd: pytest.CaptureFixture[str],
+        self, number: int, status: int, tmp_path: object, monkeypatch: Patch, capfd: Output
     ) -> None:
         (tmp_path / "x").write_text("x")
         real = os.open
@@ -3273,12 +3241,7 @@ class TestFileServer:
     @pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT])
     @pytest.mark.parametrize("name", ["x.txt", "x", "large.txt"])
     def test_a_file_that_cannot_be_read_is_500_with_its_path_in_the_log(
-        self,
-        name: str,
-        number: int,
-        tmp_path: object,
-        monkeypatch: pytest.MonkeyPatch,
-        capfd: pytest.CaptureFixture[str],
+        self, name: str, number: int, tmp_path: object, monkeypatch: Patch, capfd: Output
     ) -> None:
         (tmp_path / name).write_bytes(b"x" * (50_000 if name == "large.txt" else 10))
         site = self.site(tmp_path)
@@ -3623,7 +3586,7 @@ class TestUploads:
         assert sorted(statuses) == sorted([204 if replaced else 201, *[412] * 49])
         assert inbox.files() == {"x": datas[[status < 300 for status in statuses].index(True)]}
 
-    def test_the_operator_is_told_who_can_write(self, tmp_path: object, capfd: pytest.CaptureFixture) -> None:
+    def test_the_operator_is_told_who_can_write(self, tmp_path: object, capfd: Output) -> None:
         write_configs(tmp_path, 1, str(tmp_path / "in"), upload=True)
         (tmp_path / "in").mkdir()
         path = str(tmp_path / "ptth_server.toml")
@@ -3634,9 +3597,7 @@ class TestUploads:
             assert told.endswith(words) and bool(told) == bool(words)
 
     @pytest.mark.parametrize("call", ["open", "fsync", "link", "unlink"])
-    def test_a_slow_disk_keeps_nobody_else_waiting(
-        self, call: str, open_inbox: object, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_slow_disk_keeps_nobody_else_waiting(self, call: str, open_inbox: object, monkeypatch: Patch) -> None:
         inbox, real, begun, end = open_inbox(), getattr(os, call), threading.Event(), threading.Event()
         (inbox.root / "other").write_bytes(b"other")
 
@@ -3657,7 +3618,7 @@ class TestUploads:
         assert inbox.files() == {"other": b"other", "x": b"x"}
 
     def test_no_upload_comes_between_the_check_of_a_version_and_its_replacement(
-        self, open_inbox: object, monkeypatch: pytest.MonkeyPatch
+        self, open_inbox: object, monkeypatch: Patch
     ) -> None:
         inbox, real, begun, end = open_inbox(), os.replace, threading.Event(), threading.Event()
         (inbox.root / "x").write_bytes(b"old")
@@ -3679,9 +3640,7 @@ class TestUploads:
             assert [first.result(20), second.result(20)] == [204, 412]
         assert inbox.files() == {"x": b"1"}
 
-    def test_a_large_upload_goes_to_the_disk_while_it_arrives(
-        self, open_inbox: object, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_large_upload_goes_to_the_disk_while_it_arrives(self, open_inbox: object, monkeypatch: Patch) -> None:
         calls, real = [], os.fsync
         monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.fstat(fd).st_size) or real(fd))
         monkeypatch.setattr(ptth, "SYNC_SIZE", ptth.WRITE_SIZE)
@@ -3695,7 +3654,7 @@ class TestUploads:
 
     @pytest.mark.parametrize(("number", "status"), ERRORS)
     def test_what_the_file_system_refuses(
-        self, number: int, status: int, open_inbox: object, monkeypatch: pytest.MonkeyPatch
+        self, number: int, status: int, open_inbox: object, monkeypatch: Patch
     ) -> None:
         def refuse(*_: object) -> None:
             raise OSError(number, os.strerror(number))
@@ -3707,9 +3666,7 @@ class TestUploads:
         assert inbox.put("/x", b"x") == status
         assert inbox.files() == {}
 
-    def test_a_file_that_may_not_be_written_is_not_replaced(
-        self, open_inbox: object, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_file_that_may_not_be_written_is_not_replaced(self, open_inbox: object, monkeypatch: Patch) -> None:
         inbox = open_inbox(listing=False)
         (inbox.root / "x").write_bytes(b"old")
         monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
@@ -3717,7 +3674,7 @@ class TestUploads:
         assert [inbox.send(path, b"", method="PROPFIND")[0] for path in ("/", "/x")] == [404, 404]
         assert inbox.files() == {"x": b"old"}
 
-    def test_where_there_are_no_hard_links(self, open_inbox: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_where_there_are_no_hard_links(self, open_inbox: object, monkeypatch: Patch) -> None:
         def refuse(*_: object) -> None:
             raise OSError(errno.EPERM, "no links")
 
@@ -4588,9 +4545,7 @@ class TestApp:
         assert fields["Location"] == expected and "X" not in fields and "Connection" not in fields
 
     @pytest.mark.parametrize("status", [400, 403, 421])
-    def test_an_app_that_refuses_its_public_name_is_asked_the_local_way(
-        self, status: int, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_an_app_that_refuses_its_public_name_is_asked_the_local_way(self, status: int, capfd: Output) -> None:
         def refuse(request: ptth.Request) -> int:
             return status if request.headers["host"] == "n.example.com" else 0
 
@@ -4616,7 +4571,7 @@ class TestApp:
         assert self.ask(refuse, [("POST", [], b"once")])[0][0] == 200
         assert [(got["method"], got["target"]) for got in self.seen] == [("GET", "/"), ("GET", "/"), ("POST", "/x?y")]
 
-    def test_an_app_is_not_asked_again_for_what_a_get_has_shown(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_an_app_is_not_asked_again_for_what_a_get_has_shown(self, capfd: Output) -> None:
         def refuse(request: ptth.Request) -> int:
             return 403 if request.headers["host"] == "n.example.com" else 0
 
@@ -4624,7 +4579,7 @@ class TestApp:
         assert [got["method"] for got in self.seen] == ["GET", "GET", "POST"]
         assert capfd.readouterr().err.count("app_host") == 1
 
-    def test_a_refusal_that_is_not_for_the_name_stays(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_refusal_that_is_not_for_the_name_stays(self, capfd: Output) -> None:
         def refuse(request: ptth.Request) -> int:
             return 403 if request.target != "/" else 0
 
@@ -4632,7 +4587,7 @@ class TestApp:
         assert [answer[0] for answer in answers] == [403, 403, 403] and capfd.readouterr().err == ""
         assert sum(got["method"] == "POST" for got in self.seen) == 1
 
-    def test_a_second_try_that_fails_closes_the_first_response(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_second_try_that_fails_closes_the_first_response(self, monkeypatch: Patch) -> None:
         closed = []
 
         class Refusal(ptth.BytesBody):
@@ -4653,9 +4608,7 @@ class TestApp:
             asyncio.run(talk())
         assert closed == [True]
 
-    def test_an_app_that_is_not_there_is_502_and_the_log_says_so_once(
-        self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_app_that_is_not_there_is_502_and_the_log_says_so_once(self, capfd: Output, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "APP_WAIT", 0.01)
         port = free_port()
 
@@ -4740,9 +4693,7 @@ class TestRelay:
         status, fields, body = client.answer()
         assert (status, fields["via"], fields["content-length"], body) == (200, "1.1 ptth", "2", b"hi")
 
-    def test_one_address_does_not_get_all_handlers(
-        self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_address_does_not_get_all_handlers(self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch) -> None:
         """What it asks for beyond its share waits, and the requests of others pass it."""
         monkeypatch.setattr(ptth, "MAX_AT_WORK", 2)
         waiting = bare_relay.relay.state.servers["n"].waiting
@@ -4810,9 +4761,7 @@ class TestRelay:
         assert sorted([bad.answer()[0], good.answer()[0]]) in ([400, 410], [200, 410])
         assert client.answer()[0] in (200, 502)
 
-    def test_a_hello_renews_what_is_parked(
-        self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_hello_renews_what_is_parked(self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "RENEWAL_TIME", 0.05)
         hand.listen()  # its server is gone, but a proxy holds the P1 open
         eventually(lambda: bare_relay.relay.state.servers["n"].parked)
@@ -4825,7 +4774,7 @@ class TestRelay:
         assert (new.reply(identity, OK), client.answer()[2]) == (200, b"hi")
         assert hand.requests() == []
 
-    def test_the_oldest_of_too_many_p1_is_answered(self, bare_relay: Tunnel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_oldest_of_too_many_p1_is_answered(self, bare_relay: Tunnel, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "MAX_PARKED", 2)
         hands = [Hand(bare_relay.port) for _ in range(3)]
         for i, hand in enumerate(hands):
@@ -4909,7 +4858,7 @@ class TestRelay:
         assert (hand.reply(identity, OK), client.answer()[0]) == (200, 200)
 
     def test_responses_that_are_being_sent_are_bounded(
-        self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
+        self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "MAX_SENDING", 3)
         monkeypatch.setattr(ptth, "MAX_FROM_ADDRESS", 2)
@@ -5408,7 +5357,7 @@ class TestKeys:
     """Which keys are accepted, and the time for hashing them."""
 
     @pytest.fixture
-    def counted(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    def counted(self, monkeypatch: Patch) -> list[str]:
         """Return the list of hashed keys. A hash seems to take a millisecond, that of "dear" a second more."""
         hashed: list[str] = []
 
@@ -5459,7 +5408,7 @@ class TestKeys:
         background.run(work())
 
     def test_a_wait_for_a_hash_ends_with_503(
-        self, background: Background, counted: list[str], monkeypatch: pytest.MonkeyPatch
+        self, background: Background, counted: list[str], monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "HASH_WAIT", 0.01)
 
@@ -5490,7 +5439,7 @@ class TestKeys:
         background.run(work())
 
     def test_a_key_that_its_server_has_checked_is_not_checked_again(
-        self, bare_relay: Tunnel, monkeypatch: pytest.MonkeyPatch
+        self, bare_relay: Tunnel, monkeypatch: Patch
     ) -> None:
         checked = []
         monkeypatch.setattr(ptth, "key_weakness", checked.append)
@@ -5498,9 +5447,7 @@ class TestKeys:
         hand.send("GET", "http_listen/n", b"", "Accept: application/http", "Prefer: wait=0", "PTTH-Instance: a")
         assert hand.answer()[0] == 200 and not checked
 
-    def test_a_weak_key_of_an_original_peer_is_told_once(
-        self, bare_relay: Tunnel, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_weak_key_of_an_original_peer_is_told_once(self, bare_relay: Tunnel, capfd: Output) -> None:
         weak = "abcdefghabcdefgh"
 
         async def apply() -> None:
@@ -5708,7 +5655,7 @@ class TestBodies:
         relay.close()
 
     def test_a_server_that_dies_with_half_a_body_is_502_and_the_request_is_not_offered_again(
-        self, bare_relay: Tunnel, hand: Hand, monkeypatch: pytest.MonkeyPatch
+        self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "FETCH_GRACE", 0.1)
         hand.listen(20, "PTTH-Features: body")
@@ -5971,7 +5918,7 @@ class TestUpgrades:
         requests = [b"GET /%d HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % (i, asks) for i in range(3)]
         assert [body for _, _, body in split(say(echo, *requests))] == [b"GET /%d\n" % i for i in range(3)]
 
-    def test_silence_does_not_end_a_stream(self, streams: StreamApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_silence_does_not_end_a_stream(self, streams: StreamApp, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "STALL_TIMEOUT", 0.05)
         visitor = Visitor(streams.ports["direct"], "/echo")
         visitor.sock.settimeout(0.2)
@@ -6132,7 +6079,7 @@ class TestParts:
             assert stream.read(5) == b"67890"
             broken.close()
 
-    def test_a_silent_stream_lives_by_its_empty_parts(self, parts: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_silent_stream_lives_by_its_empty_parts(self, parts: object, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "PART_TIMEOUT", 0.5)
         stream = parts("Upgrade: websocket", "Connection: Upgrade")
         assert stream.post(Parts.SWITCH, 0, first=True) == 200
@@ -6184,7 +6131,7 @@ class TestParts:
 
     @pytest.mark.parametrize(("features", "patience"), [("body", 0), ("parts", 0.2)])
     def test_a_response_that_does_not_go_on_breaks_off(
-        self, features: str, patience: float, parts: object, monkeypatch: pytest.MonkeyPatch
+        self, features: str, patience: float, parts: object, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "FETCH_GRACE", 0.2 if patience else 20)
         stream = parts(features=features)
@@ -6195,7 +6142,7 @@ class TestParts:
         assert stream.read() == b""
         assert patience <= time.monotonic() - begin < 10
 
-    def test_streams_have_places_of_their_own(self, parts: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_streams_have_places_of_their_own(self, parts: object, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "MAX_STREAMS", 2)
         monkeypatch.setattr(ptth, "MAX_SENDING", 1)
         streams = [parts(), parts(), parts()]
@@ -6340,7 +6287,7 @@ class TestCutConnections:
     """A proxy cuts connections: no byte of a stream is lost or repeated, or the stream ends."""
 
     @pytest.fixture
-    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quick(self, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "BACKOFF_MIN", 0.001)
         monkeypatch.setattr(ptth, "BACKOFF_MAX", 0.01)
         monkeypatch.setattr(ptth, "PART_TIMEOUT", 2)
@@ -6422,7 +6369,7 @@ class TestEventStreams:
 
     @pytest.mark.parametrize("talks", [False, True])
     def test_the_app_notices_that_its_visitor_has_left(
-        self, talks: bool, streams: StreamApp, monkeypatch: pytest.MonkeyPatch
+        self, talks: bool, streams: StreamApp, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "PART_INTERVAL", 0.03)
         visitor = Visitor(streams.ports["tunnel"], "/stream?Content-Type:%20text/event-stream%0D%0A", "Accept: */*")
@@ -6487,7 +6434,7 @@ class TestEventStreams:
         assert [visitor.read() for visitor in visitors] == [b"" if kind == "101" else b"0\r\n\r\n"] * 2
         tunnel.close()
 
-    def test_streams_keep_no_handler(self, background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_streams_keep_no_handler(self, background: Background, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
 
         class Silent(ptth.Body):
@@ -6819,7 +6766,7 @@ class TestOperator:
 
     @pytest.mark.parametrize(("spans", "fields"), REFUSED)
     def test_every_refusal_is_the_same_403(
-        self, spans: list[tuple[float, float]], fields: list[str], tunnel: Tunnel, capfd: object
+        self, spans: list[tuple[float, float]], fields: list[str], tunnel: Tunnel, capfd: Output
     ) -> None:
         self.configure(tunnel, *(self.key(*span) for span in spans))
         status, _, body = one(tunnel.fetch(get("/scraper/v1/test", *(fields or [f"X-ApiKey: {self.SCRAPER}"]))))
@@ -6904,7 +6851,7 @@ class TestOperator:
                      get("/", "Referer: https://r.example/scraper/v1/test?key=sesame")],
     )  # fmt: skip
     def test_a_key_in_a_query_is_not_logged(
-        self, request_: bytes, tunnel: Tunnel, told: list[str], capfd: pytest.CaptureFixture[str]
+        self, request_: bytes, tunnel: Tunnel, told: list[str], capfd: Output
     ) -> None:
         self.configure(tunnel, self.key())
         request_ = request_.replace(b"\r\n\r\n", f"\r\nX-ApiKey: {self.SCRAPER}\r\n\r\n".encode())
@@ -6925,8 +6872,6 @@ class TestOperator:
             page = one(tunnel.fetch(get("/frontend/" + path)))[2].decode()
             assert ptth.__version__ in page and "AGPL" in page and "ptth.py" in page and "<form" not in page
             for link in re.findall(r'href="(\.[^"]*)"', page):
-                import urllib.parse
-
                 target = urllib.parse.urljoin("/frontend/" + path, link)
                 assert one(tunnel.fetch(get(target)))[0] == 200, target
 
@@ -7080,7 +7025,7 @@ class TestServer:
 
     @pytest.mark.parametrize(("answer", "scheme", "by_proxy", "words"), REFUSING)
     def test_what_somebody_must_change_is_not_tried_again_at_once(
-        self, answer: bytes, scheme: str, by_proxy: bool, words: str, monkeypatch: pytest.MonkeyPatch, capfd: object
+        self, answer: bytes, scheme: str, by_proxy: bool, words: str, monkeypatch: Patch, capfd: Output
     ) -> None:
         for name in ("BACKOFF_MIN", "BACKOFF_MAX"):
             monkeypatch.setattr(ptth, name, 0)
@@ -7250,9 +7195,7 @@ class TestServer:
             gc.enable()
         tunnel.close()
 
-    def test_a_batch_that_is_the_next_p1_delays_no_stop(
-        self, background: Background, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_batch_that_is_the_next_p1_delays_no_stop(self, background: Background, monkeypatch: Patch) -> None:
         tunnel = Tunnel(background, echo)
         tunnel.fetch(get("/frontend/servers/n/x"))
         monkeypatch.setattr(ptth, "LINGER_TIMEOUT", 20)  # after which a stop breaks off what is still open
@@ -7284,9 +7227,7 @@ class TestServer:
         assert background.run(post(b"begin")) == b"200 beginonetwo"
 
     @pytest.mark.parametrize("size", [1, 1_000_000])
-    def test_a_p7_that_never_comes_is_given_up(
-        self, size: int, background: Background, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_p7_that_never_comes_is_given_up(self, size: int, background: Background, monkeypatch: Patch) -> None:
         release = asyncio.Event()
 
         async def never(request: ptth.Request) -> ptth.Response:
@@ -7326,9 +7267,7 @@ class TestServer:
         with serving(background, gone) as port:
             assert background.run(post(port)) == 410
 
-    def test_no_p1_is_open_while_there_is_no_room(
-        self, background: Background, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_p1_is_open_while_there_is_no_room(self, background: Background, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
         monkeypatch.setattr(ptth, "FAR_P1", 1)  # a slow machine looks like a long way
         begun: list[str] = []
@@ -7478,9 +7417,7 @@ class TestServer:
 
         assert asyncio.run(measure()) == expected
 
-    def test_whatever_a_handler_raises_becomes_a_response(
-        self, background: Background, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_whatever_a_handler_raises_becomes_a_response(self, background: Background, capfd: Output) -> None:
         class Faulty(ptth.Body):
             length = 300_000
 
@@ -7520,7 +7457,7 @@ class TestServer:
         tunnel.close()
 
     def test_clients_that_do_not_read_keep_no_handler(
-        self, background: Background, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, background: Background, tmp_path: object, monkeypatch: Patch
     ) -> None:
         with open(tmp_path / "big", "wb") as file:
             file.truncate(1 << 28)
@@ -7543,7 +7480,7 @@ class TestServer:
         tunnel.close()
 
     def test_while_all_handlers_are_at_work_the_rest_waits_at_the_relay(
-        self, background: Background, monkeypatch: pytest.MonkeyPatch
+        self, background: Background, monkeypatch: Patch
     ) -> None:
         release, started = threading.Event(), []
 
@@ -7616,7 +7553,7 @@ class TestServer:
     )  # fmt: skip
     @pytest.mark.parametrize("size", [5, 3_000_000])
     def test_a_response_that_is_refused_is_told_to_the_relay(
-        self, size: int, refusal: bytes, word: str, capfd: pytest.CaptureFixture[str]
+        self, size: int, refusal: bytes, word: str, capfd: Output
     ) -> None:
         lost: list[str] = []
 
@@ -7659,9 +7596,7 @@ class TestServer:
         told = capfd.readouterr().err
         assert word in told and KEY not in told
 
-    def test_the_shortest_of_several_round_trips_counts_and_is_measured_again(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_shortest_of_several_round_trips_counts_and_is_measured_again(self, monkeypatch: Patch) -> None:
         async def measure() -> list[tuple[int, int]]:
             link = ptth.Link(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, ptth.Workers(echo))
             samples = iter([0.9, 0.001, 0.9, 0.9, 0.8, 0.7, 0.9, 0.9, OSError("refused"), 0.0, OSError("refused")])
@@ -7774,7 +7709,7 @@ class TestSeveralRelays:
         assert not any(relay.relay.state.servers["n"].parked for relay in relays)
 
     def test_one_that_refuses_and_one_that_is_away_do_not_touch_the_others(
-        self, background: Background, relays: list[Tunnel], monkeypatch: pytest.MonkeyPatch, told: list[str]
+        self, background: Background, relays: list[Tunnel], monkeypatch: Patch, told: list[str]
     ) -> None:
         monkeypatch.setattr(ptth, "REFUSED_DELAY", 0.05)
         good, refusing = relays[:2]
@@ -7810,7 +7745,7 @@ class TestSeveralRelays:
         background.run(self.end(server, running))
 
     def test_one_that_is_far_is_asked_by_several_polls_and_a_near_one_by_one(
-        self, background: Background, relays: list[Tunnel], monkeypatch: pytest.MonkeyPatch
+        self, background: Background, relays: list[Tunnel], monkeypatch: Patch
     ) -> None:
         near, far = relays[:2]
         links = []
@@ -7852,7 +7787,7 @@ class TestSeveralRelays:
 
     @pytest.mark.parametrize(("checks", "drains"), [(3, True), (9, True), (2, False), (0, False)])
     def test_a_relay_that_a_balancer_checks_works_on_until_that_knows_of_the_stop(
-        self, checks: int, drains: bool, background: Background, bare_relay: Tunnel, monkeypatch: pytest.MonkeyPatch
+        self, checks: int, drains: bool, background: Background, bare_relay: Tunnel, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "DRAIN_TIME", 3600)
         assert all(one(bare_relay.fetch(self.CHECK))[0] == 200 for _ in range(checks))
@@ -7990,7 +7925,7 @@ class TestConfiguration:
     @pytest.mark.parametrize(("mode", "foreign", "mounted", "accepted"), MODES)
     def test_who_may_read_the_servers_file(
         self, mode: int, foreign: bool, mounted: bool, accepted: bool, tmp_path: object,
-        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+        monkeypatch: Patch, capfd: Output
     ) -> None:  # fmt: skip
         path = tmp_path / "s.toml"
         path.write_text(f'name = "a"\napi_key = "{KEY}"\n')
@@ -8009,7 +7944,7 @@ class TestConfiguration:
             with pytest.raises(ptth.UserError, match="chmod 600"):
                 ptth.load_server_config(str(path), {}, to_connect=False)
 
-    def test_the_key_may_come_from_the_environment(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_key_may_come_from_the_environment(self, tmp_path: object, monkeypatch: Patch) -> None:
         path = tmp_path / "s.toml"
         monkeypatch.setenv("PTTH_API_KEY", f" {KEY}x\n")  # as a secret that was made with echo has it
         flags = {"name": "a", "relay_url": "http://r.example", "file_server_root": str(tmp_path)}
@@ -8082,7 +8017,7 @@ class TestConfiguration:
         with pytest.raises(ptth.UserError, match="two scraper keys named a"):
             ptth.load_relay_config(str(path))
 
-    def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: Patch) -> None:
         for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
         config = ptth.ServerConfig("s.toml")
@@ -8155,7 +8090,7 @@ class TestConfiguration:
 
     @pytest.mark.parametrize(("toml", "expected"), RELAY_LISTS)
     def test_several_relay_urls(
-        self, toml: str, expected: list[str] | str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, toml: str, expected: list[str] | str, tmp_path: object, monkeypatch: Patch
     ) -> None:
         monkeypatch.setenv("NO_PROXY", "*")
         path = tmp_path / "s.toml"
@@ -8167,9 +8102,7 @@ class TestConfiguration:
             found = "; ".join(error.args)
         assert found == expected or isinstance(found, str) and expected in found and ";" not in found
 
-    def test_each_relay_has_its_own_way_through_proxies(
-        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_each_relay_has_its_own_way_through_proxies(self, tmp_path: object, monkeypatch: Patch) -> None:
         monkeypatch.setenv("HTTPS_PROXY", "http://p:1")
         monkeypatch.setenv("NO_PROXY", "near.example")
         path = tmp_path / "s.toml"
@@ -8183,7 +8116,7 @@ class TestConfiguration:
         for url in ("https://r.example/x/7ZSFUKGV", "https://r.example/x/7ZSFUKGV/", "HTTPS://R.example:443/x//"):
             assert ptth.parse_relay_url(url).url == "https://r.example/x"
 
-    def test_how_the_directory_is_served(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_how_the_directory_is_served(self, tmp_path: object, monkeypatch: Patch) -> None:
         path = tmp_path / "s.toml"
         path.write_text(
             f'name = "a"\napi_key = "{KEY}"\nauth = "u:p"\nhidden = true\nfollow_symlinks = true\nlisting = false\ncors = true\n'
@@ -8202,7 +8135,7 @@ class TestConfiguration:
             ptth.load_server_config(str(path), {}, to_connect=False)
         assert len(caught.value.args) == 5
 
-    def test_the_original_kept_its_files_in_config(self, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_original_kept_its_files_in_config(self, tmp_path: object, monkeypatch: Patch) -> None:
         monkeypatch.chdir(tmp_path)
         assert ptth.find_config(None, "x.toml") == "x.toml"
         (tmp_path / "config").mkdir()
@@ -8212,7 +8145,7 @@ class TestConfiguration:
         assert ptth.find_config(None, "x.toml") == "x.toml"
 
     def test_the_root_and_the_home_directory_are_served_only_when_named(
-        self, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: object, monkeypatch: Patch
     ) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.chdir(tmp_path)
@@ -8233,7 +8166,7 @@ def run(*args: str, cwd: object = None) -> tuple[int, str, str]:
 
 class TestCommandLine:
     @pytest.fixture
-    def call(self, capfd: pytest.CaptureFixture[str]) -> object:
+    def call(self, capfd: Output) -> object:
         """Run the program to its end in this process, which is faster; return (status, stdout, stderr)."""
 
         def call(*args: str) -> tuple[int, str, str]:
@@ -8272,7 +8205,7 @@ class TestCommandLine:
          ("file-server 8000", "--port 8000"), ("relay --bind 192.0.2.1 --port 0", "cannot listen"), ("server --config .", "cannot read")],
     )  # fmt: skip
     def test_a_users_mistake_is_one_line_and_1(
-        self, args: str, words: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch, call: object
+        self, args: str, words: str, tmp_path: object, monkeypatch: Patch, call: object
     ) -> None:
         monkeypatch.chdir(tmp_path)
         status, out, err = call(*args.split())
@@ -8338,8 +8271,6 @@ class TestCommandLine:
         assert status == 1 and err.count("\n") == 1 and "address already in use" in err
 
     def test_print_tripcode_can_be_appended_to_the_relays_file(self, tmp_path: object) -> None:
-        import tomllib
-
         write_configs(tmp_path, 1)
         status, out, _ = run("server", "--print-tripcode", "--name", "other", cwd=tmp_path)
         assert status == 0
@@ -8357,8 +8288,6 @@ class TestCommandLine:
         assert one(fetch(server.port, get("/hello.txt", "Authorization: Basic dTpw")))[2] == HELLO
 
     def test_a_new_key_is_a_ready_configuration(self, tmp_path: object) -> None:
-        import tomllib
-
         status, out, err = run("server", "--new-key", "--name", "box", "--relay-url", "https://r.example")
         path = tmp_path / "s.toml"
         path.write_text(out)
@@ -8444,7 +8373,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many"), ImportError("No module named '_ssl'")])
     def test_what_is_missing_round_the_program_is_one_line(
-        self, error: Exception, root: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+        self, error: Exception, root: str, monkeypatch: Patch, capfd: Output
     ) -> None:
         def fail(*args: object) -> None:
             raise error
@@ -8465,7 +8394,7 @@ class TestCommandLine:
         asyncio.run(lose())
         assert len(caplog.records) == lines
 
-    def test_a_system_without_dev_null_will_do(self, monkeypatch: pytest.MonkeyPatch, call: object) -> None:
+    def test_a_system_without_dev_null_will_do(self, monkeypatch: Patch, call: object) -> None:
         monkeypatch.setattr(os, "devnull", "/nowhere/null")
         assert call("--version") == (0, f"ptth {ptth.__version__}\n", "")
 
@@ -8588,7 +8517,7 @@ class TestCommandLine:
         assert demo.end(number) == 0
         assert "Traceback" not in "".join(demo.told)
 
-    def test_the_demo_stops_also_before_it_is_connected(self, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_demo_stops_also_before_it_is_connected(self, root: str, monkeypatch: Patch) -> None:
         def stopped(_hang_up: object) -> asyncio.Event:
             event = asyncio.Event()
             event.set()
@@ -8914,7 +8843,7 @@ class TestFaults:
         assert told.count(b"\n") <= 2, told
 
     def test_without_descriptors_downloads_go_on(
-        self, background: Background, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+        self, background: Background, tmp_path: object, monkeypatch: Patch
     ) -> None:
         data = os.urandom(3_000_000)
         (tmp_path / "x").write_bytes(data)
@@ -9041,7 +8970,7 @@ class TestFaults:
             hand.close()
 
     def test_the_relays_name_and_the_clock_may_fail_and_come_back(
-        self, background: Background, monkeypatch: pytest.MonkeyPatch, told: list[str]
+        self, background: Background, monkeypatch: Patch, told: list[str]
     ) -> None:
         tunnel = Tunnel(background, None)
         resolve, now = socket.getaddrinfo, time.time
@@ -9151,7 +9080,7 @@ class TestFaults:
         assert not wrong
         assert all(now < then + 16 for then, now in zip(before, memory, strict=True)), (before, memory)
 
-    def test_a_random_life_keeps_its_promises(self, background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_random_life_keeps_its_promises(self, background: Background, monkeypatch: Patch) -> None:
         """Clients, servers and faults in random order: every request gets its own response, or an error."""
         monkeypatch.setattr(ptth, "FETCH_GRACE", 0.2)
         rng = random.Random(7)
