@@ -8377,13 +8377,12 @@ def has_terminal() -> bool:
         return False
 
 
-def load_again(command: str, what: str, load: Callable[[], T]) -> T | None:
-    """Load a configuration or certificate again. If that fails, log why, and return None."""
+def read_again(command: str, what: str, read: Callable[..., None], *args: object) -> None:
+    """Read a configuration or certificate again by `read(*args)`. If that fails, log why: the old one stays in use."""
     try:
-        return load()
+        read(*args)
     except UserError as error:
         log_line(f"ptth {command}: keeping the old {what}: {'; '.join(error.args)}")
-        return None
 
 
 async def run_file_server(args: argparse.Namespace) -> None:
@@ -8392,13 +8391,14 @@ async def run_file_server(args: argparse.Namespace) -> None:
     auth, headers = find_auth(args.auth), tuple(args.header)
     shown = (args.hidden, args.follow_symlinks, not args.no_listing, args.cors)
     options = SiteOptions(*shown, headers, auth, args.upload, args.max_upload)
-    tls = load_certificate(args.tls_cert, args.tls_key)
-    site = Site(root, options, private=filter(None, (args.tls_cert, args.tls_key)))
+    files = args.tls_cert, args.tls_key
+    tls = load_certificate(*files)
+    site = Site(root, options, private=filter(None, files))
     tell_secrets(site, args.command)
     begin_uploads(site, args.command)
     server = HTTPServer(site_handler(site), log=None if args.quiet else AccessLog(), tls=tls)
     sock = open_socket(args.bind, args.port)
-    stop = stop_event(functools.partial(reload_certificate, tls, args.tls_cert, args.tls_key))
+    stop = stop_event(lambda: read_again(args.command, "certificate", reload_certificate, tls, *files))
     await server.listen(sock)
     print_ready(f"Serving {os.path.realpath(root)} at {' '.join(listening_urls(sock, 'https' if tls else 'http'))}")
     await stop.wait()
@@ -8449,15 +8449,14 @@ def _why_no_certificate(error: ssl.SSLError, cert: str, key: str | None) -> str:
 
 
 def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | None) -> None:
-    """Load the certificate again, for new connections. If that fails, keep the old one."""
+    """Load the certificate again, for new connections. UserError."""
     if not context:
         log_line("ptth file-server: there is nothing to read again; changed flags take effect after a restart")
         return
-    fresh = load_again("file-server", "certificate", functools.partial(load_certificate, cert, key))
-    if not fresh:
-        return
+    fresh = load_certificate(cert, key)
 
     def use_fresh(connection: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
+        assert fresh
         connection.context = fresh
 
     # Loading into `context` itself could leave it half changed after a failure, and would keep an old certificate with
@@ -8484,18 +8483,16 @@ async def run_relay(args: argparse.Namespace) -> None:
     log = None if args.quiet else AccessLog(relay.state.client_address)
     server = HTTPServer(relay.handle, takes_bodies=True, log=log)
     relay.state.connection_count = lambda: len(server.connections)
-    stop = stop_event(functools.partial(reload, relay, path, args.domain))
+    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, path, args.domain))
     await server.listen(sock)
     print_ready(f"PTTH relay for {format_count(len(config.servers), 'server')} at {' '.join(listening_urls(sock))}")
     await stop.wait()
     await stop_relay(relay, server)
 
 
-def reload(relay: Relay, path: str, domain: str | None) -> None:
-    """Read the configuration again; a broken one changes nothing."""
-    config = load_again("relay", "configuration", functools.partial(load_relay_config, path))
-    if not config:
-        return
+def reload_relay(relay: Relay, path: str, domain: str | None) -> None:
+    """Read the configuration again, and apply it. UserError."""
+    config = load_relay_config(path)
     if domain is not None:
         config.domain = relay.state.config.domain
     if (config.port, config.bind) != (relay.state.config.port, relay.state.config.bind):
@@ -8545,7 +8542,7 @@ async def run_server(args: argparse.Namespace) -> None:
     limiter = RateLimiter(config.throttle_upload) if config.throttle_upload else None
     client, *others = (HTTPClient(origin, proxy, limiter) for origin, proxy in config.relays)
     server = TunnelServer(client, config.name, config.api_key, make_content(config), *others)
-    stop = stop_event(functools.partial(reload_server, server, config, load))
+    stop = stop_event(lambda: read_again(args.command, "configuration", reload_server, server, config, load))
     print_ready(f"PTTH server {config.name}: serving {describe_content(config)}")
     running = asyncio.create_task(server.run())
     await wait_for_any(stop.wait(), running)
@@ -8573,13 +8570,11 @@ def describe_content(config: ServerConfig) -> str:
 
 
 def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[], ServerConfig]) -> None:
-    """Read the configuration again, and apply it. If that fails, keep the old one.
+    """Read the configuration again, and apply it. UserError.
 
     `config` is the one at the start: its keys for reaching the relay stay in use.
     """
-    fresh = load_again("server", "configuration", load)
-    if not fresh:
-        return
+    fresh = load()
     keys = ("name", "api_key", "relay_url", "proxy_url", "throttle_upload")
     changed = [key for key in keys if getattr(fresh, key) != getattr(config, key)]
     if changed:
