@@ -3438,14 +3438,10 @@ def is_text(beginning: bytes) -> bool:
     return True
 
 
-class Outcome(NamedTuple):
-    """The result of evaluating preconditions: a status, and the ranges for 206."""
-
-    status: int
-    ranges: list[tuple[int, int]] = []
-
-
-_WHOLE = Outcome(200)
+Outcome = tuple[
+    int, list[tuple[int, int]]
+]  # of preconditions: a status, and the first and last bytes of ranges for 206
+_WHOLE: Outcome = (200, [])
 _CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "range"}
 # Times of files, in POSIX seconds, that have no meaning: Nix, container images and reproducible archives set them.
 _NO_TIMES = {0, 1, 315532800}
@@ -3464,14 +3460,14 @@ def evaluate_preconditions(method: str, headers: Headers, tag: str, modified: in
         since = parse_date(headers.get("if-unmodified-since", ""), now)
         failed = since is not None and modified > since
     if failed:
-        return Outcome(412)
+        return 412, []
     if "if-none-match" in headers:
         unchanged = tag_matches(headers["if-none-match"], tag, weak=True)
     else:
         since = parse_date(headers.get("if-modified-since", ""), now)
         unchanged = since is not None and modified <= since and modified not in _NO_TIMES
     if unchanged:
-        return Outcome(304)
+        return 304, []
     usable = "range" in headers and method == "GET" and tag
     return _evaluate_range(headers, tag, modified, size, now) if usable else _WHOLE
 
@@ -3484,7 +3480,7 @@ def _evaluate_range(headers: Headers, tag: str, modified: int, size: int, now: f
     ranges = parse_ranges(headers["range"], size)
     if ranges is None:
         return _WHOLE
-    return Outcome(206, ranges) if ranges else Outcome(416)
+    return (206 if ranges else 416), ranges
 
 
 def entity_tag(facts: os.stat_result, encoding: str = "") -> str:
@@ -3910,14 +3906,16 @@ class Site:
     def _entry(self, item: os.DirEntry[bytes]) -> ListingEntry | None:
         if is_hidden(item.name) and not self.options.hidden:
             return None
+        is_dir = False
         try:
+            is_dir = item.is_dir(follow_symlinks=False)
             place = self._follow(item.path) if item.is_symlink() else item.path
             facts = item.stat()
         except OSError as error:
             # A broken link, one that leads outside or in a circle, or a file removed meanwhile, is left out.
             if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP:
                 return None
-            return ListingEntry(item.name, _is_plain_dir(item), 0, 0, error.strerror or "not readable")
+            return ListingEntry(item.name, is_dir, 0, 0, error.strerror or "not readable")
         if stat.S_ISDIR(facts.st_mode):
             return ListingEntry(item.name, True, 0, facts.st_mtime_ns)
         if not stat.S_ISREG(facts.st_mode) or self._is_private(place, facts, item.path):
@@ -3942,14 +3940,6 @@ def _look_at(place: bytes) -> tuple[str, tuple[int, int] | None]:
     except OSError as error:  # it was removed meanwhile
         return error.strerror or "not readable", None
     return "", (facts.st_dev, facts.st_ino)
-
-
-def _is_plain_dir(item: os.DirEntry[bytes]) -> bool:
-    """Return whether an entry that cannot be read is known to be a directory."""
-    try:
-        return item.is_dir(follow_symlinks=False)
-    except OSError:
-        return False
 
 
 def _read_pieces(file: io.BufferedReader, limit: int) -> Iterator[bytes]:
@@ -4237,9 +4227,9 @@ def _look_into(found: Found, name: bytes) -> tuple[str, bytes, bool]:
 
 def _unsized_response(request: Request, found: Found, kind: str) -> Response:
     """Answer with all that can be read from a file whose size is not true. It has no validators and no ranges."""
-    outcome = evaluate_preconditions(request.method, request.headers, "", 0, 0, 0)
-    if outcome.status != 200:
-        return _without_file(outcome.status, 0, [])
+    status, _ = evaluate_preconditions(request.method, request.headers, "", 0, 0, 0)
+    if status != 200:
+        return _without_file(status, 0, [])
     body = AbsentBody(None) if request.method == "HEAD" else FileBody(found, 0, None)
     return Response(200, [NOSNIFF, ("Content-Type", kind)], body)
 
