@@ -7507,7 +7507,7 @@ class Link:
             self._reporting = False
 
     async def _listen(self, number: int, failure: asyncio.Future[Exception]) -> None:
-        """Poll the relay again and again, until one of the polls fails, or `number` of them are too many."""
+        """Poll the relay again and again, until a poll fails, the server stops, or `number` other polls are enough."""
         loop = asyncio.get_running_loop()
         try:
             brought = False
@@ -7534,7 +7534,7 @@ class Link:
         return connection, POLL_WAIT, self._sender.take_batch() if both and connection else Batch()
 
     async def _poll_again(self, connection: Connection | None, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
-        """Send a P1 on an idle connection, and on a new one if that is closed or None."""
+        """Send a P1 on `connection`, which was idle; on a new one if that is None, or the relay has closed it."""
         if connection is not None:
             try:
                 return await self._poll(connection, wait, batch)
@@ -7549,7 +7549,7 @@ class Link:
         fields += [("PTTH-Instance", self._instance), FEATURES]
         if lost:
             fields.append(("PTTH-Lost", ", ".join(lost)))
-        at_work = [] if wait else self._workers.ids_from(self._sender)
+        at_work = [] if wait else self._workers.ids_from(self._sender)  # a hello, perhaps after a lost connection
         if at_work:
             fields.append(("PTTH-At-Work", ", ".join(at_work)))
         if not batch.data:
@@ -7672,7 +7672,7 @@ class TunnelServer:
         raise _Stopped
 
 
-_NO_REQUEST = Request("GET", "-", Headers())
+_NO_REQUEST = Request("GET", "-", Headers())  # in place of a request that is unknown or cannot be parsed
 
 
 class _Stopped(Exception):
@@ -7733,18 +7733,18 @@ def _redirect_advice(origin: BaseURL, headers: Headers) -> str:
     """Return advice for a P1 that was redirected: the right relay_url, if it is known."""
     try:
         target = urllib.parse.urljoin(f"{origin.url}{BACKEND}http_listen/", headers["location"])
-        base, ours, _ = re.split(r"[?#]", target)[0].partition(f"{BACKEND}http_listen/")
+        base, same_path, _ = re.split(r"[?#]", target)[0].partition(f"{BACKEND}http_listen/")
         there = parse_base_url(base)
     except (KeyError, ValueError):
         return "it has no valid Location; a captive portal?"
-    if there == origin and ours:
+    if there == origin and same_path:
         return "to the same URL; the proxy in front of the relay does not see that this is https already"
     if origin.tls and not there.tls:
         return f"to {there.url}, which would send the key without TLS; correct relay_url"
     to_https = there.host == origin.host and there.tls and not origin.tls
-    if to_https and not ours:  # some proxies drop the path
+    if to_https and not same_path:  # some proxies drop the path
         there = there._replace(path=origin.path)
-    if ours or to_https:
+    if same_path or to_https:
         return f'write relay_url = "{there.url}"'
     return f"to {there.url[:200]}, which is not a relay's URL; a login page, or a captive portal?"
 
