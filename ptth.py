@@ -4880,7 +4880,9 @@ def without_upgrade(head: bytes) -> bytes:
     return head.replace(b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", b"\r\n")
 
 
+_ID = re.compile(r"[0-9A-Za-z]{8,64}")
 _REQUEST_ID = re.compile(rb"\r\nPTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\n", re.IGNORECASE)
+_INNER_LENGTH = re.compile(rb"\r\n(Content-Length|PTTH-Body-Length|Transfer-Encoding):[ \t]*([^\r\n]*)", re.IGNORECASE)
 # Makes the body of a request from its id and framing: a number of bytes, CHUNKED, or None for a stream after a 101.
 Fetch = Callable[[str, "int | None"], Body]
 
@@ -4921,13 +4923,9 @@ def unpack_requests(data: bytes, fetch: Fetch = no_fetch) -> Iterator[tuple[str,
             yield request_id, error
 
 
-_INNER_LENGTH = re.compile(rb"\r\n(Content-Length|PTTH-Body-Length|Transfer-Encoding):[ \t]*([^\r\n]*)", re.IGNORECASE)
-
-
 def _unpack_request(
     request_id: str, head: bytes, content: bytes, lengths: list[tuple[bytes, bytes]], fetch: Fetch
 ) -> Request:
-    """Parse one request of a P3, and attach its body."""
     if len(head) > MAX_INNER_HEAD:
         raise ProtocolError(431, "the head is too large")
     request = parse_request_head(head, MAX_INNER_FIELDS)
@@ -4955,7 +4953,7 @@ def pack_response_head(response: Response, batched: Iterable[tuple[str, str]] = 
 
 
 def pack_batched(request_id: str, response: Response, body: bytes) -> bytes:
-    """Format a complete response for a batch; b"" if it has no body."""
+    """Format a complete response for a batch; `body` is b"" if it has none."""
     batched = [("PTTH-Request-Id", request_id), ("PTTH-Body-Length", str(len(body)))]
     return pack_response_head(response, batched) + body
 
@@ -5048,9 +5046,6 @@ def parse_wait(prefer: str) -> float:
     """Return the seconds of `Prefer: wait=N` (RFC 7240, 4.3), at most POLL_WAIT, which is also the default."""
     match = re.search(r"(?:\A|[,;\s])wait\s*=\s*\"?([0-9]{1,9})(?![0-9])", prefer, re.IGNORECASE)
     return min(float(match[1]), POLL_WAIT) if match else POLL_WAIT
-
-
-_ID = re.compile(r"[0-9A-Za-z]{8,64}")
 
 
 # -- 12. Rust form --
