@@ -6635,14 +6635,12 @@ class Relay:
         if target == "*":
             return Response(204, [("Allow", "GET, HEAD, OPTIONS"), NOSNIFF])
         if path.startswith("/frontend/servers/") and path != "/frontend/servers/":
-            name, slash, rest = target.removeprefix("/frontend/servers/").partition("/")
-            if not slash or "?" in name:
-                name = name.partition("?")[0]
-                self.state.find_server(name)
+            segment, slash, rest = target.removeprefix("/frontend/servers/").partition("/")
+            name = segment.partition("?")[0]
+            server = self.state.find_server(name)
+            if not slash or name != segment:
                 return text_response(301, "see below\n", [("Location", redirect_below(name.encode("latin-1"), target))])
-            return await self._forward(
-                request, Route(self.state.find_server(name), f"/{rest}", f"/frontend/servers/{name}")
-            )
+            return await self._forward(request, Route(server, f"/{rest}", f"/frontend/servers/{name}"))
         if path.startswith("/scraper/"):
             return await self._scrape(request, target.removeprefix("/scraper/"))
         if path.startswith(BACKEND):
@@ -6738,9 +6736,8 @@ class Relay:
         name, slash, below = rest.removeprefix("server/").partition("/")
         if not slash or "?" in name:
             raise ProtocolError(404, "not found")
-        return await self._forward(
-            request, Route(self.state.find_server(name), f"/{below}", f"/scraper/{version}/server/{name}")
-        )
+        server = self.state.find_server(name)
+        return await self._forward(request, Route(server, f"/{below}", f"/scraper/{version}/server/{name}"))
 
     async def _sweep(self) -> NoReturn:
         """Every SWEEP_INTERVAL, for ever, end requests and P1 that have waited for too long."""
