@@ -5401,9 +5401,12 @@ class Exchange:
 
     def fail(self, status: int, reason: str) -> None:
         """Answer the client with an error, if there is no response yet."""
+        self.fail_with(ProtocolError(status, reason, headers=[("Retry-After", "5")] if status == 503 else []))
+
+    def fail_with(self, error: Exception) -> None:
+        """Let the client's request raise this error, if there is no response yet."""
         if not self.response.done():
-            headers = [("Retry-After", "5")] if status == 503 else []
-            self.response.set_exception(ProtocolError(status, reason, headers=headers))
+            self.response.set_exception(error)
             self.response.exception()  # retrieved, so that asyncio logs nothing when the client is gone
 
 
@@ -5424,9 +5427,7 @@ class UploadBody(Body):
         try:
             await self._body.write_to(sink)
         except IncompleteBody as error:
-            if not exchange.response.done():
-                exchange.response.set_exception(error)  # the client has closed the connection
-                exchange.response.exception()
+            exchange.fail_with(error)  # the client has closed the connection
             raise
         except ProtocolError as error:
             exchange.fail(error.status, error.reason)
@@ -6375,7 +6376,7 @@ class Backend:
             try:
                 requests.append(pack_rust_request(exchange.head))
             except ProtocolError as error:
-                exchange.response.set_exception(error)
+                exchange.fail_with(error)
         return pack_value(requests)
 
     def _p3_sent(self, connection: Peer | None, batch: list[Exchange], whole: bool) -> None:

@@ -5110,6 +5110,32 @@ class TestRelay:
             assert clients[-1].answer()[2] == b"xx"
         lazy.close()
 
+    @pytest.mark.parametrize("turns", range(6))
+    def test_a_client_that_leaves_while_its_p3_is_made_does_not_end_the_p1(
+        self, turns: int, background: Background, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """The P3 in the form of the original cannot carry its request, and it takes no error any more."""
+
+        async def work() -> ptth.Response:
+            relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
+            fields = [("Accept", "*/*"), ("X-ApiKey", KEY), ("Prefer", "wait=1")]
+            poll = asyncio.create_task(
+                relay.handle(ptth.Request("GET", "/7ZSFUKGV/http_listen/n", ptth.Headers(fields)))
+            )
+            while not relay.state.servers["n"].parked:
+                await asyncio.sleep(0)
+            target = "/frontend/servers/n/x"
+            client = asyncio.create_task(relay.handle(ptth.Request("DELETE", target, ptth.Headers([("Host", "a")]))))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            client.cancel()
+            try:
+                return await poll
+            finally:
+                await relay.stop(0)
+
+        assert background.run(work()).status in (200, 204)
+
     def original(self, port: int) -> Hand:
         """Return a server in Rust, which sends Accept: */*, after its first P1."""
         hand = Hand(port)
