@@ -5346,10 +5346,19 @@ class Exchange:
         self.delivered: asyncio.Future[bool] | None = None  # P5 waits for it: whether the client has the whole response
 
     def set_delivered(self, whole: bool, size: int = 0) -> None:
-        """Resolve `delivered`; later calls do nothing. `size` is there for the signature of `on_sent`."""
+        """Resolve `delivered`, and free this request's place at the relay and at its server. Later calls do nothing.
+
+        `size` is there for the signature of `on_sent`.
+        """
         if self.delivered and not self.delivered.done():
             self.delivered.set_result(whole)
-        self.leave()
+        self._state.uploads.pop(self.request_id, None)
+        self._state.responses.pop(self.request_id, None)
+        self.server.streams.discard(self.request_id)
+        if self.server.exchanges.pop(self.request_id, None):
+            self.server.addresses[self.address] -= 1
+            if not self.server.addresses[self.address]:
+                del self.server.addresses[self.address]
 
     def is_late(self, now: float, response_timeout: float) -> bool:
         """Return whether the response's head is overdue. The time starts again with each byte of the request's body."""
@@ -5364,16 +5373,6 @@ class Exchange:
             await asyncio.wait({task})
         if self.client_stream:
             await self.client_stream.end()
-
-    def leave(self) -> None:
-        """Free this request's place among those of the relay and of the server."""
-        self._state.uploads.pop(self.request_id, None)
-        self._state.responses.pop(self.request_id, None)
-        self.server.streams.discard(self.request_id)
-        if self.server.exchanges.pop(self.request_id, None):
-            self.server.addresses[self.address] -= 1
-            if not self.server.addresses[self.address]:
-                del self.server.addresses[self.address]
 
     def is_left(self) -> bool:
         """Return whether the client is at eof, and the response is not a WebSocket. Used for streams without data."""
@@ -6294,7 +6293,7 @@ class Backend:
         if not wait:
             server.renew_polls(now)
         elif not batch:
-            # A tenth less for some, so that the P1 of thousands of servers do not end together for ever.
+            # Up to a tenth less, at random, so that the P1 of thousands of servers do not all end at the same time.
             until = now + wait * (1 - os.urandom(1)[0] / 2560)
             parked = ParkedPoll(self.state.loop.create_future(), request.connection, instance, features, now, until)
             batch = await self._park(parked, server)
