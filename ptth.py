@@ -2308,10 +2308,7 @@ async def open_streams(
 
 
 class HTTPClient:
-    """Kept-alive connections to one server.
-
-    One that was idle for more than MAX_IDLE_AGE is closed, not reused: a NAT may have dropped it silently.
-    """
+    """Kept-alive connections to one server."""
 
     def __init__(self, origin: BaseURL, proxy: ForwardProxy | None = None, limiter: RateLimiter | None = None) -> None:
         self.origin = origin
@@ -2321,7 +2318,7 @@ class HTTPClient:
         self.retry_time = 0.0  # seconds for which opening a connection is tried again
         self.is_reachable = True  # the last attempt opened a connection
         self.connections: set[Connection] = set()
-        self._idle: deque[tuple[Connection, float]] = deque()  # with the time of the last use, the latest last
+        self.idle: deque[tuple[Connection, float]] = deque()  # with the time of the last use, the latest last
         self._sweeper: asyncio.Task[None] | None = None
         self._tls: ssl.SSLContext | None = None
         if origin.tls:
@@ -2373,8 +2370,8 @@ class HTTPClient:
     def take_idle(self, *, oldest: bool = False) -> Connection | None:
         """Take an idle connection, the last used or the `oldest`; None when there is none."""
         self._drop_stale()
-        while self._idle:
-            connection, _ = self._idle.popleft() if oldest else self._idle.pop()
+        while self.idle:
+            connection, _ = self.idle.popleft() if oldest else self.idle.pop()
             if not (connection.at_eof() or connection.has_unasked()):
                 return connection
             connection.close()
@@ -2383,20 +2380,15 @@ class HTTPClient:
     def _drop_stale(self) -> None:
         """Close idle connections that are older than MAX_IDLE_AGE or at eof, the oldest first."""
         now = asyncio.get_running_loop().time()
-        while self._idle and (self._idle[0][1] < now - MAX_IDLE_AGE or self._idle[0][0].at_eof()):
-            self._idle.popleft()[0].close()
-
-    @property
-    def idle_count(self) -> int:
-        """The number of idle connections."""
-        return len(self._idle)
+        while self.idle and (self.idle[0][1] < now - MAX_IDLE_AGE or self.idle[0][0].at_eof()):
+            self.idle.popleft()[0].close()
 
     def release(self, connection: Connection) -> None:
         """Keep a connection for reuse, after its response was read completely; close it if it cannot be reused."""
         if connection.must_close or connection.buffer or connection.at_eof():
             connection.close()
         else:
-            self._idle.append((connection, asyncio.get_running_loop().time()))
+            self.idle.append((connection, asyncio.get_running_loop().time()))
 
     def close(self) -> None:
         """Close all connections at once."""
@@ -2404,7 +2396,7 @@ class HTTPClient:
             self._sweeper.cancel()
         for connection in list(self.connections):
             connection.abort()
-        self._idle.clear()
+        self.idle.clear()
 
     async def handle(self, request: Request, *, timeout: float = P7_TIMEOUT, repeatable: bool = False) -> Response:
         """Send a request; return the response when its head has arrived. It is a `Handler`.
@@ -7521,7 +7513,7 @@ class Link:
         """
         both = brought and "listen" in self._sender.features and self._sender.has_batch
         # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
-        free = both or self.client.idle_count > brought
+        free = both or len(self.client.idle) > brought
         connection = self.client.take_idle(oldest=not both) if free else None
         return connection, POLL_WAIT, self._sender.take_batch() if both and connection else Batch()
 

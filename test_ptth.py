@@ -1701,7 +1701,7 @@ class TestHTTPClient:
                     body = await response.body.read_all(1 << 20)
                 finally:
                     await response.body.aclose()
-                idle = client.idle_count
+                idle = len(client.idle)
                 return response.status, dict(response.headers), body, idle, bytes(got)
         finally:
             sweeper.cancel()
@@ -1754,7 +1754,7 @@ class TestHTTPClient:
             client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
             response = await client.handle(ptth.Request("GET", "/", ptth.Headers([])))
             await response.body.aclose()
-            spare = client.idle_count
+            spare = len(client.idle)
             client.close()
             server.close()
             assert spare == (data is not None)
@@ -1838,7 +1838,7 @@ class TestHTTPClient:
                 response = await client.handle(request)
                 assert (response.status, await response.body.read_all(9)) == (413, b"large")
                 await response.body.aclose()
-            idle = client.idle_count
+            idle = len(client.idle)
             client.close()
             server.close()
             assert request.body.sent == 0
@@ -1863,7 +1863,7 @@ class TestHTTPClient:
             async with asyncio.timeout(20):
                 first = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
                 (connection,) = client.connections
-                assert client.idle_count == 1 and not connection.has_unasked()
+                assert len(client.idle) == 1 and not connection.has_unasked()
                 idle.set()
                 while not connection.has_unasked():
                     await asyncio.sleep(0.001)
@@ -1907,7 +1907,7 @@ class TestHTTPClient:
             assert await ask("GET") == 1
             assert await ask("GET") == 1
             assert await ask("POST") == 2
-            assert client.idle_count == 2
+            assert len(client.idle) == 2
             for writer in set(taken):
                 writer.close()
             assert await ask("GET") == 3
@@ -7286,7 +7286,7 @@ class TestServer:
         async def post(port: int) -> int:
             client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
             status, _ = await client.post("/", [], Endless())
-            assert not client.idle_count  # what was sent of the body would be read as a request
+            assert not client.idle  # what was sent of the body would be read as a request
             client.close()
             return status
 
