@@ -2077,12 +2077,6 @@ class BaseURL(NamedTuple):
         """The URL, without a slash at its end."""
         return f"http{'s' if self.tls else ''}://{self.authority}{self.path}"
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port to connect to. As in curl, names below localhost are this machine (RFC 6761, 6.3)."""
-        local = re.fullmatch(r"(?:.*\.)?localhost\.?", self.host)
-        return "localhost" if local else self.host, self.port
-
 
 def bracket(host: str) -> str:
     """Put brackets around an IPv6 address, as in URLs."""
@@ -2264,9 +2258,14 @@ def is_exempt(origin: BaseURL, exceptions: str) -> bool:
 
 
 async def open_tcp(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a host. For `localhost` both loopback addresses are tried, even if /etc/hosts has only one."""
+    """Connect to a host.
+
+    As in curl, localhost and all names below it are this machine (RFC 6761, 6.3). Both of its loopback addresses are
+    tried, even if /etc/hosts has only one.
+    """
+    is_own = re.fullmatch(r"(?:.*\.)?localhost\.?", host)
     errors: list[OSError] = []
-    for address in (host, "::1", "127.0.0.1") if host == "localhost" else (host,):
+    for address in ("localhost", "::1", "127.0.0.1") if is_own else (host,):
         try:
             return await asyncio.open_connection(
                 address, port, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
@@ -2290,7 +2289,7 @@ async def open_streams(
             if first.unix:
                 reader, writer = await asyncio.open_unix_connection(first.unix, limit=READ_SIZE)
             else:
-                reader, writer = await open_tcp(*first.address)
+                reader, writer = await open_tcp(first.host, first.port)
     except OSError as error:
         if not proxy:
             raise

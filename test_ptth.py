@@ -1934,7 +1934,7 @@ class TestConnecting:
         ("https://STRA\u1e9eE\uff61example", ("xn--strae-oqa.example", 443), "xn--strae-oqa.example", ""),
         ("http://my_box-1/", ("my_box-1", 80), "my_box-1", ""), ("http://rel%61y.example", ("relay.example", 80), "relay.example", ""),
         ("http://127.1:5", ("127.0.0.1", 5), "127.0.0.1:5", ""), ("http://0x7f000002", ("127.0.0.2", 80), "127.0.0.2", ""),
-        ("http://demo.localhost:1", ("localhost", 1), "demo.localhost:1", ""), ("http://localhost.", ("localhost", 80), "localhost.", ""),
+        ("http://demo.localhost:1", ("demo.localhost", 1), "demo.localhost:1", ""), ("http://localhost.", ("localhost.", 80), "localhost.", ""),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("url", "address", "authority", "path"), URLS)
@@ -1942,7 +1942,7 @@ class TestConnecting:
         self, url: str, address: tuple[str, int], authority: str, path: str
     ) -> None:
         origin = ptth.parse_base_url(url)
-        assert (origin.address, origin.authority, origin.path) == (address, authority, path)
+        assert ((origin.host, origin.port), origin.authority, origin.path) == (address, authority, path)
         assert origin.tls is url.strip().lower().startswith("https")
 
     NO_URLS = [
@@ -2145,15 +2145,16 @@ class TestConnecting:
             asyncio.run(connect())
 
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+    @pytest.mark.parametrize("name", ["localhost", "localhost.", "demo.localhost"])
     @pytest.mark.parametrize(("listening", "known"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
-    def test_localhost_is_both_addresses(self, listening: str, known: str, monkeypatch: Patch) -> None:
+    def test_localhost_is_both_addresses(self, listening: str, known: str, name: str, monkeypatch: Patch) -> None:
         """On many systems, such as containers, the name has only one of them; Node listens on ::1."""
         real = socket.getaddrinfo
         table = {"localhost": known}
         monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: real(table.get(host, host), *more, **how))
 
         async def connect(port: int) -> None:
-            (await ptth.HTTPClient(ptth.parse_base_url(f"http://localhost:{port}")).connect()).close()
+            (await ptth.HTTPClient(ptth.parse_base_url(f"http://{name}:{port}")).connect()).close()
 
         with socket.create_server(
             (listening, 0), family=socket.AF_INET6 if ":" in listening else socket.AF_INET
@@ -8266,7 +8267,8 @@ class TestCommandLine:
             assert [host for host in ("127.0.0.1", "::1") if answers((host, port))] == answering
             urls = ptth.listening_urls(sock)
             assert urls[0] == f"http://{ptth.bracket(answering[0])}:{port}/"
-            assert all(answers(ptth.parse_base_url(url).address) for url in urls)
+            origins = map(ptth.parse_base_url, urls)
+            assert all(answers((origin.host, origin.port)) for origin in origins)
 
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     def test_the_urls_of_a_socket_for_ipv6_only(self) -> None:
