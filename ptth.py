@@ -58,6 +58,7 @@ import dataclasses
 import errno
 import functools
 import io
+import ipaddress
 import itertools
 import math
 import os
@@ -69,6 +70,7 @@ import stat
 import struct
 import threading
 import time
+import traceback
 import urllib.parse
 import weakref
 import zlib
@@ -78,7 +80,7 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
-if TYPE_CHECKING:  # slow to import, and each needed by one subcommand or one kind of request only
+if TYPE_CHECKING:  # argparse is slow to import, and some Pythons have no ssl
     import argparse
     import ssl
 
@@ -225,8 +227,6 @@ def log_line(line: str) -> None:
 
 def log_fault() -> None:
     """Log the traceback of the current exception, which is a fault in this program."""
-    import traceback
-
     for line in traceback.format_exc().splitlines():
         log_line(line)
 
@@ -658,8 +658,6 @@ def is_host(text: str) -> bool:
     """Return whether `text` is a host with or without a port (RFC 9110, 7.2)."""
     match = _HOST.fullmatch(text)
     if match and match[1]:
-        import ipaddress
-
         try:
             ipaddress.IPv6Address(match[1])
         except ValueError:
@@ -2122,8 +2120,6 @@ def parse_app(text: str) -> BaseURL:
 
 def parse_host(text: str) -> str:
     """Return a URL's host in a form that can be resolved. Raises ValueError, whose text does not quote it."""
-    import ipaddress
-
     try:
         if text.startswith("["):  # a zone is written %25eth0 (RFC 6874), by users and curl also %eth0
             address, percent, zone = text[1:-1].partition("%")
@@ -2234,8 +2230,6 @@ def is_exempt(origin: BaseURL, exceptions: str) -> bool:
 
     Each entry is "*", a domain (with all names below it), an address or a network (10.0.0.0/8), perhaps with a port.
     """
-    import ipaddress
-
     host = origin.name.removesuffix(".")
     for entry in exceptions.lower().replace(",", " ").split():
         if entry == "*":
@@ -5838,8 +5832,6 @@ class RelayState:
         A removed server: its waiting requests get 503. A removed server or a changed tripcode: its waiting P1 get an
         empty P3, so the server must show its key again. Responses in flight finish.
         """
-        import ipaddress
-
         self.config = config
         entries = {entry.name: entry for entry in config.servers}
         for name, server in list(self.servers.items()):
@@ -5865,8 +5857,6 @@ class RelayState:
             return True
         if not self._trusted:
             return False
-        import ipaddress
-
         try:
             return any(ipaddress.ip_address(address) in network for network in self._trusted)
         except ValueError:
@@ -7954,8 +7944,6 @@ def read_host(table: TOMLTable, key: str) -> str:
 
 def read_networks(table: TOMLTable) -> list[str]:
     """Return trusted_proxies: addresses and networks."""
-    import ipaddress
-
     value = table.values.get("trusted_proxies", [])
     networks = value if isinstance(value, list) else [value]
     for network in networks:
