@@ -2639,6 +2639,7 @@ def _name_to_client(name: str) -> str:
 
 
 # The members of a list. A quoted text or a <URL> may contain commas. Possessive, so no input makes the match slow.
+_LIST = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^"<])*+')
 _MEMBER = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^,"<])++')
 _AUTH_PARAM = rf'({TOKEN})[ \t]*=[ \t]*({TOKEN}|"(?:\\.|[^"\\])*+")'  # RFC 9110, 11.2
 _CONTINUED = re.compile(_AUTH_PARAM)
@@ -2647,7 +2648,7 @@ _CHALLENGE = re.compile(rf"({TOKEN})(?: +{_AUTH_PARAM})?")
 
 def _split_list(value: str) -> list[str]:
     """Return the members of a list; [] if it is ambiguous or has MAX_MEMBERS commas or more."""
-    if value.count(",") >= MAX_MEMBERS or _MEMBER.sub("", value).strip(","):  # a quote or a < without its end
+    if value.count(",") >= MAX_MEMBERS or not _LIST.fullmatch(value):
         return []
     return [member for part in _MEMBER.findall(value) if (member := part.strip(" \t"))]
 

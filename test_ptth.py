@@ -1657,6 +1657,12 @@ class TestHTTPServer:
                     self.steps(functools.partial(ptth.shared_origin_fields, status, headers, server="n")) < 100_000
                 ), hostile
 
+    def test_a_list_with_a_quote_that_has_no_end_is_not_much_work(self) -> None:
+        headers = ptth.Headers([("Link", '"' + '\\"' * 4000)])
+        begin = time.thread_time()  # the work is one step: that of a regular expression
+        assert ptth.shared_origin_fields(200, headers, server="n")[0][0] == "Via"
+        assert time.thread_time() - begin < 0.05
+
     def test_a_target_of_dot_segments_is_not_much_work(self) -> None:
         for hostile in ("/a/..", "/", "%2e%2f", ";%2e", "/../", "\\..", "%25", "a%5c.."):
             for target in (hostile * (8190 // len(hostile)), "/a" * 2000 + "/.." * 1300):
