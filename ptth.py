@@ -1580,11 +1580,9 @@ def page(title: str, content: str) -> bytes:
 def html_table(columns: dict[str, str], rows: Iterable[Iterable[str]]) -> str:
     """Make a table. `columns` maps each heading to the CSS class of its cells; headings and cells are HTML."""
     top = "".join(f'<th scope="col" class="{kind}">{heading}</th>' for heading, kind in columns.items())
-    lines = []
-    for row in rows:
-        cells = (f'<td class="{kind}">{cell}</td>' for kind, cell in zip(columns.values(), row, strict=True))
-        lines.append(f"<tr>{''.join(cells)}</tr>\n")
-    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>\n</table>"
+    cells = "".join(f'<td class="{kind}">{{}}</td>' for kind in columns.values())
+    lines = "".join(f"<tr>{cells.format(*row)}</tr>\n" for row in rows)
+    return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}</tbody>\n</table>"
 
 
 VERSION_LINE = f'PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">source</a>'
@@ -3226,8 +3224,6 @@ for(const [row,name] of rows)shown+=!(row.hidden=!name.includes(word));
 count.textContent=word?shown+" of "+rows.length+" match":all}}
 setFilter();
 """
-
-
 UPLOAD_FORM = """<div class="bar u"><form id="up" method="post" enctype="multipart/form-data" action="?upload={token}">
 <input type="file" name="file" multiple required aria-label="Files to upload"><button>Upload</button></form>
 <form id="new" method="post" enctype="multipart/form-data" action="?upload={token}"><input name="folder" required
@@ -3385,7 +3381,6 @@ TYPES = {  # types that differ between versions of the standard library, or that
     ".xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet", ".xz": "application/x-xz",
     ".yaml": "text/plain", ".yml": "text/plain", ".zst": "application/zstd",
 }  # fmt: skip
-OCTETS = "application/octet-stream"
 PLAIN_TEXT = "text/plain; charset=utf-8"
 
 
@@ -4202,7 +4197,7 @@ def _look_into(found: Found, name: bytes) -> tuple[str, bytes, bool]:
     count = min(size, SNIFFED)
     beginning = read_at(found.fd, 0, count or SNIFFED)
     sized = len(beginning) == count or os.fstat(found.fd).st_size != size  # it is being written
-    return kind or (PLAIN_TEXT if is_text(beginning) else OCTETS), beginning, sized
+    return kind or (PLAIN_TEXT if is_text(beginning) else "application/octet-stream"), beginning, sized
 
 
 def _unsized_response(request: Request, found: Found, kind: str) -> Response:
