@@ -9535,6 +9535,14 @@ class TestRealPrograms:
                         data += piece
                     assert data.endswith(b"ping" if upgrade else b"https"), data
                     assert upgrade or b"a=b" in data
+            # A server that dies must not get another request: the proxy has to close its P1 at the relay.
+            parked = tunnel.relay.state.servers["n"].parked
+            p1 = f"GET /7ZSFUKGV/http_listen/n HTTP/1.1\r\nHost: relay.example.com\r\nX-ApiKey: {KEY}\r\n"
+            plain = socket.create_connection(("127.0.0.1", front), 20)
+            with context.wrap_socket(plain, server_hostname="n.example.com") as client:
+                client.sendall(f"{p1}Accept: application/http\r\nPTTH-Instance: {'a' * 16}\r\n\r\n".encode())
+                eventually(lambda: any(one.instance == "a" * 16 for one in list(parked)))
+            eventually(lambda: all(one.instance != "a" * 16 or one.is_stale() for one in list(parked)), 5)
         finally:
             process.terminate()
             process.wait(10)
