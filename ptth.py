@@ -7393,6 +7393,7 @@ class Link:
     def leave(self) -> None:
         """End the open P1 by a half-close: the relay sends no more requests, and a P3 in flight still arrives."""
         self._sender.end_streams()
+        asyncio.get_running_loop().call_later(LINGER_TIMEOUT, self._abort_polls)
         for connection in list(self._parked):
             connection.must_close = True
             if connection.writer.can_write_eof():
@@ -7400,7 +7401,7 @@ class Link:
             else:
                 connection.abort()
 
-    def abort_polls(self) -> None:
+    def _abort_polls(self) -> None:
         """Abort the P1 that are still open: a proxy on the way may not forward a half-close."""
         for connection in list(self._parked):
             connection.abort()
@@ -7621,19 +7622,11 @@ class TunnelServer:
         self.workers.stopping.set()
         for link in self.links:
             link.leave()
-        first = min(grace, LINGER_TIMEOUT)
-        await self._wait_for_the_end(first)
-        for link in self.links:
-            link.abort_polls()
-        if not await self._wait_for_the_end(grace - first):
-            self.workers.spawn(self._give_up())
-
-    async def _wait_for_the_end(self, seconds: float) -> bool:
-        """Wait for the end of `run`; return whether it came within `seconds`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+        try:
+            async with asyncio.timeout(grace):
                 await self._ended.wait()
-        return self._ended.is_set()
+        except TimeoutError:
+            self.workers.spawn(self._give_up())
 
     @staticmethod
     async def _give_up() -> NoReturn:
