@@ -2640,8 +2640,7 @@ def _name_to_client(name: str) -> str:
 _LIST = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^"<])*+')
 _MEMBER = re.compile(r'(?:<[^<>]*+>|"(?:\\.|[^"\\])*+"|[^,"<])++')
 _AUTH_PARAM = rf'({TOKEN})[ \t]*=[ \t]*({TOKEN}|"(?:\\.|[^"\\])*+")'  # RFC 9110, 11.2
-_CONTINUED = re.compile(_AUTH_PARAM)
-_CHALLENGE = re.compile(rf"({TOKEN})(?: +{_AUTH_PARAM})?")
+_CHALLENGE = re.compile(rf"(?:({TOKEN})(?: +|\Z))?(?:{_AUTH_PARAM})?")  # SCHEME, SCHEME NAME=VALUE, NAME=VALUE
 
 
 def _split_list(value: str) -> list[str]:
@@ -2655,21 +2654,17 @@ def name_realms(value: str, server: str) -> str:
     """Put a server's name into the realm of each challenge of WWW-Authenticate (RFC 9110, 11.6.1), or return "".
 
     A browser sends a password again to any URL of the same origin that names its realm. So each server gets realms of
-    its own. A value that cannot be parsed, or that has no realm (Negotiate and NTLM with their data), is dropped.
+    its own. A value that cannot be parsed, such as Negotiate with its data, is dropped.
     """
     challenges: list[tuple[str, list[tuple[str, str]]]] = []
     for member in _split_list(value):
-        if more := _CONTINUED.fullmatch(member):
-            if not challenges:
-                return ""
-            name, text = more.groups()
-        elif start := _CHALLENGE.fullmatch(member):
-            scheme, name, text = start.groups()
-            challenges.append((scheme, []))
-        else:
+        match = _CHALLENGE.fullmatch(member)
+        if match and match[1]:
+            challenges.append((match[1], []))
+        if not match or not challenges:
             return ""
-        if name:
-            challenges[-1][1].append((name, text))
+        if match[2]:
+            challenges[-1][1].append((match[2], match[3]))
     named = []
     for scheme, parameters in challenges:
         realm = next((text for name, text in parameters if name.lower() == "realm"), "")
