@@ -652,6 +652,8 @@ _ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]+")
 _CHUNK_LINE = re.compile(rb"0*([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _TRAILERS = re.compile(_FIELD_LINES.encode("ascii"))
+CHUNKED = -1  # in place of a body's length: it comes in chunks
+PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def is_host(text: str) -> bool:
@@ -723,10 +725,7 @@ def _why_no_request(text: str) -> ProtocolError:
 
 
 def _parse_odd_target(request: Request) -> None:
-    """Change a target from absolute form to origin form. ProtocolError for other forms, except `OPTIONS *`.
-
-    See RFC 9112, 3.2.
-    """
+    """Change a target from absolute to origin form (RFC 9112, 3.2). ProtocolError for others, except `OPTIONS *`."""
     target = request.target
     if target == "*" and request.method == "OPTIONS":
         return
@@ -756,9 +755,6 @@ def parse_response_head(data: bytes, limit: int = MAX_FIELDS) -> tuple[int, Head
     return status, parse_fields(match[2], limit)
 
 
-PHRASES = {status.value: status.phrase for status in HTTPStatus}
-
-
 def format_request_head(method: str, target: str, fields: Fields) -> bytes:
     """Format a request head; raises ProtocolError 500 if it would not be a valid head."""
     return format_head(f"{method} {target} HTTP/1.1", fields)
@@ -780,9 +776,6 @@ def format_head(start: str, fields: Fields, *, parsed: bool = False) -> bytes:
     if text.count("\n") != len(fields) + 2 or not (parsed or _FORMATTED.fullmatch(text)):
         raise ProtocolError(500, "a header field that cannot be sent")
     return text.encode("latin-1")
-
-
-CHUNKED = -1
 
 
 def format_chunk(data: bytes) -> bytes:
@@ -2583,6 +2576,7 @@ _PROXY_COMMANDS = (
 _NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the relay itself sets the last two
 # Fields that also a server with a host of its own may not send: they stay valid when the host has another owner, or
 # affect other ports.
+SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 _NOT_TO_OWN_CLIENT = _HOP_BY_HOP - {"x-apikey"} | {
     "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
 }  # fmt: skip
@@ -2602,9 +2596,6 @@ def runs_nothing(kind: str) -> bool:
 @functools.lru_cache(256)
 def _runs_nothing(kind: str) -> bool:
     return _RUNS_NOTHING.fullmatch(kind) is not None
-
-
-SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 
 
 @functools.lru_cache(256)  # of names only: a field's value may be a secret
