@@ -1810,14 +1810,13 @@ class HTTPServer:
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(sweep(self.connections))
-        timeout = STALL_TIMEOUT if self.tls else None  # for a TLS shutdown, in which buffered bytes are still sent
         server = await asyncio.start_server(
             self._serve_connection,
             sock=sock,
             limit=WRITE_HIGH_WATER,
             backlog=MAX_ACCEPTS,
             ssl=self.tls,
-            ssl_shutdown_timeout=timeout,
+            ssl_shutdown_timeout=STALL_TIMEOUT if self.tls else None,  # in that time buffered bytes are still sent
         )
         self._servers.append(server)
         sock.listen(4096)  # again: for asyncio, the backlog is also the number of accepts in one turn
@@ -1825,12 +1824,11 @@ class HTTPServer:
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log a failed accept, at most once in 60 seconds; pass other errors to the loop's default handler."""
         error = context.get("exception")
-        if isinstance(error, OSError) and "socket" in context:
-            if loop.time() > self._last_loop_error + 60:
-                self._last_loop_error = loop.time()
-                log_line(f"cannot accept connections: {format_error(error)}; raise the limit (ulimit -n, LimitNOFILE=)")
-            return
-        report_error(loop, context)
+        if not isinstance(error, OSError) or "socket" not in context:
+            report_error(loop, context)
+        elif loop.time() > self._last_loop_error + 60:
+            self._last_loop_error = loop.time()
+            log_line(f"cannot accept connections: {format_error(error)}; raise the limit (ulimit -n, LimitNOFILE=)")
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Accept no more connections, wait up to `grace` seconds for requests in flight, and abort the rest."""
@@ -1943,7 +1941,6 @@ class HTTPServer:
     async def _write_response(self, connection: Connection, request: Request, response: Response) -> None:
         """Write the response, close its body, call `on_sent`, and log it. ConnectionError if it is incomplete."""
         whole = False
-        body = response.body
         if request.upgrade and response.status != 101:
             request.body = EMPTY  # the next bytes are the next request
         begun = connection.written
@@ -1958,7 +1955,7 @@ class HTTPServer:
             connection.abort()
             raise ConnectionError(str(error)) from error
         finally:
-            await body.aclose()
+            await response.body.aclose()
             size = max(connection.written - begun - head_size - unsent, 0)
             if response.on_sent:
                 response.on_sent(whole, size)
@@ -2576,10 +2573,10 @@ _PROXY_COMMANDS = (
 _NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the relay itself sets the last two
 # Fields that also a server with a host of its own may not send: they stay valid when the host has another owner, or
 # affect other ports.
-SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 _NOT_TO_OWN_CLIENT = _HOP_BY_HOP - {"x-apikey"} | {
     "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
 }  # fmt: skip
+SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 _COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|\Z)", re.IGNORECASE)
 _RUNS_NOTHING = re.compile(
     r"(?![^;]*\+xml)(?:image/(?!svg)[\w.+-]+|(?:audio|video|font)/[\w.+-]+|text/plain|text/css"
