@@ -8205,7 +8205,7 @@ def print_output(text: str) -> None:
 
 
 def print_ready(line: str) -> None:
-    """Write a line to stdout when the program is ready. A closed stdout is ignored."""
+    """Write a line to stdout to say that the program is ready. A closed stdout is ignored."""
     with contextlib.suppress(UserError):
         print_output(line)
 
@@ -8533,8 +8533,8 @@ def local_names_only(handler: Handler) -> Handler:
     """
 
     async def handle(request: Request) -> Response:
-        host = request.headers.get("host", "")
-        if not is_local_name(host) and (host or "host" in request.headers):
+        host = request.headers.get("host")
+        if host is not None and not is_local_name(host):
             why = f"this demo answers to localhost and 127.0.0.1 only, and the request is for {host[:MAX_AUDIT_TEXT]!r}"
             raise ProtocolError(403, f"{why}; open it under one of these names", close=True)
         return await handler(request)
@@ -8582,7 +8582,7 @@ _Option: TypeAlias = tuple[list[str], dict[str, Any]]  # what `add_argument` of 
 
 
 def _option(names: str, value: str, text: str, **settings: Any) -> _Option:
-    """Return an option with its help; without the name of a `value` it is a switch."""
+    """Return an option with its help. `value`: what the help calls its value; an option without one is a switch."""
     what = {"metavar": value} if value else {"action": "store_true"}
     return names.split(), {"help": text, **what, **settings}
 
