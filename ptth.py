@@ -5285,8 +5285,6 @@ class Exchange:
         self.body = request.body if inline is None else None  # the body that the server fetches
         self.was_fetched = False
         self.fetching: asyncio.Task[object] | None = None
-        self.fetch_sink: Sink | None = None  # the connection on which it is fetched
-        self.fetched = 0  # bytes that this connection had sent when it was last looked at
         self.broke_at: float | None = None  # when the fetch, or a P5 before its head, ended too early
         self.inline_size = len(inline or b"")
         framing: Fields = [("Content-Length", str(len(inline)))] if inline else []
@@ -5301,7 +5299,7 @@ class Exchange:
         self.tunnel_body: TunnelBody | None = None  # of a response that has begun
         self.client = request.connection
         self.address = address  # of the client, for the limit of requests from one address
-        self.moved = state.loop.time()  # when the request arrived, or a byte of its body was sent
+        self.waits_since = state.loop.time()  # when the request arrived, or the fetch of its body ended
         self.offers = 0
         self.instance = ""  # the server that it was offered to
         self.connection: Peer | None = None  # of the P5 that has claimed it
@@ -5325,10 +5323,8 @@ class Exchange:
                 del self.server.addresses[self.address]
 
     def is_late(self, now: float, response_timeout: float) -> bool:
-        """Return whether the response's head is overdue. The time starts again with each byte of the request's body."""
-        if self.fetch_sink and self.fetch_sink.written != self.fetched:
-            self.fetched, self.moved = self.fetch_sink.written, now
-        return now - self.moved >= (max(response_timeout, RELAY_STALL_TIMEOUT) if self.fetching else response_timeout)
+        """Return whether the response's head is overdue. It is not during a fetch: one that stalls ends by itself."""
+        return self.fetching is None and now - self.waits_since >= response_timeout
 
     async def end_fetch(self) -> None:
         """End the fetch of the body, so that the HTTP server can read the client's connection again."""
@@ -5386,7 +5382,7 @@ class UploadBody(Body):
     async def write_to(self, sink: Sink) -> None:
         """Send it. If the client causes an error, the client gets it."""
         exchange = self._exchange
-        exchange.fetching, exchange.fetch_sink, exchange.fetched = asyncio.current_task(), sink, sink.written
+        exchange.fetching = asyncio.current_task()
         try:
             await self._body.write_to(sink)
         except IncompleteBody as error:
@@ -5399,8 +5395,8 @@ class UploadBody(Body):
             exchange.broke_at = asyncio.get_running_loop().time()  # a response may still arrive: see `_sweep`
             raise
         finally:
-            exchange.fetching = exchange.fetch_sink = None  # what the connection carries from now on is not this body
-            exchange.moved = asyncio.get_running_loop().time()
+            exchange.fetching = None
+            exchange.waits_since = asyncio.get_running_loop().time()
 
 
 class ClientStream:
@@ -6728,7 +6724,7 @@ class Relay:
             log_line(f"ptth relay: {server.name} is disconnected")
             self.state.audit("disconnected", server.name)
         for exchange in list(server.waiting.values()):
-            if now - max(exchange.moved, absent_since) >= RECONNECT_WAIT:
+            if now - max(exchange.waits_since, absent_since) >= RECONNECT_WAIT:
                 exchange.fail(503, f"the server {server.name} is not connected")
 
     async def drain(self) -> None:
