@@ -4787,7 +4787,8 @@ def server_handler(site: Site, name: str) -> Handler:
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
-# The optional features of this program, sent in P1 and in P3. `listen`: a P5 with Prefer: wait is the next P1, too.
+# The optional features of this program, sent in P1 and in P3: bodies of requests, WebSockets, responses in parts, and a
+# batch with Prefer: wait that is the next P1, too.
 FEATURES = ("PTTH-Features", "body, upgrade, parts, listen")
 MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST to a far relay
 
@@ -5285,7 +5286,7 @@ class Exchange:
         self.body = request.body if inline is None else None  # the body that the server fetches
         self.was_fetched = False
         self.fetching: asyncio.Task[object] | None = None
-        self.broke_at: float | None = None  # when the fetch, or a P5 before its head, ended too early
+        self.broke_at: float | None = None  # when the fetch, or a P5 before the end of its head, broke off
         self.inline_size = len(inline or b"")
         framing: Fields = [("Content-Length", str(len(inline)))] if inline else []
         if self.body:
@@ -5335,7 +5336,7 @@ class Exchange:
             await self.client_stream.end()
 
     def is_left(self) -> bool:
-        """Return whether the client is at eof, and the response is not a WebSocket. Used for streams without data."""
+        """Return whether the client is at eof, which ends a response that has no data at present, but no WebSocket."""
         return self.upgrade == "" and self.client is not None and self.client.at_eof()
 
     def suits(self, features: set[str]) -> bool:
@@ -5620,6 +5621,7 @@ class HashQueue:
         self._loop = asyncio.get_running_loop()
         self._share = share
         self._turn = asyncio.Lock()  # held by the key that is next; one key of each group waits for it
+        # For each group with keys, the lock that its other keys wait for.
         self._groups: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._used_until = -math.inf  # in the loop's time: no hash before that
 
@@ -5660,7 +5662,7 @@ class Keys:
         self._tried &= configured
 
     async def find(self, key: str, codes: Collection[str], group: str) -> tuple[str, bool]:
-        """Return the tripcode of `key`, and whether it is one of `codes` and was not known to be until now.
+        """Return the tripcode of `key`, and True if that is one of `codes` and the key is shown for the first time.
 
         A key that is not known waits in its group; without `codes`, in the queue for unregistered names. The first key
         for a tripcode does not wait: after a restart of the relay the keys of all servers come at once. ProtocolError
@@ -5704,8 +5706,8 @@ class TunnelBody(Body):
         self.length = length
         self._patience = patience
         self._position = 0  # bytes that were sent to the client
-        self._more = True
-        self._current = part
+        self._more = True  # the response goes on
+        self._current = part  # the last one that has arrived
         self._parts: asyncio.Queue[Part | None] = asyncio.Queue()
         self.add(part)
 
@@ -5962,7 +5964,7 @@ class Gate:
 
 
 # -- 14. Relay desk --
-# The relay's own pages, scraper API, metrics and audit log. Only reads the state.
+# The relay's own pages, scraper API, metrics and audit log. Reads the state; changes only the times of health checks.
 
 
 class Desk:
@@ -6352,7 +6354,7 @@ class Backend:
                 self._offer_again(exchange, "")
 
     def _offer_again(self, exchange: Exchange, reason: str) -> None:
-        """Offer a GET or HEAD again, once. Other requests may have had their effect already, and get 502."""
+        """Offer a GET or HEAD again, once. Other requests may have had their effect: with a `reason` they get 502."""
         if exchange.has_p5 or exchange.server.offered.pop(exchange.request_id, None) is None:
             return  # its P5 has begun, or it has its response
         if exchange.method in ("GET", "HEAD") and exchange.offers < 2 and not exchange.was_fetched:
