@@ -6945,15 +6945,13 @@ class PartReader:
 
     async def _read(self) -> bytes:
         """Return bytes that have arrived, b"" after PART_INTERVAL without any."""
+        reading = self._reading = self._reading or asyncio.ensure_future(anext(self._pieces, None))
         if not self._stopped:
-            self._reading = self._reading or asyncio.ensure_future(anext(self._pieces, None))
-            await asyncio.wait({self._reading}, timeout=PART_INTERVAL)
-        if self._stopped or self._reading is None:
-            self.ended = True
+            await asyncio.wait({reading}, timeout=PART_INTERVAL)
+        if self._stopped or not reading.done():
+            self.ended = self._stopped
             return b""
-        if not self._reading.done():
-            return b""
-        reading, self._reading = self._reading, None
+        self._reading = None
         piece = reading.result()
         self.ended = piece is None
         return piece or b""
@@ -7430,14 +7428,10 @@ class Link:
                 await self._workers.unless_stopped(asyncio.wait({failure}, timeout=MEASURE_INTERVAL))
                 took, samples = math.inf, SAMPLES
 
-    def _set_distance(self, took: float, failure: asyncio.Future[Exception]) -> None:
-        """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one.
-
-        `took`: the seconds of a round trip.
-        """
-        one_by_one = took < NEAR_ROUND_TRIP or self._sender.rust_relay
-        self._sender.near = one_by_one
-        before, self._most_polls = self._most_polls, 1 if one_by_one else FAR_P1
+    def _set_distance(self, round_trip: float, failure: asyncio.Future[Exception]) -> None:
+        """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one."""
+        self._sender.near = round_trip < NEAR_ROUND_TRIP or self._sender.rust_relay
+        before, self._most_polls = self._most_polls, 1 if self._sender.near else FAR_P1
         for number in range(before, self._most_polls):
             self._spawn(self._listen(number, failure))
 
