@@ -2333,20 +2333,17 @@ class HTTPClient:
         set_socket_options(connection.sock)
         self.connections.add(connection)
         connection.on_close.append(lambda: self.connections.discard(connection))
-        if self._sweeper is None:
+        if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep())
         return connection
 
     async def _sweep(self) -> None:
         """While there are connections, check their deadlines, and close those that were idle for too long."""
-        try:
-            while self.connections:
-                await asyncio.sleep(SWEEP_INTERVAL)
-                self._drop_stale()
-                for connection in list(self.connections):
-                    connection.sweep(connection.loop.time())
-        finally:
-            self._sweeper = None
+        while self.connections:
+            await asyncio.sleep(SWEEP_INTERVAL)
+            self._drop_stale()
+            for connection in list(self.connections):
+                connection.sweep(connection.loop.time())
 
     def take_idle(self, *, oldest: bool = False) -> Connection | None:
         """Take an idle connection, the last used or the `oldest`; None when there is none."""
@@ -2479,9 +2476,8 @@ class HTTPClient:
         bare = not has_body(request.method, status)
         connection.must_close |= framing is None and not bare
         body = IncomingBody(connection, 0 if bare else framing)
-        content: Body
         if bare:
-            content = AbsentBody(None if framing == CHUNKED else framing)
+            content: Body = AbsentBody(None if framing == CHUNKED else framing)
         elif framing == len(connection.buffer) and (not sending or sending.done()):
             content = BytesBody(await body.read())  # the whole body has arrived: free the connection at once
         else:
