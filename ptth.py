@@ -118,7 +118,7 @@ SMALL_BODY = 128 * 1024  # bytes; a body up to this size is read at once and sen
 WRITE_HIGH_WATER = 64 * 1024  # bytes; with more in a connection's buffer, `send` waits for the peer
 READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
 MAX_PART_HEAD = 8 * 1024  # bytes of the head of one part of a form; a name has 255
-MAX_PARTS = 1000  # of one form
+MAX_PARTS = 1000  # parts of one form
 WRITE_SIZE = 1024 * 1024  # bytes of an upload that a thread writes at a time: 256 KiB take a third more CPU time
 SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload between two calls of fsync, so that the last one is short
 SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
@@ -160,7 +160,7 @@ MAX_UNREGISTERED = 100  # names shown at /frontend/unregistered_servers
 POLL_WAIT = 25.0  # seconds that a P1 waits; common proxies give up after 60, the server in Rust after 30
 P1_TIMEOUT = 35.0  # seconds after which the server closes an unanswered P1 and polls again
 RESPONSE_TIMEOUT = 50.0  # seconds for a response's head, then 504; nginx itself gives up after 60
-FETCH_GRACE = 5.0  # seconds for a response after the server's connection broke in the request's body or in a P5's head
+FETCH_GRACE = 5.0  # seconds in which a P5 may follow one that broke off, or a broken fetch of the request's body
 RECONNECT_WAIT = 10.0  # seconds that a request waits for a server without a connection, then 503
 RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server treats a quicker empty P3 as an error
 DISCONNECTED_AFTER = 2.0  # seconds without a connection before a server is shown as disconnected
@@ -172,14 +172,17 @@ APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response, then 
 APP_WAIT = 2.0  # seconds in which a connection to an app is tried again, because it may be restarting
 CONNECT_TIMEOUT = 10.0  # seconds to open a connection
 CONNECT_DELAY = 0.25  # seconds before the next address of a name is tried, too (RFC 8305, 5)
-BACKOFF_MIN, BACKOFF_MAX = 0.1, 3.0  # seconds between two attempts to reach the relay, at most: the first, any
+BACKOFF_MIN, BACKOFF_MAX = (
+    0.1,
+    3.0,
+)  # seconds before the second attempt to reach the relay, and before any other, at most
 REFUSED_DELAY = 5.0  # seconds before the next attempt when a key or a proxy's settings must be changed first
-NEAR_ROUND_TRIP = 0.005  # seconds to the relay; if it is nearer, one P1 is best, otherwise FAR_P1
+NEAR_ROUND_TRIP = 0.005  # seconds; with a shorter round trip to the relay one P1 is best, otherwise FAR_P1
 SAMPLES = 3  # round trips measured; the shortest counts
 MEASURE_INTERVAL = 300.0  # seconds after which the server measures again
 FAR_P1 = 8  # P1 open at the same time
 MAX_BATCHES = 4  # batches of responses in flight at the same time; a near relay gets several only while they are full
-BACKEND = "/7ZSFUKGV/"  # the path of P1 and P5 at the relay
+BACKEND = "/7ZSFUKGV/"  # with this the paths of P1 and P5 begin
 
 
 class ProtocolError(Exception):
@@ -220,17 +223,6 @@ def format_error(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
-def log_line(line: str) -> None:
-    """Write one line for the operator on stderr."""
-    write_stderr(line.translate(CONTROL_ESCAPES) + "\n")
-
-
-def log_fault() -> None:
-    """Log the traceback of the current exception, which is a fault in this program."""
-    for line in traceback.format_exc().splitlines():
-        log_line(line)
-
-
 def write_stderr(text: str) -> None:
     """Write to descriptor 2. A full disk or a closed stderr is ignored.
 
@@ -244,11 +236,22 @@ def write_stderr(text: str) -> None:
 CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
+def log_line(line: str) -> None:
+    """Write one line for the operator on stderr."""
+    write_stderr(line.translate(CONTROL_ESCAPES) + "\n")
+
+
+def log_fault() -> None:
+    """Log the traceback of the current exception, which is a fault in this program."""
+    for line in traceback.format_exc().splitlines():
+        log_line(line)
+
+
 # -- 2. Tripcodes --
 # The tripcode of an API key: the relay knows only that. Does not use HTTP.
 
 _IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
-_PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)
+_PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)  # of a message's words, after each round
 _MIXES = (  # the eight quarter rounds: four columns, then four diagonals
     (0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15),
     (0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14),
@@ -327,7 +330,7 @@ _WORDS = ("password", "passwort", "secret", "admin", "letmein", "welcome", "ilov
 
 
 def _go_round(line: str, step: int) -> str:
-    """Return the characters of a line in steps of this size, four times round, from each beginning."""
+    """Return what a line gives when it is read round and round in steps of this size, four rounds from each start."""
     step %= len(line)  # a negative one goes back
     return "\n".join((line * 4 * step)[start::step] for start in range(math.gcd(step, len(line))))
 
@@ -353,7 +356,7 @@ def _pattern_length(text: str, at: int) -> int:
 
 
 def _pattern_bits(text: str) -> float:
-    """Estimate the bits of chance in a text, up to MIN_KEY_BITS: a pattern has few, every other character all."""
+    """Estimate a text's bits of chance, up to MIN_KEY_BITS: few for a pattern, all for each other character."""
     kinds = ((26, str.isalpha), (10, str.isdigit), (33, lambda c: not c.isalnum()))
     single = math.log2(sum(size for size, is_kind in kinds if any(map(is_kind, text))))
     bits, at = 0.0, 0
@@ -413,7 +416,7 @@ class Headers(dict[str, str]):
         self.pairs: Fields = pairs if isinstance(pairs, list) else list(pairs)
         for name, value in self.pairs:  # twice as fast as dict()
             self[name.lower()] = value
-        if len(self) < len(self.pairs):
+        if len(self) < len(self.pairs):  # several have one name
             self.clear()
             for name, value in self.pairs:
                 key = name.lower()
@@ -424,7 +427,7 @@ class Headers(dict[str, str]):
         return [value for key, value in self.pairs if key.lower() == name]
 
     def tokens(self, name: str) -> list[str]:
-        """Return the members of a comma-separated list in lower case (RFC 9110, 5.6.1); after MAX_MEMBERS the rest."""
+        """Return a list's members in lower case (RFC 9110, 5.6.1); the last is all that follows MAX_MEMBERS others."""
         if name not in self:
             return []
         return [member for part in self[name].split(",", MAX_MEMBERS) if (member := part.strip(" \t").lower())]
@@ -504,7 +507,7 @@ class Body:
         return await anext(self._pieces, b"")
 
     def unread(self, data: bytes) -> None:
-        """Give back bytes that the next `read` returns again, where that is possible."""
+        """Give back bytes, which the next `read` returns again. Only a body that is being received can do that."""
         raise NotImplementedError
 
     async def read_all(self, limit: int) -> bytes:
@@ -1775,7 +1778,7 @@ def is_body_soon_read(body: Body) -> bool:
 def report_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """The loop's exception handler: report what was not handled, except the end of a connection.
 
-    asyncio keeps that in a future of its own, which the garbage collector may take before the stream it belongs to.
+    asyncio keeps that in a future, too, and reports it when the garbage collector takes the future before its stream.
     """
     if not isinstance(context.get("exception"), OSError) or isinstance(context.get("future"), asyncio.Task):
         loop.default_exception_handler(context)
@@ -1857,7 +1860,7 @@ class HTTPServer:
         self.connections.add(connection)
         connection.on_close.append(lambda: self.connections.discard(connection))
         try:
-            # The system assigns the lowest free number.
+            # The system assigns the lowest free number: a high one means that few are left.
             if connection.sock and connection.sock.fileno() > self._most_descriptors:
                 busy = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
                 await self._refuse(connection, b"", busy)
@@ -2429,7 +2432,7 @@ class HTTPClient:
             return None
         await connection.send(head)
         if body.complete and not self.limiter and (body.length or READ_SIZE) < READ_SIZE:
-            await body.write_to(connection)  # small: an early response is read after it was sent
+            await body.write_to(connection)  # small: an early response can wait until it was sent
             return None
         return None if request.upgrade else asyncio.create_task(self._send_body(connection, request, timeout))
 
@@ -2793,7 +2796,7 @@ def outer_address(addresses: str) -> str:
 
     For IPv6 return the /64 network, because one client has all its addresses.
     """
-    for text in addresses.split(",")[:-9:-1]:
+    for text in addresses.split(",")[:-9:-1]:  # of the last eight
         address = text.strip()[:MAX_AUDIT_TEXT]
         if is_loopback(address):
             continue
