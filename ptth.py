@@ -2416,7 +2416,7 @@ class HTTPClient:
                 if request.upgrade not in headers.tokens("upgrade"):
                     raise ProtocolError(502, "a change of protocol that the request did not ask for", close=True)
                 sending = asyncio.create_task(self._send_body(connection, request, MAX_LINGER_TIMEOUT))
-            return await self._make_response(connection, request, status, headers, sending)
+            return await self._make_response(connection, request.method, status, headers, sending)
         except BaseException:
             connection.abort()
             await end_task(sending)
@@ -2464,19 +2464,14 @@ class HTTPClient:
             connection.fail(error)
 
     async def _make_response(
-        self,
-        connection: Connection,
-        request: Request,
-        status: int,
-        headers: Headers,
-        sending: asyncio.Task[None] | None,
+        self, connection: Connection, method: str, status: int, headers: Headers, sending: asyncio.Task[None] | None
     ) -> Response:
         """Make the response for a head. When its body is closed, the connection is kept or closed."""
         try:
             framing = None if status == 101 else parse_framing(headers)
         except ProtocolError as error:
             raise ProtocolError(502, error.reason, close=True) from None
-        bare = not has_body(request.method, status)
+        bare = not has_body(method, status)
         connection.must_close |= framing is None and not bare
         body = IncomingBody(connection, 0 if bare else framing)
         if bare:
@@ -2484,14 +2479,13 @@ class HTTPClient:
         elif framing == len(connection.buffer) and (not sending or sending.done()):
             content = BytesBody(await body.read())  # the whole body has arrived: free the connection at once
         else:
-            body.on_end = functools.partial(self._end_exchange, connection, body, sending)
+            body.on_end = functools.partial(self._end_exchange, body, sending)
             return Response(status, headers.pairs, body)
-        await self._end_exchange(connection, body, sending)
+        await self._end_exchange(body, sending)
         return Response(status, headers.pairs, content)
 
-    async def _end_exchange(
-        self, connection: Connection, body: IncomingBody, sending: asyncio.Task[None] | None
-    ) -> None:
+    async def _end_exchange(self, body: IncomingBody, sending: asyncio.Task[None] | None) -> None:
+        connection = body.connection
         """Keep the connection for the next exchange, if both bodies of this one are complete; otherwise close it."""
         connection.must_close |= not body.complete or sending is not None and not sending.done()
         await end_task(sending)
