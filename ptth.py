@@ -2389,13 +2389,12 @@ class HTTPClient:
         idle = repeatable or request.method in ("GET", "HEAD") and request.body is EMPTY
         connection = self.take_idle() if idle else None
         again = connection is not None or repeatable and request.body.data is not None
-        while True:
-            try:
-                return await self.exchange(connection or await self.connect(), request, timeout)
-            except ConnectionError as error:
-                if not again or isinstance(error, IncompleteBody):
-                    raise
-                connection, again = None, False
+        try:
+            return await self.exchange(connection or await self.connect(), request, timeout)
+        except ConnectionError as error:
+            if not again or isinstance(error, IncompleteBody):
+                raise
+        return await self.exchange(await self.connect(), request, timeout)
 
     async def exchange(self, connection: Connection, request: Request, timeout: float) -> Response:
         """Send a request on this connection; return the response when its head has arrived.
@@ -2485,8 +2484,8 @@ class HTTPClient:
         return Response(status, headers.pairs, content)
 
     async def _end_exchange(self, body: IncomingBody, sending: asyncio.Task[None] | None) -> None:
-        connection = body.connection
         """Keep the connection for the next exchange, if both bodies of this one are complete; otherwise close it."""
+        connection = body.connection
         connection.must_close |= not body.complete or sending is not None and not sending.done()
         await end_task(sending)
         self.release(connection)
@@ -2929,7 +2928,7 @@ class App:
         for name, value in forwardable(headers, _HOP_BY_HOP):
             lower = name.lower()
             if lower == "location" or own and lower == "access-control-allow-origin":
-                value = move_origin(value, own, public) if own else value
+                value = move_origin(value, own, public)
                 if public.startswith("https:"):
                     value = move_origin(value, f"http{public[5:]}", public)
             fields.append((name, value))
