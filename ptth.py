@@ -7234,7 +7234,7 @@ class FetchedBody(Body):
 
     def __init__(self, client: HTTPClient, key: str, request_id: str, length: int | None = None) -> None:
         self._client = client
-        headers = Headers([("X-ApiKey", key), ("Accept", "*/*"), USER_AGENT])
+        headers = Headers([("X-ApiKey", key), ("Accept", "*/*")])
         self._request = Request("GET", f"{BACKEND}http_request/{request_id}", headers)
         self.length = length
 

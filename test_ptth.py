@@ -5570,6 +5570,20 @@ class TestBodies:
                 answers.append(told)
             assert not {"ptth-request-id", "ptth-body-length"} & set(answers[1]["fields"])
 
+    def test_the_fetch_of_a_body_names_the_program_once(
+        self, app_tunnel: Tunnel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        agents: list[str] = []
+
+        async def record(request: ptth.Request) -> ptth.Response:
+            if request.target.startswith(f"{ptth.BACKEND}http_request/"):
+                agents.append(request.headers["user-agent"])
+            return await app_tunnel.relay.handle(request)
+
+        monkeypatch.setattr(app_tunnel.http, "handler", record)
+        assert self.send(app_tunnel.port, "POST", "Content-Length: 100000", bytes(100_000))[0] == 200
+        assert agents == [f"ptth/{ptth.__version__}"]
+
     def test_expect_is_answered_when_the_app_reads_and_not_when_it_refuses(self, app_tunnel: Tunnel) -> None:
         for path, first in (("/x", b"HTTP/1.1 100 "), ("/refuse", b"HTTP/1.1 413 ")):
             with socket.create_connection(("127.0.0.1", app_tunnel.port), timeout=20) as sock:
