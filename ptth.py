@@ -7858,8 +7858,8 @@ def find_config(given: str | None, name: str) -> str:
 _NEWS_URL = re.compile(r"(?:https?://(?=[^/])|(?![A-Za-z][A-Za-z0-9+.-]*:))[^\s\x00-\x20\x7f]*", re.IGNORECASE)
 
 
-def load_relay_config(path: str) -> RelayConfig:
-    """Read ptth_relay.toml. UserError with a line for each problem."""
+def load_relay_config(path: str, domain: str | None = None) -> RelayConfig:
+    """Read ptth_relay.toml, whose domain `domain` overrides. UserError with a line for each problem."""
     values = read_toml(path, "it needs a [[servers]] block from each `ptth.py server --print-tripcode`")
     table = TOMLTable(values, path)
     if values.pop("server_tripcodes", None) is not None:
@@ -7870,7 +7870,7 @@ def load_relay_config(path: str) -> RelayConfig:
     table.allow_only(one.name for one in dataclasses.fields(RelayConfig))
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
     config.response_timeout = table.number("response_timeout", int(RESPONSE_TIMEOUT), 1, 86400)
-    config.domain = read_host(table, "domain")
+    config.domain = read_host(table, "domain") if domain is None else domain
     config.trusted_proxies = read_networks(table)
     config.news_url = table.text("news_url")
     config.enable_scraper_api = table.flag("enable_scraper_api", False)
@@ -8377,19 +8377,18 @@ async def run_relay(args: argparse.Namespace) -> None:
         print_scraper_key(args.new_scraper_key)
         return
     path = find_config(args.config, "ptth_relay.toml")
+    domain = args.domain and args.domain.lower().strip(".")
     if args.config is None and not os.path.exists(path):
-        config = RelayConfig()
+        config = RelayConfig(domain=domain or "")
         log_line("ptth relay: no ptth_relay.toml found: using defaults, no server registered")
     else:
-        config = load_relay_config(path)
-    if args.domain is not None:
-        config.domain = args.domain.lower().strip(".")
+        config = load_relay_config(path, domain)
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
     relay = Relay(config)
     log = None if args.quiet else AccessLog(relay.state.client_address)
     server = HTTPServer(relay.handle, takes_bodies=True, log=log)
     relay.state.connection_count = lambda: len(server.connections)
-    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, path, args.domain))
+    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, path, domain))
     await server.listen(sock)
     print_ready(f"PTTH relay for {format_count(len(config.servers), 'server')} at {' '.join(listening_urls(sock))}")
     await stop.wait()
@@ -8398,9 +8397,7 @@ async def run_relay(args: argparse.Namespace) -> None:
 
 def reload_relay(relay: Relay, path: str, domain: str | None) -> None:
     """Read the configuration again, and apply it. UserError."""
-    config = load_relay_config(path)
-    if domain is not None:
-        config.domain = relay.state.config.domain
+    config = load_relay_config(path, domain)
     if (config.port, config.bind) != (relay.state.config.port, relay.state.config.bind):
         log_line("ptth relay: a changed port or bind takes effect after a restart")
     relay.configure(config)

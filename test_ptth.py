@@ -8064,6 +8064,17 @@ class TestConfiguration:
         with pytest.raises(ptth.UserError, match="two scraper keys named a"):
             ptth.load_relay_config(str(path))
 
+    @pytest.mark.parametrize(("domain", "fails"), [("old.example", False), ("new.example", True)])
+    def test_hosts_are_compared_below_the_domain_that_is_used(
+        self, domain: str, fails: bool, start: object, tmp_path: object
+    ) -> None:
+        path = tmp_path / "r.toml"
+        servers = f"[[servers]]\nname='a'\ntripcode='{self.TRIP}'\n[[servers]]\nname='b'\ntripcode='{self.TRIP}'\n"
+        path.write_text(f"domain='old.example'\nport=0\n{servers}host='a.{domain}'\n")
+        relay = start("relay", "--config", str(path), "--domain", "new.example", cwd=tmp_path)
+        relay.wait_for("the host a.new.example would be that of b and of a" if fails else "PTTH relay for 2 servers")
+        assert (relay.process.wait(20) if fails else relay.end()) == int(fails)
+
     def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: Patch) -> None:
         for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
