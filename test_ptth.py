@@ -169,9 +169,7 @@ class FakeProxy:
         while True:
             connection, _ = self.sock.accept()
             with connection, contextlib.suppress(ConnectionError):
-                data = b""
-                while not data.endswith(b"\r\n\r\n") and (piece := connection.recv(1 << 16)):
-                    data += piece
+                data = read(connection, b"\r\n\r\n")
                 if data == b"stop\r\n\r\n":
                     return
                 self.connections += 1
@@ -183,8 +181,7 @@ class FakeProxy:
 
     def close(self) -> None:
         """Stop, after serving all connections made before."""
-        with socket.create_connection(("127.0.0.1", self.port)) as last:
-            last.sendall(b"stop\r\n\r\n")
+        with connect(self.port, b"stop\r\n\r\n"):
             self._thread.join(20)
         assert not self._thread.is_alive(), "a connection to the proxy was left open"
         self.sock.close()
@@ -201,6 +198,13 @@ def say(handler: ptth.Handler, *pieces: bytes) -> bytes:
     return asyncio.run(talk())
 
 
+def with_peer(request: ptth.Request, peer: str) -> ptth.Request:
+    """Return a request as one that came from this address."""
+    request.connection = ptth.Connection.__new__(ptth.Connection)
+    request.connection.peer = peer
+    return request
+
+
 async def echo(request: ptth.Request) -> ptth.Response:
     """A handler that responds with the request's method and target, and to POST with its body."""
     if request.method == "POST":
@@ -209,17 +213,53 @@ async def echo(request: ptth.Request) -> ptth.Response:
     return ptth.text_response(200, f"{request.method} {request.target}\n")
 
 
-@contextlib.contextmanager
-def serving(background: Background, handler: ptth.Handler, **options: object) -> object:
-    """Run an HTTP server with a handler; yield its port. `serving.servers` is the last one."""
-    server = ptth.HTTPServer(handler, **options)
+class Stream(ptth.Body):
+    """A body of what an asynchronous generator yields."""
+
+    def __init__(self, generate: object, length: int | None = None) -> None:
+        self._generate, self.length = generate, length
+
+    def __aiter__(self) -> object:
+        return self._generate()
+
+
+@contextlib.asynccontextmanager
+async def listening(server: ptth.HTTPServer) -> object:
+    """Let an HTTP server listen until the block ends; yield its port."""
     sock = ptth.open_socket("127.0.0.1", 0)
-    serving.servers = [server]
-    background.run(server.listen(sock))
+    await server.listen(sock)
     try:
         yield sock.getsockname()[1]
     finally:
-        background.run(server.stop(0.02))
+        await server.stop(0.02)
+
+
+def client_of(port: int) -> ptth.HTTPClient:
+    """Return an HTTP client of a port of this machine."""
+    return ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
+
+
+@contextlib.asynccontextmanager
+async def client_to(serve: object, path: str = "") -> object:
+    """Yield an HTTP client of a server whose connections `serve(reader, writer)` handles."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), path))
+    try:
+        yield client
+    finally:
+        client.close()
+        server.close()
+
+
+@contextlib.asynccontextmanager
+async def attending(server: ptth.TunnelServer) -> object:
+    """Run a tunnel's server until the block ends."""
+    running = asyncio.create_task(server.run())
+    try:
+        yield server
+    finally:
+        await server.stop(0.1)
+        await running
 
 
 def split(data: bytes) -> list[tuple[int, dict[str, str], bytes]]:
@@ -252,17 +292,44 @@ def one(data: bytes) -> tuple[int, dict[str, str], bytes]:
     return answers[0]
 
 
+def connect(port: int, data: bytes = b"", patience: float = 20) -> socket.socket:
+    """Return a connection to a port of this machine, on which `data` was sent."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=patience)
+    sock.sendall(data)
+    return sock
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a connection with a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def read(sock: socket.socket, end: bytes | None = None) -> bytes:
+    """Read until the connection ends, or until `end` has come."""
+    data = bytearray()
+    while not (end and end in data) and (piece := sock.recv(1 << 20)):
+        data += piece
+    return bytes(data)
+
+
 def fetch(port: int, request: bytes, *, half_close: bool = True, patience: float = 20) -> bytes:
     """Send raw bytes to a port of this machine and return all that comes back."""
-    with socket.create_connection(("127.0.0.1", port), timeout=patience) as sock:
-        sock.sendall(request)
+    pieces = []
+    with connect(port, request, patience) as sock:
         if half_close:
             sock.shutdown(socket.SHUT_WR)
-        pieces = []
         with contextlib.suppress(ConnectionResetError):
             while piece := sock.recv(1 << 20):
                 pieces.append(piece)
     return b"".join(pieces)
+
+
+def listens(port: int) -> bool:
+    """Return whether somebody accepts connections to a port of this machine."""
+    with contextlib.suppress(OSError), connect(port):
+        return True
+    return False
 
 
 def get(path: str, *fields: str, method: str = "GET", host: str = "example.com") -> bytes:
@@ -339,6 +406,19 @@ class Background:
         """Run a coroutine there and return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(patience)
 
+    @contextlib.contextmanager
+    def inside(self, context: object) -> object:
+        """Enter an asynchronous context there, and leave it when the block ends."""
+        value = self.run(context.__aenter__())
+        try:
+            yield value
+        finally:
+            self.run(context.__aexit__(None, None, None))
+
+    def serve(self, handler: ptth.Handler, **options: object) -> object:
+        """Run an HTTP server with a handler there until the block ends; yield its port."""
+        return self.inside(listening(ptth.HTTPServer(handler, **options)))
+
     async def _end(self) -> None:
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
@@ -372,22 +452,27 @@ class Tunnel:
     relay: ptth.Relay
     server: ptth.TunnelServer
 
-    def __init__(self, background: Background, handler: ptth.Handler | None, **options: float) -> None:
+    def __init__(
+        self,
+        background: Background,
+        handler: ptth.Handler | None = None,
+        tls: ssl.SSLContext | None = None,
+        **options: float,
+    ) -> None:
+        """Start them; without a handler, the relay alone."""
         self.background = background
-        background.run(self._start(handler, options))
+        background.run(self._start(handler, tls, options))
 
-    async def _start(self, handler: ptth.Handler | None, options: dict[str, float]) -> None:
+    async def _start(self, handler: ptth.Handler | None, tls: ssl.SSLContext | None, options: dict[str, float]) -> None:
         entry = ptth.ServerEntry("n", ptth.tripcode(KEY), host="n.example.com")
         self.relay = ptth.Relay(ptth.RelayConfig(servers=[entry], **options))
-        self.http = ptth.HTTPServer(self.relay.handle, takes_bodies=True)
+        self.http = ptth.HTTPServer(self.relay.handle, takes_bodies=True, tls=tls)
         sock = ptth.open_socket("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
         await self.http.listen(sock)
         self.running = None
         if handler:
-            self.server = ptth.TunnelServer(
-                ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", self.port, "")), "n", KEY, handler
-            )
+            self.server = ptth.TunnelServer(client_of(self.port), "n", KEY, handler)
             self.running = asyncio.create_task(self.server.run())
             await self.server.connected.wait()
 
@@ -406,6 +491,13 @@ class Tunnel:
         self.background.run(self._stop())
 
 
+@pytest.fixture
+def open_tunnel(background: Background) -> object:
+    """Make a tunnel to a handler, or a relay alone. It is closed when the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(contextlib.closing(Tunnel(background, *args, **options)))
+
+
 @pytest.fixture(scope="session")
 def files_tunnel(background: Background, root: str) -> object:
     made = Tunnel(background, ptth.server_handler(ptth.Site(root), "n"))
@@ -414,11 +506,9 @@ def files_tunnel(background: Background, root: str) -> object:
 
 
 @pytest.fixture
-def bare_relay(background: Background) -> object:
+def bare_relay(open_tunnel: object) -> Tunnel:
     """A relay without a server: the test sends P1 and P5 itself."""
-    made = Tunnel(background, None)
-    yield made
-    made.close()
+    return open_tunnel()
 
 
 class Process:
@@ -519,6 +609,23 @@ def write_configs(where: object, port: int, root: str = ".", **more: object) -> 
     path.chmod(0o600)
 
 
+def load_relay(where: object, text: str | bytes) -> ptth.RelayConfig:
+    """Load a relay's configuration of this text."""
+    path = where / "r.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return ptth.load_relay_config(str(path))
+
+
+def load_server(
+    where: object, text: str | bytes, flags: dict[str, object] | None = None, **options: bool
+) -> ptth.ServerConfig:
+    """Load a server's configuration of this text."""
+    path = where / "s.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    path.chmod(0o600)
+    return ptth.load_server_config(str(path), flags or {}, **options)
+
+
 EC = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")  # faster to make than an RSA key
 
 
@@ -539,8 +646,21 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def needs(program: str) -> object:
-    return pytest.mark.skipif(not shutil.which(program), reason=f"{program} is not installed")
+def needs(name: str) -> object:
+    return pytest.mark.skipif(not shutil.which(name), reason=f"{name} is not installed")
+
+
+@contextlib.contextmanager
+def program(*command: object, port: int, **options: object) -> object:
+    """Run another program, which listens on `port`, until the block ends."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **{**quiet, **options})
+    try:
+        eventually(lambda: listens(port))
+        yield process
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def eventually(check: object, patience: float = 20) -> None:
@@ -564,6 +684,16 @@ def fill(sock: socket.socket, data: bytes, most: int) -> int:
 def in_time(work: object, patience: float = 20) -> object:
     """Run a coroutine; it must end within `patience` seconds."""
     return asyncio.run(asyncio.wait_for(work, patience))
+
+
+def in_loop(test: object) -> object:
+    """Let an async function be a test."""
+
+    @functools.wraps(test)
+    def run_it(*args: object, **options: object) -> None:
+        in_time(test(*args, **options))
+
+    return run_it
 
 
 class TestShape:
@@ -720,14 +850,10 @@ class TestTripcodes:
     def test_a_tripcode_is_padded_base64(self) -> None:
         assert ptth.tripcode("secretpassword") == "v7tW77nRaiC9s31Y6JoDcHTOHNzEDhhmKHZRBHKc87s="
 
-    @pytest.mark.parametrize(
-        ("key", "word"),
-        [("short", "16"), ("abababababababababab", "different"), ("REPLACE-THIS-PLACEHOLDER", "placeholder"),
-         ("k\u00e9y-with-an-accent-in-it", "ASCII"), ("abcdefghij" * 13, "128"), ("with a space in it!", "ASCII")],
-    )  # fmt: skip
-    def test_a_weak_key_is_named_with_a_way_to_make_a_good_one(self, key: str, word: str) -> None:
-        assert word in ptth.key_weakness(key)
-        assert "server --new-key" in ptth.key_weakness(key)
+    WEAK = [
+        ("short", "16"), ("abababababababababab", "different"), ("REPLACE-THIS-PLACEHOLDER", "placeholder"),
+        ("k\u00e9y-with-an-accent-in-it", "ASCII"), ("abcdefghij" * 13, "128"), ("with a space in it!", "ASCII"),
+    ]  # fmt: skip
 
     GUESSABLE = """
         abcdefghabcdefgh 1234567890123456 qwertyuiopasdfgh hgfedcbahgfedcba 0987654321098765 QwErTyUiOpAsDfGh
@@ -737,28 +863,17 @@ class TestTripcodes:
         abcdefghijklmnopqrstuvwxyz qwertzuiopasdfgh aaaabbbbccccddddeeeeffffgggghhhh iloveyou2iloveyou2
     """
 
-    @pytest.mark.parametrize("key", GUESSABLE.split())
-    def test_a_key_with_a_pattern_is_refused(self, key: str) -> None:
-        assert "guessed" in ptth.key_weakness(key) and "server --new-key" in ptth.key_weakness(key)
+    @pytest.mark.parametrize(("key", "word"), [*WEAK, *((key, "guessed") for key in GUESSABLE.split())])
+    def test_a_weak_key_is_named_with_a_way_to_make_a_good_one(self, key: str, word: str) -> None:
+        assert word in ptth.key_weakness(key) and "server --new-key" in ptth.key_weakness(key)
 
     def test_good_keys_pass(self) -> None:
         rng = random.Random(12)
-        for key in (
-            KEY,
-            "correcthorsebatterystaple",
-            "my dog eats green apples".replace(" ", "-"),
-            "wrong-key-that-is-long-enough",
-        ):
-            assert ptth.key_weakness(key) is None, key
-        for _ in range(200):
-            data = rng.randbytes(16)
-            for key in (
-                data.hex(),
-                base64.b64encode(data).decode(),
-                base64.urlsafe_b64encode(data[:15]).decode(),
-                base64.b32encode(data).decode(),
-            ):
-                assert ptth.key_weakness(key) is None, key
+        keys = [KEY, "correcthorsebatterystaple", "my-dog-eats-green-apples", "wrong-key-that-is-long-enough"]
+        for data in (rng.randbytes(16) for _ in range(200)):
+            keys += [data.hex(), base64.b64encode(data).decode(), base64.urlsafe_b64encode(data[:15]).decode()]
+            keys.append(base64.b32encode(data).decode())
+        assert [key for key in keys if ptth.key_weakness(key)] == []
 
     def test_a_key_is_looked_at_in_little_time(self) -> None:
         begin = time.thread_time()
@@ -827,11 +942,7 @@ class TestSyntax:
     @pytest.mark.parametrize(("data", "status"), REFUSED)
     def test_what_can_be_read_in_two_ways_is_refused(self, data: bytes, status: int) -> None:
         behind = b"GET /second HTTP/1.1\r\nHost: a\r\n\r\n"
-        for pieces in (
-            [data],
-            [data, behind],
-            [data[i : i + 1] for i in range(len(data))] if len(data) < 999 else [data],
-        ):
+        for pieces in ([data], [data, behind], byte_by_byte(data) if len(data) < 999 else [data]):
             answer = one(say(echo, *pieces))
             assert (answer[0], answer[1]["connection"]) == (status, "close")
 
@@ -952,18 +1063,16 @@ class TestSyntax:
 
     def test_mutated_files_raise_nothing_but_the_users_error(self, tmp_path: object) -> None:
         rng = random.Random(3)
-        path = tmp_path / "c.toml"
-        for name, load in (
-            ("relay", ptth.load_relay_config),
-            ("server", lambda path: ptth.load_server_config(path, {})),
-        ):
+        for name, load in (("relay", load_relay), ("server", load_server)):
             with open(os.path.join(HERE, f"ptth_{name}.toml.example"), "rb") as file:
                 text = file.read().replace(b"# [[", b"[[")
             for _ in range(300 + 20 * LONG):
-                path.write_bytes(mutated(rng, text))
-                path.chmod(0o600)
                 with contextlib.suppress(ptth.UserError):
-                    load(str(path))
+                    load(tmp_path, mutated(rng, text))
+
+
+def byte_by_byte(data: bytes) -> list[bytes]:
+    return [data[i : i + 1] for i in range(len(data))]
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
@@ -981,6 +1090,19 @@ def chunked(*fields: str) -> bytes:
     return "\r\n".join(["POST / HTTP/1.1", "Host: a", "Transfer-Encoding: chunked", *fields, "", ""]).encode()
 
 
+def count_calls(monkeypatch: Patch, name: str) -> list[int]:
+    """Return a list of what the function of os with this name returns from now on."""
+    results: list[int] = []
+    real = getattr(os, name)
+
+    def call(*args: object, **options: object) -> int:
+        results.append(real(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(os, name, call)
+    return results
+
+
 class TestStreams:
     CHUNKED = [  # bytes after the head: the body, or the status of the error
         (b"5\r\nhello\r\n0\r\n\r\n", b"hello"), (b"0" * 15 + b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
@@ -996,10 +1118,7 @@ class TestStreams:
 
     @pytest.mark.parametrize(("body", "expected"), CHUNKED)
     def test_chunks(self, body: bytes, expected: bytes | int) -> None:
-        for pieces in (
-            [chunked() + body],
-            [chunked(), *(body[i : i + 1] for i in range(len(body)))] if len(body) < 99 else [chunked() + body],
-        ):
+        for pieces in ([chunked() + body], [chunked(), *(byte_by_byte(body) if len(body) < 99 else [body])]):
             status, _, content = one(say(echo, *pieces))
             assert (status if status != 200 else content) == expected
 
@@ -1050,30 +1169,32 @@ class TestStreams:
             with pytest.raises(ptth.IncompleteBody):
                 asyncio.run(send(change))
 
-    def test_a_pace_is_kept(self) -> None:
-        async def measure() -> float:
-            pace = ptth.RateLimiter(1_000_000)
-            begin = asyncio.get_running_loop().time()
-            for _ in range(10):
-                await pace.wait(10_000)
-            return asyncio.get_running_loop().time() - begin
-
-        assert asyncio.run(measure()) >= 0.095
+    @in_loop
+    async def test_a_pace_is_kept(self) -> None:
+        pace = ptth.RateLimiter(1_000_000)
+        begin = asyncio.get_running_loop().time()
+        for _ in range(10):
+            await pace.wait(10_000)
+        assert asyncio.get_running_loop().time() - begin >= 0.095
 
 
 class TestConnections:
     """The two ends of a real connection, in one loop."""
 
     @staticmethod
-    async def pair(small: bool = False) -> tuple[ptth.Connection, socket.socket]:
-        """Return a connection and the socket at its other end, which has `small` buffers."""
-        with socket.create_server(("127.0.0.1", 0)) as listening:
+    @contextlib.asynccontextmanager
+    async def pair(small: bool = False) -> object:
+        """Yield a connection and the socket at its other end, which has `small` buffers."""
+        with socket.create_server(("127.0.0.1", 0)) as listening_:
             if small:
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            reader, writer = await asyncio.open_connection(*listening.getsockname(), limit=ptth.READ_SIZE)
-            other, _ = listening.accept()
-        other.setblocking(False)
-        return ptth.Connection(reader, writer), other
+                listening_.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader, writer = await asyncio.open_connection(*listening_.getsockname(), limit=ptth.READ_SIZE)
+            other, _ = listening_.accept()
+        with other:
+            other.setblocking(False)
+            stream = ptth.Connection(reader, writer)
+            yield stream, other
+            stream.abort()
 
     @staticmethod
     async def swept(stream: ptth.Connection, work: object) -> object:
@@ -1084,21 +1205,18 @@ class TestConnections:
             stream.sweep(stream.loop.time())
         return await task
 
-    def test_a_peer_that_does_not_read_is_noticed_while_the_connection_is_read(self) -> None:
-        async def talk() -> None:
-            stream, other = await self.pair(small=True)
+    @in_loop
+    async def test_a_peer_that_does_not_read_is_noticed_while_the_connection_is_read(self) -> None:
+        async with self.pair(small=True) as (stream, _):
             stream.stall_timeout = 0.05
             reading = asyncio.ensure_future(stream.fill(3600))
             with pytest.raises(ConnectionError):
                 await self.swept(stream, stream.send(bytes(50_000_000)))
             reading.cancel()
-            other.close()
 
-        in_time(talk())
-
-    def test_a_peer_that_reads_slowly_is_kept_until_it_stops(self) -> None:
-        async def talk() -> None:
-            stream, other = await self.pair()
+    @in_loop
+    async def test_a_peer_that_reads_slowly_is_kept_until_it_stops(self) -> None:
+        async with self.pair() as (stream, other):
             stream.writer.write(bytes(50_000_000))
             sending = asyncio.ensure_future(stream.send(b"."))
             await asyncio.sleep(0)
@@ -1114,13 +1232,10 @@ class TestConnections:
             stream.sweep(math.inf)
             with pytest.raises(ConnectionError):
                 await sending
-            other.close()
 
-        in_time(talk())
-
-    def test_a_connection_that_is_closed_with_unsent_bytes_ends_in_time(self) -> None:
-        async def talk() -> None:
-            stream, other = await self.pair(small=True)
+    @in_loop
+    async def test_a_connection_that_is_closed_with_unsent_bytes_ends_in_time(self) -> None:
+        async with self.pair(small=True) as (stream, _):
             stream.stall_timeout = 0.05
             ended = asyncio.Event()
             stream.on_close.append(ended.set)
@@ -1128,30 +1243,23 @@ class TestConnections:
             stream.close()
             assert not ended.is_set()
             await self.swept(stream, ended.wait())
-            other.close()
 
-        in_time(talk())
-
-    def test_a_connection_whose_close_has_ended_can_be_aborted(self) -> None:
-        async def talk() -> None:
-            connection, other = await self.pair()
-            connection.transport.write(bytes(5_000_000))
-            connection.close()
-            while connection.transport.get_write_buffer_size():
+    @in_loop
+    async def test_a_connection_whose_close_has_ended_can_be_aborted(self) -> None:
+        async with self.pair() as (stream, other):
+            stream.transport.write(bytes(5_000_000))
+            stream.close()
+            while stream.transport.get_write_buffer_size():
                 with contextlib.suppress(BlockingIOError):
                     other.recv(1 << 20)
                 await asyncio.sleep(0)
             await asyncio.sleep(0)
-            connection.abort()
-            other.close()
-
-        asyncio.run(talk())
+            stream.abort()
 
     @pytest.mark.parametrize("size", [ptth.SPLICE_MIN, 3 * ptth.SPLICE_MIN])
-    def test_a_body_that_has_arrived_with_the_end_of_the_stream_is_complete(self, size: int) -> None:
-        async def talk() -> None:
-            source, sender = await self.pair()
-            sink, receiver = await self.pair()
+    @in_loop
+    async def test_a_body_that_has_arrived_with_the_end_of_the_stream_is_complete(self, size: int) -> None:
+        async with self.pair() as (source, _), self.pair() as (sink, receiver):
             data = os.urandom(size)
             source.reader.feed_data(data)
             source.reader.feed_eof()
@@ -1164,11 +1272,6 @@ class TestConnections:
                     got += receiver.recv(1 << 20)
             await writing
             assert got == data and body.complete
-            for end in (source, sink):
-                end.abort()
-            sender.close(), receiver.close()
-
-        in_time(talk())
 
     @staticmethod
     async def outcome(work: object) -> object:
@@ -1179,17 +1282,10 @@ class TestConnections:
     sends_files = pytest.mark.skipif(not hasattr(os, "sendfile"), reason="no os.sendfile")
 
     @splices
-    def test_a_large_body_goes_from_socket_to_socket(self, monkeypatch: Patch) -> None:
-        moved: list[int] = []
-        splice = os.splice
-
-        def count(*args: object, **options: object) -> int:
-            moved.append(splice(*args, **options))
-            return moved[-1]
-
-        async def talk() -> None:
-            source, sender = await self.pair()
-            sink, receiver = await self.pair()
+    @in_loop
+    async def test_a_large_body_goes_from_socket_to_socket(self, monkeypatch: Patch) -> None:
+        moved = count_calls(monkeypatch, "splice")
+        async with self.pair() as (source, sender), self.pair() as (sink, receiver):
             data = os.urandom(2 * ptth.SPLICE_MIN)
             body = ptth.IncomingBody(source, len(data))
             work = [
@@ -1202,20 +1298,13 @@ class TestConnections:
             await asyncio.gather(*work)
             assert got == data and body.complete
             assert await source.fill(20) and source.buffer == b"next"  # nothing of the next message was taken
-            for end in (source, sink):
-                end.abort()
-            sender.close(), receiver.close()
-
-        monkeypatch.setattr(os, "splice", count)
-        in_time(talk())
         assert sum(moved) > ptth.SPLICE_MIN
 
     @splices
     @pytest.mark.parametrize("end", ["short", "reset", "silent", "unread", "left"])
-    def test_a_splice_says_how_it_ended(self, end: str) -> None:
-        async def talk() -> object:
-            source, sender = await self.pair()
-            sink, receiver = await self.pair(small=True)
+    @in_loop
+    async def test_a_splice_says_how_it_ended(self, end: str) -> None:
+        async with self.pair() as (source, sender), self.pair(small=True) as (sink, receiver):
             source.stall_timeout, sink.stall_timeout = 0.05 if end == "silent" else 60, 0.05 if end == "unread" else 60
             await ptth.take_buffered(source)
             work = asyncio.ensure_future(self.outcome(sink.splice(source, 50_000_000)))
@@ -1224,136 +1313,95 @@ class TestConnections:
             leaving = {"short": sender, "reset": sender, "left": receiver}.get(end)
             if leaving:
                 assert len(await source.loop.sock_recv(receiver, 500)) == 500  # it has begun
-                if end != "short":
-                    leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                leaving.close()
+                leaving.close() if end == "short" else reset(leaving)
             result = await work
             feeding.cancel()
             await asyncio.wait({feeding})
-            for stream in (source, sink):
-                stream.abort()
-            sender.close(), receiver.close()
-            return result
-
-        result = in_time(talk())
-        assert isinstance(result, ptth.IncompleteBody if end == "short" else ConnectionResetError | BrokenPipeError), (
-            result
-        )
+        assert isinstance(result, ptth.IncompleteBody if end == "short" else ConnectionResetError | BrokenPipeError)
         assert ("stalls" in str(result)) is (end in ("silent", "unread"))
 
     @sends_files
-    def test_a_file_goes_from_the_disk_to_the_socket(
-        self, background: Background, tmp_path: object, monkeypatch: Patch
-    ) -> None:
-        sent: list[int] = []
-        sendfile = os.sendfile
-
-        def count(*args: int) -> int:
-            sent.append(sendfile(*args))
-            return sent[-1]
-
+    def test_a_file_goes_from_the_disk_to_the_socket(self, tmp_path: object, monkeypatch: Patch) -> None:
         data = os.urandom(3 * ptth.SMALL_BODY)
         (tmp_path / "x").write_bytes(data)
-        monkeypatch.setattr(os, "sendfile", count)
-        with serving(background, ptth.site_handler(ptth.Site(str(tmp_path)))) as port:
-            assert one(fetch(port, get("/x")))[2] == data
+        sent = count_calls(monkeypatch, "sendfile")
+        assert one(fetch_direct(str(tmp_path), get("/x")))[2] == data
         assert sum(sent) == len(data)
 
     @sends_files
-    def test_a_file_goes_to_nobody_who_stalls(self, tmp_path: object) -> None:
+    @in_loop
+    async def test_a_file_goes_to_nobody_who_stalls(self, tmp_path: object) -> None:
         (tmp_path / "x").write_bytes(bytes(20_000_000))
-
-        async def talk() -> object:
-            stream, other = await self.pair(small=True)
+        async with self.pair(small=True) as (stream, _):
             stream.stall_timeout = 0.05
             with open(tmp_path / "x", "rb") as file:
                 result = await self.outcome(stream.send_file(file.fileno(), 0, 20_000_000))
-            stream.abort(), other.close()
-            return result
-
-        assert "stalls" in str(in_time(talk()))
+        assert "stalls" in str(result)
 
     @sends_files
-    def test_a_fast_reader_does_not_keep_the_loop_from_the_others(self, monkeypatch: Patch) -> None:
+    @in_loop
+    async def test_a_fast_reader_does_not_keep_the_loop_from_the_others(self, monkeypatch: Patch) -> None:
         turns = 0
 
-        async def talk() -> None:
-            stream, other = await self.pair()
-
-            def turn() -> None:
-                nonlocal turns
-                turns += 1
-                stream.loop.call_soon(turn)
-
-            turn()
-            await stream.send_file(0, 0, 50 * ptth.SENDFILE_SIZE)
-            stream.abort(), other.close()
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            stream.loop.call_soon(turn)
 
         monkeypatch.setattr(os, "sendfile", lambda out, file, offset, count: count)  # the reader takes all at once
-        in_time(talk())
+        async with self.pair() as (stream, _):
+            turn()
+            await stream.send_file(0, 0, 50 * ptth.SENDFILE_SIZE)
         assert turns > 40
 
     @pytest.mark.parametrize("how", ["ends", "is silent", "sends much", "sends for long"])
-    def test_lingering_takes_what_still_comes_and_ends(self, how: str, monkeypatch: Patch) -> None:
+    @in_loop
+    async def test_lingering_takes_what_still_comes_and_ends(self, how: str, monkeypatch: Patch) -> None:
         for name, value in {
             "is silent": ("LINGER_TIMEOUT", 0.05),
             "sends much": ("MAX_LINGER", 3_000_000),
             "sends for long": ("MAX_LINGER_TIMEOUT", 0.1),
         }.items():
             monkeypatch.setattr(ptth, value[0], value[1] if how == name else 10**9)
+        taken = 0
 
-        async def talk() -> int:
-            stream, other = await self.pair()
-            taken = 0
+        async def send() -> None:
+            nonlocal taken
+            while how != "ends" or taken < 5_000_000:
+                await stream.loop.sock_sendall(other, bytes(100_000))
+                taken += 100_000
+                await asyncio.sleep(3600 if how == "is silent" else 0.01 if how == "sends for long" else 0)
+            other.shutdown(socket.SHUT_WR)
 
-            async def send() -> None:
-                nonlocal taken
-                while how != "ends" or taken < 5_000_000:
-                    await stream.loop.sock_sendall(other, bytes(100_000))
-                    taken += 100_000
-                    await asyncio.sleep(3600 if how == "is silent" else 0.01 if how == "sends for long" else 0)
-                other.shutdown(socket.SHUT_WR)
-
+        async with self.pair() as (stream, other):
             sending = asyncio.ensure_future(send())
             assert await self.outcome(self.swept(stream, ptth.linger(stream))) is None
             assert await stream.loop.sock_recv(other, 1) == b""  # an end, and no reset
             sending.cancel()
-            stream.abort(), other.close()
-            return taken
-
-        taken = in_time(talk())
         assert taken >= {"ends": 5_000_000, "sends much": 3_000_000}.get(how, 1)
 
-    def test_both_ends_are_tuned(self, background: Background) -> None:
+    @in_loop
+    async def test_both_ends_are_tuned(self) -> None:
         """Keepalive finds dead peers, NODELAY sends at once, NOTSENT_LOWAT shows the progress of slow readers."""
         expected = {"NODELAY": 1, "KEEPIDLE": 20, "KEEPINTVL": 5, "KEEPCNT": 3, "NOTSENT_LOWAT": ptth.WRITE_HIGH_WATER}
-
-        async def options(port: int) -> list[dict[str, int]]:
-            client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
+        server = ptth.HTTPServer(echo)
+        async with listening(server) as port:
+            client = client_of(port)
             stream = await client.connect()
             await stream.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             await stream.fill()
-            (accepted,) = serving.servers[0].connections
-            found = []
+            (accepted,) = server.connections
             for sock in (stream.sock, accepted.sock):
                 assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-                found.append(
-                    {
-                        name: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"))
-                        for name in expected
-                        if hasattr(socket, f"TCP_{name}")
-                    }
-                )
+                for name, value in expected.items():
+                    if hasattr(socket, f"TCP_{name}"):
+                        assert sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}")) == value, name
             client.close()
-            return found
 
-        with serving(background, echo) as port:
-            for found in background.run(options(port)):
-                assert found == {name: value for name, value in expected.items() if name in found}
-
-    def test_an_old_idle_connection_is_not_used_again(self, background: Background, monkeypatch: Patch) -> None:
-        async def talk(port: int) -> None:
-            client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
+    @in_loop
+    async def test_an_old_idle_connection_is_not_used_again(self, monkeypatch: Patch) -> None:
+        async with listening(ptth.HTTPServer(echo)) as port:
+            client = client_of(port)
             stream = await client.connect()
             client.release(stream)
             assert client.take_idle() is stream
@@ -1361,9 +1409,6 @@ class TestConnections:
             monkeypatch.setattr(ptth, "MAX_IDLE_AGE", -1)
             assert client.take_idle() is None and stream.is_closed()
             client.close()
-
-        with serving(background, echo) as port:
-            background.run(talk(port))
 
 
 class TestHTTPServer:
@@ -1384,33 +1429,22 @@ class TestHTTPServer:
         answers = split(say(echo, request_, b"GET /2 HTTP/1.1\r\nHost: a\r\n\r\n"))
         assert (answers[0][1].get("connection"), len(answers) == 2) == (connection, second)
 
-    def test_100_continue_is_said_when_the_body_is_wanted(self) -> None:
-        head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-Continue\r\n\r\n"
-        assert [status for status, _, _ in split(say(echo, head, b"hi"))] == [100, 200]
-
-    def test_100_continue_is_not_said_when_it_is_not(self) -> None:
-        head = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
-        status, fields, _ = one(say(echo, head))
-        assert (status, fields["connection"]) == (200, "close")
+    @pytest.mark.parametrize(
+        ("method", "statuses"), [("POST", [100, 200]), ("PUT", [200])]
+    )  # `echo` reads that of POST
+    def test_100_continue_is_said_when_the_body_is_wanted(self, method: str, statuses: list[int]) -> None:
+        head = f"{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-Continue\r\n\r\n".encode()
+        answers = split(say(echo, head, *([b"hi"] if 100 in statuses else [])))
+        assert [status for status, _, _ in answers] == statuses
+        assert (answers[-1][1].get("connection") == "close") is (100 not in statuses)
 
     def test_a_body_of_unknown_length_is_chunked_or_ends_with_the_connection(self) -> None:
-        class Endless(ptth.Body):
-            length = None
-
-            async def __aiter__(self) -> object:
-                yield b"one"
-                yield b""
-                yield b"two"
-
-            async def write_to(self, connection: ptth.Connection) -> None:
-                async for piece in self:
-                    await connection.send(piece)
-
-            async def aclose(self) -> None:
-                pass
+        async def generate() -> object:
+            for piece in (b"one", b"", b"two"):
+                yield piece
 
         async def handler(request: ptth.Request) -> ptth.Response:
-            return ptth.Response(200, [], Endless())
+            return ptth.Response(200, [], Stream(generate))
 
         status, fields, body = one(say(handler, get("/")))
         assert (fields["transfer-encoding"], body) == ("chunked", b"onetwo")
@@ -1432,14 +1466,19 @@ class TestHTTPServer:
 
     @pytest.mark.parametrize(
         ("error", "status"),
-        [(TimeoutError(), 504), (ptth.IncompleteBody("x"), 502), (ptth.ProtocolError(418, "x"), 418), (OSError(), 500)],
-    )
-    def test_what_a_handler_raises_is_its_own_fault(self, error: Exception, status: int, capfd: Output) -> None:
+        [(TimeoutError(), 504), (ptth.IncompleteBody("x"), 502), (ptth.ProtocolError(418, "x"), 418), (OSError(), 500), (RuntimeError("secret"), 500)],
+    )  # fmt: skip
+    def test_what_a_handler_raises_is_its_own_fault_and_tells_the_client_nothing(
+        self, error: Exception, status: int, capfd: Output
+    ) -> None:
         async def broken(request: ptth.Request) -> ptth.Response:
             raise error
 
-        assert one(say(broken, get("/")))[0] == status
-        assert ("Traceback" in capfd.readouterr().err) is (status == 500)
+        answer = one(say(broken, get("/")))
+        assert answer[0] == status and b"secret" not in answer[2]
+        told = capfd.readouterr().err
+        assert ("Traceback" in told) is (status == 500)
+        assert status != 500 or f"{type(error).__name__}: {error}".strip(": ") in told
 
     def test_a_request_body_that_ends_early_is_not_answered_and_one_that_stalls_is_408(
         self, background: Background, monkeypatch: Patch
@@ -1447,7 +1486,7 @@ class TestHTTPServer:
         head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nshort"
         assert say(echo, head) == b""
         monkeypatch.setattr(ptth.Connection.fill, "__defaults__", (0.01,))
-        with serving(background, echo) as port:
+        with background.serve(echo) as port:
             assert one(fetch(port, head, half_close=False))[0] == 408
 
     def test_a_response_does_not_change_what_the_handler_keeps(self) -> None:
@@ -1469,7 +1508,7 @@ class TestHTTPServer:
         async def refuse(request: ptth.Request) -> ptth.Response:
             raise ptth.ProtocolError(413, "no", close=True)
 
-        with serving(background, refuse) as port:
+        with background.serve(refuse) as port:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
             connection.request("POST", "/", body=bytes(20_000_000))
             assert connection.getresponse().status == 413
@@ -1487,18 +1526,17 @@ class TestHTTPServer:
                 ended.set()
             raise AssertionError
 
-        with serving(background, think) as port:
+        with background.serve(think) as port:
             for half_close in (False, True):
                 begun.clear(), ended.clear()
-                sock = socket.create_connection(("127.0.0.1", port))
+                sock = connect(port)
                 sock.setblocking(False)
                 sock.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + tail)
                 assert begun.wait(20)
                 if half_close:
                     sock.shutdown(socket.SHUT_WR)
                     assert not ended.wait(3 * ptth.SWEEP_INTERVAL)  # half-closed: the client waits for its response
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                sock.close()
+                reset(sock)
                 assert ended.wait(20)
 
     def test_of_what_is_pipelined_little_is_kept(self, background: Background) -> None:
@@ -1510,30 +1548,21 @@ class TestHTTPServer:
             await release.wait()
             return ptth.text_response(200, "")
 
-        with serving(background, think) as port, socket.create_connection(("127.0.0.1", port)) as sock:
-            begin = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
-            sock.sendall(begin)
+        server = ptth.HTTPServer(think)
+        begin = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+        with background.inside(listening(server)) as port, connect(port, begin) as sock:
             assert begun.wait(20)
             fill(sock, begin * 10_000, 1 << 27)
-            (server,) = serving.servers
             (stream,) = server.connections
             assert len(stream.buffer) + len(stream.reader._buffer) < 500_000
             background.loop.call_soon_threadsafe(release.set)
-
-    def test_an_error_of_ours_is_500_and_tells_the_client_nothing(self, capfd: Output) -> None:
-        async def broken(request: ptth.Request) -> ptth.Response:
-            raise RuntimeError("secret")
-
-        status, _, body = one(say(broken, get("/")))
-        assert status == 500 and b"secret" not in body
-        assert "RuntimeError: secret" in capfd.readouterr().err
 
     def test_a_head_that_comes_too_slowly_is_408_and_an_idle_connection_is_closed(
         self, background: Background, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "IDLE_TIMEOUT", 0.01)
         monkeypatch.setattr(ptth, "HEAD_TIMEOUT", 0.01)
-        with serving(background, echo) as port:
+        with background.serve(echo) as port:
             assert one(fetch(port, b"GET / HT", half_close=False))[0] == 408
             assert fetch(port, b"", half_close=False) == b""
 
@@ -1541,32 +1570,23 @@ class TestHTTPServer:
         assert one(files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
         assert files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n") == b""
 
-    def test_the_access_log_has_one_clean_line_for_a_request(self, capfd: Output) -> None:
+    @in_loop
+    async def test_the_access_log_has_one_clean_line_for_a_request(self, capfd: Output) -> None:
         log = ptth.AccessLog()
-
-        async def talk() -> None:
-            head = f'GET {ptth.BACKEND}http_listen/n?key=secret HTTP/1.1\r\nHost: a\r\nUser-Agent: "\x9b\\\r\nReferer: r\r\n\r\n'
-            request = ptth.parse_request_head(head.encode("latin-1"))
-            request.connection = ptth.Connection.__new__(ptth.Connection)
-            request.connection.peer = "192.0.2.1"
-            log.add(request, 200, 5)
-            log.flush()
-
-        asyncio.run(talk())
-        line = capfd.readouterr().err
+        head = f'GET {ptth.BACKEND}http_listen/n?key=secret HTTP/1.1\r\nHost: a\r\nUser-Agent: "\x9b\\\r\nReferer: r\r\n\r\n'
+        log.add(with_peer(ptth.parse_request_head(head.encode("latin-1")), "192.0.2.1"), 200, 5)
+        log.flush()
         assert re.fullmatch(
             r'192\.0\.2\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d \+0000\] "GET /7ZSFUKGV/http_listen/n HTTP/1\.1" 200 5 '
-            r'"r" "\\x22\\x9b\\x5c"\n', line,
+            r'"r" "\\x22\\x9b\\x5c"\n', capfd.readouterr().err,
         )  # fmt: skip
 
-    def test_what_is_too_long_is_cut_before_it_is_escaped(self, capfd: Output) -> None:
-        async def talk() -> None:
-            log = ptth.AccessLog()
-            head = f"GET /{'x' * 5000} HTTP/1.1\r\nHost: a\r\nReferer: {chr(34) * 20_000}\r\nUser-Agent: {'y' * ptth.MAX_LOGGED}\r\n\r\n"
-            log.add(ptth.parse_request_head(head.encode()), 200, 5)
-            log.flush()
-
-        asyncio.run(talk())
+    @in_loop
+    async def test_what_is_too_long_is_cut_before_it_is_escaped(self, capfd: Output) -> None:
+        log = ptth.AccessLog()
+        head = f"GET /{'x' * 5000} HTTP/1.1\r\nHost: a\r\nReferer: {chr(34) * 20_000}\r\nUser-Agent: {'y' * ptth.MAX_LOGGED}\r\n\r\n"
+        log.add(ptth.parse_request_head(head.encode()), 200, 5)
+        log.flush()
         _, what, _, referer, _, agent, _ = capfd.readouterr().err.split('"')
         assert what == "GET /" + "x" * (ptth.MAX_LOGGED - 5) + "..."
         assert referer == "\\x22" * ptth.MAX_LOGGED + "..." and agent == "y" * ptth.MAX_LOGGED
@@ -1635,17 +1655,8 @@ class TestHTTPServer:
 
     @pytest.mark.parametrize(
         "field",
-        [
-            "Connection",
-            "Content-Length",
-            "Content-Type",
-            "Link",
-            "Set-Cookie",
-            "Via",
-            "WWW-Authenticate",
-            "www-authenticate: x\r\nX",
-        ],
-    )
+        ["Connection", "Content-Length", "Content-Type", "Link", "Set-Cookie", "Via", "WWW-Authenticate", "www-authenticate: x\r\nX"],
+    )  # fmt: skip
     def test_no_response_head_is_much_work(self, field: str) -> None:
         many = "".join(f"X-{i}: x\r\nWWW-Authenticate: {'a b=c,' * (i % 5)}\r\n" for i in range(60))
         for hostile in (*self.HOSTILE, "a b=c, ", 'a realm="b",'):
@@ -1653,9 +1664,8 @@ class TestHTTPServer:
                 value = (hostile * 45_000)[: 45_000 - len(more)]
                 head = f"HTTP/1.1 401 No\r\n{field}: {value}\r\n{more}\r\n".encode("latin-1")
                 status, headers = ptth.parse_inner_response(head)
-                assert (
-                    self.steps(functools.partial(ptth.shared_origin_fields, status, headers, server="n")) < 100_000
-                ), hostile
+                fence = functools.partial(ptth.shared_origin_fields, status, headers, server="n")
+                assert self.steps(fence) < 100_000, hostile
 
     def test_a_list_with_a_quote_that_has_no_end_is_not_much_work(self) -> None:
         headers = ptth.Headers([("Link", '"' + '\\"' * 4000)])
@@ -1697,22 +1707,17 @@ class TestHTTPClient:
             writer.close()
             ended.set()
 
-        server = await asyncio.start_server(origin, "127.0.0.1", 0)
-        client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), "/base"))
-        sweeper = asyncio.create_task(ptth.sweep(client.connections))
         try:
-            async with asyncio.timeout(20):
+            async with client_to(origin, "/base") as client, asyncio.timeout(20):
+                sweeper = asyncio.create_task(ptth.sweep(client.connections))
                 response = await client.handle(request, **options)
                 try:
                     body = await response.body.read_all(1 << 20)
                 finally:
                     await response.body.aclose()
-                idle = len(client.idle)
-                return response.status, dict(response.headers), body, idle, bytes(got)
+                return response.status, dict(response.headers), body, len(client.idle), bytes(got)
         finally:
             sweeper.cancel()
-            client.close()
-            server.close()
             await ended.wait()
 
     OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -1743,30 +1748,22 @@ class TestHTTPClient:
             return
         status, _, body, idle, got = asyncio.run(work)
         assert (status, body, idle) == expected
-        assert got.startswith(f"{method} /base/x?y HTTP/1.1\r\nHost: 127.0.0.1:".encode()) and got.endswith(
-            b"\r\nA: b\r\n\r\n"
-        )
+        assert got.startswith(f"{method} /base/x?y HTTP/1.1\r\nHost: 127.0.0.1:".encode())
+        assert got.endswith(b"\r\nA: b\r\n\r\n")
 
     @pytest.mark.parametrize(
         ("reply", "data"),
         [(OK, b"hello"), (OK.replace(b"5", b"0")[:-5], b""), (OK[:-1], None), (OK.replace(b"5", b"6"), None),
          (b"HTTP/1.1 200 OK\r\n\r\nhello", None)],
     )  # fmt: skip
-    def test_a_body_that_has_arrived_with_its_head_is_in_memory(self, reply: bytes, data: bytes | None) -> None:
+    @in_loop
+    async def test_a_body_that_has_arrived_with_its_head_is_in_memory(self, reply: bytes, data: bytes | None) -> None:
         """Only then can a server send it to its relay in a batch."""
-
-        async def talk() -> bytes | None:
-            server = await asyncio.start_server(lambda reader, writer: writer.write(reply), "127.0.0.1", 0)
-            client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
+        async with client_to(lambda reader, writer: writer.write(reply)) as client:
             response = await client.handle(ptth.Request("GET", "/", ptth.Headers([])))
             await response.body.aclose()
-            spare = len(client.idle)
-            client.close()
-            server.close()
-            assert spare == (data is not None)
-            return response.body.data
-
-        assert asyncio.run(talk()) == data
+            assert response.body.data == data
+            assert len(client.idle) == (data is not None)
 
     class Slow(ptth.Body):
         """A body that ends, or raises, when the test says so; `sent` counts its pieces."""
@@ -1790,20 +1787,12 @@ class TestHTTPClient:
         request = ptth.Request("POST", "/", ptth.Headers(), body=self.Slow(2))
         status, _, body, idle, got = asyncio.run(self.ask(self.OK, request, reads=b"0\r\n\r\n"))
         assert (status, body, idle) == (200, b"hello", 1)
-        assert got.endswith(
-            b"Transfer-Encoding: chunked\r\n\r\n"
-            + b"3e8\r\n"
-            + b"x" * 1000
-            + b"\r\n3e8\r\n"
-            + b"x" * 1000
-            + b"\r\n0\r\n\r\n"
-        )
+        chunk = b"3e8\r\n" + b"x" * 1000 + b"\r\n"
+        assert got.endswith(b"Transfer-Encoding: chunked\r\n\r\n" + chunk + chunk + b"0\r\n\r\n")
 
     def test_an_early_response_comes_through_and_ends_the_request_body(self) -> None:
-        body = self.Slow(100)
-        status, _, content, idle, got = asyncio.run(
-            self.ask(self.OK, ptth.Request("POST", "/", ptth.Headers(), body=body))
-        )
+        request = ptth.Request("POST", "/", ptth.Headers(), body=self.Slow(100))
+        status, _, content, idle, got = asyncio.run(self.ask(self.OK, request))
         assert (status, content, idle) == (200, b"hello", 0) and not got.endswith(b"0\r\n\r\n")
 
     def test_a_body_that_breaks_is_never_whole_for_the_origin(self) -> None:
@@ -1824,61 +1813,48 @@ class TestHTTPClient:
         status, *_ = asyncio.run(self.ask(reply, request, reads=reads))
         assert (status, body.sent) == (413 if not sent else 200, sent)
 
-    def test_after_a_final_response_the_body_is_not_sent(self, monkeypatch: Patch) -> None:
+    @in_loop
+    async def test_after_a_final_response_the_body_is_not_sent(self, monkeypatch: Patch) -> None:
         """Also when the response's body takes longer than the wait for 100 Continue."""
         monkeypatch.setattr(ptth, "EXPECT_TIMEOUT", 0.05)
 
-        async def talk() -> int:
-            async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(b"HTTP/1.1 413 No\r\nContent-Length: 5\r\n\r\n")
-                await asyncio.sleep(0.2)
-                writer.write(b"large")
-                await reader.read()
-                writer.close()
+        async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 413 No\r\nContent-Length: 5\r\n\r\n")
+            await asyncio.sleep(0.2)
+            writer.write(b"large")
+            await reader.read()
+            writer.close()
 
-            server = await asyncio.start_server(origin, "127.0.0.1", 0)
-            client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
+        async with client_to(origin) as client:
             request = ptth.Request("PUT", "/", ptth.Headers([("Expect", "100-continue")]), body=self.Slow(1))
-            async with asyncio.timeout(20):
-                response = await client.handle(request)
-                assert (response.status, await response.body.read_all(9)) == (413, b"large")
-                await response.body.aclose()
-            idle = len(client.idle)
-            client.close()
-            server.close()
-            assert request.body.sent == 0
-            return idle
+            response = await client.handle(request)
+            assert (response.status, await response.body.read_all(9)) == (413, b"large")
+            await response.body.aclose()
+            assert len(client.idle) == 0  # the origin still waits for the body
+        assert request.body.sent == 0
 
-        assert asyncio.run(talk()) == 0  # the origin still waits for the body
-
-    def test_an_idle_connection_that_received_something_is_not_used_again(self) -> None:
+    @in_loop
+    async def test_an_idle_connection_that_received_something_is_not_used_again(self) -> None:
         """An origin sends 408 before it closes: that is not the next response."""
+        idle = asyncio.Event()
 
-        async def talk() -> list[int]:
-            async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(self.OK)
-                await idle.wait()
-                writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
-                writer.close()
+        async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(self.OK)
+            await idle.wait()
+            writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
 
-            idle = asyncio.Event()
-            server = await asyncio.start_server(origin, "127.0.0.1", 0)
-            client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
-            async with asyncio.timeout(20):
-                first = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
-                (connection,) = client.connections
-                assert len(client.idle) == 1 and not connection.has_unasked()
-                idle.set()
-                while not connection.has_unasked():
-                    await asyncio.sleep(0.001)
-                second = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
-            client.close()
-            server.close()
-            return [first.status, second.status]
-
-        assert asyncio.run(talk()) == [200, 200]
+        async with client_to(origin) as client:
+            first = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
+            (connection,) = client.connections
+            assert len(client.idle) == 1 and not connection.has_unasked()
+            idle.set()
+            while not connection.has_unasked():
+                await asyncio.sleep(0.001)
+            second = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
+        assert [first.status, second.status] == [200, 200]
 
     def test_an_upgrade_gives_two_plain_directions(self) -> None:
         request = ptth.Request("GET", "/", ptth.Headers(), body=self.Slow(1), upgrade="websocket")
@@ -1887,29 +1863,27 @@ class TestHTTPClient:
         assert (status, body, idle) == (101, b"hello", 0)
         assert got.partition(b"\r\n\r\n")[0].endswith(b"Connection: Upgrade\r\nUpgrade: websocket")
 
-    def test_only_a_repeatable_request_takes_an_idle_connection_and_is_repeated(self) -> None:
-        async def talk() -> None:
-            taken = []
+    @in_loop
+    async def test_only_a_repeatable_request_takes_an_idle_connection_and_is_repeated(self) -> None:
+        taken = []
 
-            async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                taken.append(writer)
-                with contextlib.suppress(asyncio.IncompleteReadError):
-                    while await reader.readuntil(b"\r\n\r\n"):
-                        if len(taken) == 1 and taken.count(writer) > 1:
-                            break  # the second request on the first connection: closed as it arrives
-                        taken[:] = [*taken, writer] if len(taken) == 1 else taken
-                        writer.write(self.OK)
-                writer.close()
+        async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            taken.append(writer)
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                while await reader.readuntil(b"\r\n\r\n"):
+                    if len(taken) == 1 and taken.count(writer) > 1:
+                        break  # the second request on the first connection: closed as it arrives
+                    taken[:] = [*taken, writer] if len(taken) == 1 else taken
+                    writer.write(self.OK)
+            writer.close()
 
-            server = await asyncio.start_server(origin, "127.0.0.1", 0)
-            client = ptth.HTTPClient(ptth.BaseURL(False, *server.sockets[0].getsockname(), ""))
+        async def ask(method: str) -> int:
+            response = await client.handle(ptth.Request(method, "/", ptth.Headers()))
+            assert await response.body.read_all(100) == b"hello"
+            await response.body.aclose()
+            return len(set(taken))
 
-            async def ask(method: str) -> int:
-                response = await client.handle(ptth.Request(method, "/", ptth.Headers()))
-                assert await response.body.read_all(100) == b"hello"
-                await response.body.aclose()
-                return len(set(taken))
-
+        async with client_to(origin) as client:
             assert await ask("GET") == 1
             assert await ask("GET") == 1
             assert await ask("POST") == 2
@@ -1917,10 +1891,6 @@ class TestHTTPClient:
             for writer in set(taken):
                 writer.close()
             assert await ask("GET") == 3
-            client.close()
-            server.close()
-
-        asyncio.run(talk())
 
 
 ETAG = '"of-hello.txt"'  # the tables use it for the file's ETag, which depends on its inode
@@ -1989,10 +1959,8 @@ class TestConnecting:
         with pytest.raises(ptth.UserError) as caught:
             ptth.find_proxy(config, ptth.NO_URL)
         assert word in caught.value.args[0] and "s.toml: proxy_url" in caught.value.args[0]
-        assert not re.search(
-            "alice|hun|ter2", "".join(traceback.format_exception(caught.value)).split("UserError", 1)[1]
-        )
-        assert caught.value.__suppress_context__
+        shown = "".join(traceback.format_exception(caught.value)).split("UserError", 1)[1]
+        assert not re.search("alice|hun|ter2", shown) and caught.value.__suppress_context__
 
     EXEMPT = [  # (NO_PROXY, URL, whether no proxy is used)
         ("*", "http://a.example", True), ("b, *", "http://a.example", True), ("a.example", "http://A.example.", True), (".example", "http://a.example", True),
@@ -2005,12 +1973,16 @@ class TestConnecting:
         ("10.0.0.0/99,a..b,[,/,:,.", "http://a.example", False), ("0.0.0.0/0", "http://[::1]", False), ("127.1", "http://127.0.0.1", True),
     ]  # fmt: skip
 
+    @pytest.fixture
+    def variables(self, monkeypatch: Patch) -> object:
+        """Set these environment variables, and no others of a proxy."""
+        for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+            monkeypatch.delenv(name)
+        return lambda **values: [monkeypatch.setenv(*pair) for pair in values.items()]
+
     @pytest.mark.parametrize(("exceptions", "url", "exempt"), EXEMPT)
-    def test_no_proxy(self, exceptions: str, url: str, exempt: bool, monkeypatch: Patch) -> None:
-        for name in ("http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("HTTP_PROXY", "http://p:1")
-        monkeypatch.setenv("NO_PROXY", exceptions)
+    def test_no_proxy(self, exceptions: str, url: str, exempt: bool, variables: object) -> None:
+        variables(HTTP_PROXY="http://p:1", NO_PROXY=exceptions)
         assert ptth.proxy_from_environment(ptth.parse_base_url(url)) == ("" if exempt else "http://p:1")
 
     VARIABLES = [  # (environment, the proxy of an https relay)
@@ -2018,12 +1990,9 @@ class TestConnecting:
         ({"all_proxy": "a", "no_proxy": "r.example"}, ""), ({"HTTPS_PROXY": "a", "no_proxy": "b", "NO_PROXY": "r.example"}, "a"), ({}, ""),
     ]  # fmt: skip
 
-    @pytest.mark.parametrize(("variables", "url"), VARIABLES)
-    def test_the_variables_of_a_proxy(self, variables: dict[str, str], url: str, monkeypatch: Patch) -> None:
-        for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-            monkeypatch.delenv(name)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+    @pytest.mark.parametrize(("values", "url"), VARIABLES)
+    def test_the_variables_of_a_proxy(self, values: dict[str, str], url: str, variables: object) -> None:
+        variables(**values)
         assert ptth.proxy_from_environment(ptth.parse_base_url("https://r.example")) == url
 
     @staticmethod
@@ -2058,20 +2027,18 @@ class TestConnecting:
         monkeypatch.setattr(ptth, "CONNECT_DELAY", 0.01)
         proxy = FakeProxy(b"HTTP/1.1 200 OK\r\n\r\n")
         there = ptth.parse_base_url(f"http://two.example:{proxy.port}")
-        client = (
-            ptth.HTTPClient(there)
-            if through == "direct"
-            else ptth.HTTPClient(ptth.parse_base_url("http://r"), ptth.ForwardProxy(there, []))
-        )
+        client = ptth.HTTPClient(there)
+        if through != "direct":
+            client = ptth.HTTPClient(ptth.parse_base_url("http://r"), ptth.ForwardProxy(there, []))
 
-        async def connect() -> None:
+        async def reach() -> None:
             if through == "CONNECT":
                 client._tls = ssl.create_default_context()
             with contextlib.suppress(OSError):  # the proxy does not speak TLS
                 (await client.connect()).close()
 
         with self.swallowing("127.0.0.2", proxy.port) if first == "swallows" else contextlib.nullcontext():
-            asyncio.run(connect())
+            asyncio.run(reach())
         proxy.close()
         assert proxy.connections == 1
 
@@ -2079,7 +2046,7 @@ class TestConnecting:
     def test_what_no_address_takes_is_said_once(self, monkeypatch: Patch) -> None:
         self.resolve(monkeypatch, "127.0.0.2", "127.0.0.3")
         with pytest.raises(OSError) as caught:
-            asyncio.run(ptth.HTTPClient(ptth.parse_base_url(f"http://two.example:{free_port()}")).connect())
+            asyncio.run(self.reach(f"http://two.example:{free_port()}"))
         assert ptth.format_error(caught.value) == "connection refused"
 
     TLS = "TLS begins"
@@ -2094,14 +2061,17 @@ class TestConnecting:
         (b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "interim"), (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 9000, "too large"),
     ]  # fmt: skip
 
+    @staticmethod
+    async def reach(url: str, proxy: str = "") -> None:
+        """Connect to a URL, perhaps by a proxy, and leave."""
+        client = ptth.HTTPClient(ptth.parse_base_url(url), ptth.parse_proxy(proxy) if proxy else None)
+        (await client.connect()).close()
+
     @pytest.mark.parametrize(("answer", "words"), ANSWERS, ids=range(len(ANSWERS)))
     def test_what_a_proxy_answers_to_connect(self, answer: bytes, words: str) -> None:
         proxy = FakeProxy(answer)
-        client = ptth.HTTPClient(
-            ptth.parse_base_url("https://[fe80::1%25eth0]/x"), ptth.parse_proxy(f"127.0.0.1:{proxy.port}")
-        )
         with pytest.raises(OSError) as caught:
-            asyncio.run(client.connect())
+            asyncio.run(self.reach("https://[fe80::1%25eth0]/x", f"127.0.0.1:{proxy.port}"))
         proxy.close()
         head = f"CONNECT [fe80::1]:443 HTTP/1.1\r\nHost: [fe80::1]:443\r\nUser-Agent: ptth/{ptth.__version__}\r\n\r\n"
         assert proxy.asked == [head.encode()]
@@ -2112,63 +2082,47 @@ class TestConnecting:
 
     def test_a_login_that_a_proxy_does_not_accept(self) -> None:
         proxy = FakeProxy(b"HTTP/1.1 407 No\r\n\r\n")
-        client = ptth.HTTPClient(
-            ptth.parse_base_url("https://r.example"), ptth.parse_proxy(f"u:p@127.0.0.1:{proxy.port}")
-        )
         with pytest.raises(ptth.Refused, match="does not accept this user"):
-            asyncio.run(client.connect())
+            asyncio.run(self.reach("https://r.example", f"u:p@127.0.0.1:{proxy.port}"))
         proxy.close()
         assert b"\r\nProxy-Authorization: Basic dTpw\r\n" in proxy.asked[0]
 
-    @pytest.mark.parametrize("place", ["127.0.0.1:{free}", "[::1]:{free}"])
-    def test_a_proxy_that_is_down_is_named(self, place: str) -> None:
-        place = place.format(free=free_port())
-        for scheme in ("http", "https"):
-            client = ptth.HTTPClient(ptth.parse_base_url(f"{scheme}://r.example"), ptth.parse_proxy(place))
-            with pytest.raises(ptth.Refused, match=f"the proxy at {re.escape(place)} cannot be reached: "):
-                asyncio.run(client.connect())
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+    def test_a_proxy_that_is_down_is_named(self, host: str, scheme: str) -> None:
+        place = f"{host}:{free_port()}"
+        with pytest.raises(ptth.Refused, match=f"the proxy at {re.escape(place)} cannot be reached: "):
+            asyncio.run(self.reach(f"{scheme}://r.example", place))
 
     def test_a_peer_that_is_silent(self, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "CONNECT_TIMEOUT", 0.05)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             place = f"127.0.0.1:{silent.getsockname()[1]}"
-            with pytest.raises(
-                ptth.Refused, match=f"the proxy at {place} does not answer CONNECT r:443: no answer in time"
-            ):
-                asyncio.run(ptth.HTTPClient(ptth.parse_base_url("https://r"), ptth.parse_proxy(place)).connect())
+            said = f"the proxy at {place} does not answer CONNECT r:443: no answer in time"
+            with pytest.raises(ptth.Refused, match=said):
+                asyncio.run(self.reach("https://r", place))
             with pytest.raises(TimeoutError) as caught:  # within TLS
-                asyncio.run(ptth.HTTPClient(ptth.parse_base_url(f"https://{place}")).connect())
+                asyncio.run(self.reach(f"https://{place}"))
             assert ptth.format_error(caught.value) == "no answer in time"
 
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     def test_a_zone_says_where_to_connect(self) -> None:
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
-            url = f"http://[::1%25{socket.if_nameindex()[0][0]}]:{sock.getsockname()[1]}"
-
-            async def connect() -> None:
-                (await ptth.HTTPClient(ptth.parse_base_url(url)).connect()).close()
-
-            asyncio.run(connect())
+            asyncio.run(self.reach(f"http://[::1%25{socket.if_nameindex()[0][0]}]:{sock.getsockname()[1]}"))
 
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     @pytest.mark.parametrize("name", ["localhost", "localhost.", "demo.localhost"])
-    @pytest.mark.parametrize(("listening", "known"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
-    def test_localhost_is_both_addresses(self, listening: str, known: str, name: str, monkeypatch: Patch) -> None:
+    @pytest.mark.parametrize(("address", "known"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
+    def test_localhost_is_both_addresses(self, address: str, known: str, name: str, monkeypatch: Patch) -> None:
         """On many systems, such as containers, the name has only one of them; Node listens on ::1."""
         real = socket.getaddrinfo
         table = {"localhost": known}
         monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: real(table.get(host, host), *more, **how))
-
-        async def connect(port: int) -> None:
-            (await ptth.HTTPClient(ptth.parse_base_url(f"http://{name}:{port}")).connect()).close()
-
-        with socket.create_server(
-            (listening, 0), family=socket.AF_INET6 if ":" in listening else socket.AF_INET
-        ) as sock:
-            port = sock.getsockname()[1]
-            asyncio.run(connect(port))
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+            url = f"http://{name}:{sock.getsockname()[1]}"
+            asyncio.run(self.reach(url))
         with pytest.raises(ConnectionRefusedError):
-            asyncio.run(connect(port))
+            asyncio.run(self.reach(url))
 
     def test_what_is_sent_names_the_program(self) -> None:
         for proxy in (None, ptth.parse_proxy("u:p@p:1")):
@@ -2181,34 +2135,32 @@ class TestConnecting:
 
     def test_what_is_forwarded_keeps_its_fields(self) -> None:
         fields = [("Host", "visitor.example"), ("Accept", "*/*")]
-        head = ptth.HTTPClient(ptth.parse_base_url("http://app"))._format_request(
-            ptth.Request("GET", "/", ptth.Headers(fields))
-        )
+        request = ptth.Request("GET", "/", ptth.Headers(fields))
+        head = ptth.HTTPClient(ptth.parse_base_url("http://app"))._format_request(request)
         assert head == ptth.format_request_head("GET", "/", fields)
 
     @needs("openssl")
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
-    def test_the_name_that_a_certificate_must_have(self, tmp_path: object) -> None:
-        context = make_certificate(tmp_path)
+    @in_loop
+    async def test_the_name_that_a_certificate_must_have(self, tmp_path: object) -> None:
+        sock = ptth.open_socket("", 0)
+        server = ptth.HTTPServer(echo, tls=make_certificate(tmp_path))
+        await server.listen(sock)
 
-        async def connect() -> None:
-            sock = ptth.open_socket("", 0)
-            server = ptth.HTTPServer(echo, tls=context)
-            await server.listen(sock)
-            for host in ("localhost", "localhost.", "LOCALHOST", "[::1]", "[::1%251]"):
-                client = ptth.HTTPClient(ptth.parse_base_url(f"https://{host}:{sock.getsockname()[1]}"))
-                client._tls = ssl.create_default_context(cafile=tmp_path / "cert")
-                response = await client.handle(ptth.Request("GET", "/x", ptth.Headers()))
-                assert await response.body.read() == b"GET /x\n"
-                await response.body.aclose()
-                client.close()
-            client = ptth.HTTPClient(ptth.parse_base_url(f"https://127.0.0.1:{sock.getsockname()[1]}"))
+        def client_at(host: str) -> ptth.HTTPClient:
+            client = ptth.HTTPClient(ptth.parse_base_url(f"https://{host}:{sock.getsockname()[1]}"))
             client._tls = ssl.create_default_context(cafile=tmp_path / "cert")
-            with pytest.raises(ssl.SSLError):
-                await client.connect()
-            await server.stop(0.1)
+            return client
 
-        asyncio.run(connect())
+        for host in ("localhost", "localhost.", "LOCALHOST", "[::1]", "[::1%251]"):
+            client = client_at(host)
+            response = await client.handle(ptth.Request("GET", "/x", ptth.Headers()))
+            assert await response.body.read() == b"GET /x\n"
+            await response.body.aclose()
+            client.close()
+        with pytest.raises(ssl.SSLError):
+            await client_at("127.0.0.1").connect()
+        await server.stop(0.1)
 
     @staticmethod
     def read_head(*pieces: bytes, patience: float = 20, pause: float = 0) -> tuple[int, ptth.Headers]:
@@ -3350,7 +3302,7 @@ class Inbox:
             self.port = self.tunnel.port
         else:
             self._stack = contextlib.ExitStack()
-            self.port = self._stack.enter_context(serving(background, ptth.site_handler(self.site)))
+            self.port = self._stack.enter_context(background.serve(ptth.site_handler(self.site)))
 
     def close(self) -> None:
         self.tunnel.close() if self.tunnel else self._stack.close()
@@ -3565,8 +3517,7 @@ class TestUploads:
         (inbox.root / "old").write_bytes(b"old")
         body = bytes(300_000) if "Length" in framing else ptth.format_chunk(bytes(300_000))
         for path, fields in (("/x", []), ("/old", ["If-Match: *"])):
-            with socket.create_connection(("127.0.0.1", inbox.port), timeout=20) as sock:
-                sock.sendall(get(inbox.prefix + path, framing, *fields, method="PUT") + body)
+            with connect(inbox.port, get(inbox.prefix + path, framing, *fields, method="PUT") + body):
                 eventually(lambda: len(os.listdir(inbox.root)) > 1)  # it is there, hidden, and never listed
                 assert b"upload-" not in fetch(inbox.port, get(inbox.prefix + "/"))
             eventually(lambda: inbox.files() == {"old": b"old"})
@@ -3717,8 +3668,8 @@ class TestUploads:
         options = ("file-server", str(tmp_path), "--port", "0", "--upload")
         server = start(*options).listening()
         eventually(lambda: "everybody" in "".join(server.told))
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
-            sock.sendall(get("/sub/x", "Content-Length: 9000000", "If-Match: *", method="PUT") + bytes(1_000_000))
+        upload = get("/sub/x", "Content-Length: 9000000", "If-Match: *", method="PUT") + bytes(1_000_000)
+        with connect(server.port, upload):
             eventually(lambda: len(os.listdir(tmp_path / "sub")) == 2)
             other = start(*options).listening()  # the file is locked: a second server leaves it
             assert len(os.listdir(tmp_path / "sub")) == 2
@@ -3890,7 +3841,7 @@ class TestUploads:
         port = free_port()
         driver = subprocess.Popen(["chromedriver", f"--port={port}", "--log-level=OFF"], stdout=subprocess.DEVNULL)
         try:
-            eventually(lambda: TestRealPrograms.listens(port))
+            eventually(lambda: listens(port))
             browser = Browser(port, str(tmp_path))
             browser.open(f"http://user:password@127.0.0.1:{inbox.port}{inbox.prefix}/")  # fetch() refuses such a URL
             rows = "return [...document.querySelectorAll('tbody a')].map(a => a.textContent)"
@@ -4382,7 +4333,7 @@ class Hand:
     """A server that the test plays, on one connection to the relay."""
 
     def __init__(self, port: int, name: str = "n", key: str = KEY) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.sock = connect(port)
         self.name, self.key, self.data = name, key, b""
 
     def send(self, method: str, path: str, body: bytes = b"", *fields: str) -> None:
@@ -4836,7 +4787,7 @@ class TestRelay:
         for handed_over in (True, False):
             if handed_over:
                 hand.listen()
-            socks.append(socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20))
+            socks.append(connect(bare_relay.port))
             socks[-1].sendall(get("/frontend/servers/n/x"))
             if handed_over:
                 ((identity, _),) = hand.requests()
@@ -4872,7 +4823,7 @@ class TestRelay:
         slow = []
         for i, address in enumerate(("192.0.2.1", "192.0.2.1", "")):
             hand.listen()
-            sock = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
+            sock = connect(bare_relay.port)
             sock.sendall(
                 get(f"/frontend/servers/n/{i}", *([f"X-Forwarded-For: 6.6.6.6, {address}"] if address else []))
             )
@@ -4954,8 +4905,7 @@ class TestRelay:
 
     def test_towards_http_1_0_a_broken_body_ends_in_a_reset(self, bare_relay: Tunnel, hand: Hand) -> None:
         hand.listen()
-        with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as client:
-            client.sendall(b"GET /frontend/servers/n/ HTTP/1.0\r\n\r\n")
+        with connect(bare_relay.port, b"GET /frontend/servers/n/ HTTP/1.0\r\n\r\n") as client:
             ((identity, _),) = hand.requests()
             begin = b"HTTP/1.1 200 OK\r\n\r\n"
             hand.respond(identity, b"%x\r\n%b\r\n2\r\nhi\r\n" % (len(begin), begin), "Transfer-Encoding: chunked")
@@ -4978,8 +4928,7 @@ class TestRelay:
 
     def test_a_client_that_leaves_ends_the_servers_post(self, bare_relay: Tunnel, hand: Hand) -> None:
         hand.listen()
-        client = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
-        client.sendall(get("/frontend/servers/n/"))
+        client = connect(bare_relay.port, get("/frontend/servers/n/"))
         ((identity, _),) = hand.requests()
         hand.send(
             "POST", f"http_response/{identity}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
@@ -5089,15 +5038,14 @@ class TestRelay:
         eventually(lambda: server.batch_bytes == 0)
 
     @pytest.mark.parametrize("framing", ["Content-Length: 400000", "Transfer-Encoding: chunked"])
-    def test_a_batch_that_takes_longer_than_its_clients_wait_is_408(self, framing: str, background: Background) -> None:
-        relay = Tunnel(background, None, response_timeout=0.05)
+    def test_a_batch_that_takes_longer_than_its_clients_wait_is_408(self, framing: str, open_tunnel: object) -> None:
+        relay = open_tunnel(response_timeout=0.05)
         hand = self.begin_batch(relay.port, framing)
         assert (hand.answer()[0], relay.relay.state.servers["n"].batch_bytes) == (408, 0)
         hand.close()
-        relay.close()
 
     def test_a_client_that_does_not_read_holds_up_nobody_in_its_batch(self, bare_relay: Tunnel, hand: Hand) -> None:
-        lazy = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
+        lazy = connect(bare_relay.port)
         clients = []
         for _ in range(3):
             hand.listen()
@@ -5296,14 +5244,13 @@ class TestRelay:
     ]  # fmt: skip
 
     @pytest.mark.parametrize("below", ["frontend/servers/n/", "scraper/v1/server/n/", "scraper/api/server/n/"])
-    def test_a_path_that_climbs_above_the_servers_is_404(self, below: str, background: Background) -> None:
-        tunnel = Tunnel(background, echo)
+    def test_a_path_that_climbs_above_the_servers_is_404(self, below: str, open_tunnel: object) -> None:
+        tunnel = open_tunnel(echo)
         tunnel.relay.state.config.enable_scraper_api = True
         tunnel.relay.state.config.scraper_keys = [ptth.ScraperKey("s", ptth.tripcode(KEY), 0, time.time() + 99)]
         for paths, status in ((self.UP, 404), (self.NOT_UP, 200)):
             for path in paths:
                 assert one(tunnel.fetch(get(f"/{below}{path}", f"X-ApiKey: {KEY}")))[0] == status, path
-        tunnel.close()
 
     @pytest.mark.parametrize(
         ("method", "value", "status"), [("OPTIONS", "0", 204), ("TRACE", "00", 405), ("OPTIONS", "x", 400), ("TRACE", "1, 0", 405)]
@@ -5336,13 +5283,12 @@ class TestRelay:
         status, fields, _ = one(bare_relay.fetch(get("/frontend/servers/n/")))
         assert (status, "retry-after" in fields) == (503, True)
 
-    def test_a_server_that_does_not_answer_is_504(self, background: Background) -> None:
-        relay = Tunnel(background, None, response_timeout=0.01)
+    def test_a_server_that_does_not_answer_is_504(self, open_tunnel: object) -> None:
+        relay = open_tunnel(response_timeout=0.01)
         hand = Hand(relay.port)
         (client,), (identity,) = self.hand_over(relay, hand)
         assert client.answer()[0] == 504
         assert hand.reply(identity, OK) == 410
-        relay.close()
 
     def test_a_thousand_requests_may_wait(self, bare_relay: Tunnel) -> None:
         server = bare_relay.relay.state.servers["n"]
@@ -5402,74 +5348,61 @@ class TestKeys:
         monkeypatch.setattr(ptth.time, "thread_time", lambda: len(hashed) / 1000 + hashed.count("dear"))
         return hashed
 
-    def test_a_key_is_hashed_once_also_after_a_reload(self, background: Background, counted: list[str]) -> None:
-        async def work() -> None:
-            keys = ptth.Keys()
-            assert await keys.find("a", ["code of a"], "") == ("code of a", True)
-            keys.configure(["code of a", "code of b"])
-            assert await keys.find("a", ["code of b", "code of a"], "") == ("code of a", False)
-            assert counted == ["a"]
-            assert await keys.find("b", ["code of a"], "") == ("code of b", False)
-            keys.configure(["code of b"])  # what is not configured is not kept
-            assert await keys.find("a", ["code of a"], "") == ("code of a", True)
-            assert counted == ["a", "b", "a"]
+    @in_loop
+    async def test_a_key_is_hashed_once_also_after_a_reload(self, counted: list[str]) -> None:
+        keys = ptth.Keys()
+        assert await keys.find("a", ["code of a"], "") == ("code of a", True)
+        keys.configure(["code of a", "code of b"])
+        assert await keys.find("a", ["code of b", "code of a"], "") == ("code of a", False)
+        assert counted == ["a"]
+        assert await keys.find("b", ["code of a"], "") == ("code of b", False)
+        keys.configure(["code of b"])  # what is not configured is not kept
+        assert await keys.find("a", ["code of a"], "") == ("code of a", True)
+        assert counted == ["a", "b", "a"]
 
-        background.run(work())
+    @in_loop
+    async def test_groups_take_turns(self, counted: list[str]) -> None:
+        hashes = ptth.HashQueue(1)
+        await hashes.hash("dear", "x")
+        flood = [asyncio.create_task(hashes.hash(f"flood {i}", "x")) for i in range(100)]
+        await asyncio.sleep(0)
+        flood[3].cancel()
+        await asyncio.wait_for(hashes.hash("fresh", "y"), 5)
+        assert counted.index("fresh") <= 3
+        await asyncio.gather(*flood, return_exceptions=True)
+        assert len(counted) == 101 and "flood 3" not in counted
 
-    def test_groups_take_turns(self, background: Background, counted: list[str]) -> None:
-        async def work() -> None:
-            hashes = ptth.HashQueue(1)
-            await hashes.hash("dear", "x")
-            flood = [asyncio.create_task(hashes.hash(f"flood {i}", "x")) for i in range(100)]
-            await asyncio.sleep(0)
-            flood[3].cancel()
-            await asyncio.wait_for(hashes.hash("fresh", "y"), 5)
-            assert counted.index("fresh") <= 3
-            await asyncio.gather(*flood, return_exceptions=True)
-            assert len(counted) == 101 and "flood 3" not in counted
+    @in_loop
+    async def test_hashing_takes_its_share_of_the_time_and_no_more(self, counted: list[str]) -> None:
+        loop = asyncio.get_running_loop()
+        hashes = ptth.HashQueue(0.02)  # a hash in a twentieth of a second
+        begin = loop.time()
+        await asyncio.gather(*(hashes.hash(str(i), "") for i in range(25)))
+        assert loop.time() - begin > 0.19  # 20 of them at once: for that a second had been saved
 
-        background.run(work())
-
-    def test_hashing_takes_its_share_of_the_time_and_no_more(self, background: Background, counted: list[str]) -> None:
-        async def work() -> None:
-            loop = asyncio.get_running_loop()
-            hashes = ptth.HashQueue(0.02)  # a hash in a twentieth of a second
-            begin = loop.time()
-            await asyncio.gather(*(hashes.hash(str(i), "") for i in range(25)))
-            assert loop.time() - begin > 0.19  # 20 of them at once: for that a second had been saved
-
-        background.run(work())
-
-    def test_a_wait_for_a_hash_ends_with_503(
-        self, background: Background, counted: list[str], monkeypatch: Patch
-    ) -> None:
+    @in_loop
+    async def test_a_wait_for_a_hash_ends_with_503(self, counted: list[str], monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "HASH_WAIT", 0.01)
+        hashes = ptth.HashQueue(1e-6)
+        await hashes.hash("a", "")
+        with pytest.raises(ptth.ProtocolError) as caught:
+            await hashes.hash("b", "")
+        assert caught.value.status == 503 and ("Retry-After", "1") in caught.value.headers
 
-        async def work() -> None:
-            hashes = ptth.HashQueue(1e-6)
-            await hashes.hash("a", "")
-            with pytest.raises(ptth.ProtocolError) as caught:
-                await hashes.hash("b", "")
-            assert caught.value.status == 503 and ("Retry-After", "1") in caught.value.headers
-
-        background.run(work())
-
-    def test_the_first_key_for_a_tripcode_does_not_wait(self, background: Background, counted: list[str]) -> None:
-        async def work() -> None:
-            keys = ptth.Keys()
+    @in_loop
+    async def test_the_first_key_for_a_tripcode_does_not_wait(self, counted: list[str]) -> None:
+        keys = ptth.Keys()
+        keys.configure([f"code of {i}" for i in range(3000)])
+        for wrong in ("first", "dear"):  # the second one uses up the share for seconds
+            await keys.find(wrong, ["code of 0"], "attacker")
+        for i in range(1, 3000):
+            coroutine = keys.find(str(i), [f"code of {i}"], "")
+            with pytest.raises(StopIteration) as end:
+                coroutine.send(None)
+            assert end.value.value == (f"code of {i}", True)
+        with pytest.raises(TimeoutError):  # but the second one does, also after the configuration was read again
             keys.configure([f"code of {i}" for i in range(3000)])
-            for wrong in ("first", "dear"):  # the second one uses up the share for seconds
-                await keys.find(wrong, ["code of 0"], "attacker")
-            for i in range(1, 3000):
-                coroutine = keys.find(str(i), [f"code of {i}"], "")
-                with pytest.raises(StopIteration) as end:
-                    coroutine.send(None)
-                assert end.value.value == (f"code of {i}", True)
-            with pytest.raises(TimeoutError):  # but the second one does, also after the configuration was read again
-                keys.configure([f"code of {i}" for i in range(3000)])
-                await asyncio.wait_for(keys.find("0", ["code of 0"], ""), 0.01)
-
-        background.run(work())
+            await asyncio.wait_for(keys.find("0", ["code of 0"], ""), 0.01)
 
     def test_a_key_that_its_server_has_checked_is_not_checked_again(
         self, bare_relay: Tunnel, monkeypatch: Patch
@@ -5539,8 +5472,7 @@ class TestBodies:
     def send(
         self, port: int, method: str, framing: str, *pieces: bytes, path: str = "/x?y"
     ) -> tuple[int, dict[str, str], bytes]:
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
-            sock.sendall(f"{method} {path} HTTP/1.1\r\n{self.HEAD}\r\n{framing}\r\n\r\n".encode())
+        with connect(port, f"{method} {path} HTTP/1.1\r\n{self.HEAD}\r\n{framing}\r\n\r\n".encode()) as sock:
             for piece in pieces:
                 sock.sendall(piece)
             answer = b""
@@ -5586,7 +5518,7 @@ class TestBodies:
 
     def test_expect_is_answered_when_the_app_reads_and_not_when_it_refuses(self, app_tunnel: Tunnel) -> None:
         for path, first in (("/x", b"HTTP/1.1 100 "), ("/refuse", b"HTTP/1.1 413 ")):
-            with socket.create_connection(("127.0.0.1", app_tunnel.port), timeout=20) as sock:
+            with connect(app_tunnel.port) as sock:
                 head = f"PUT {path} HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
                 sock.sendall(head.encode())
                 answer = sock.recv(13)
@@ -5600,7 +5532,7 @@ class TestBodies:
     def test_a_body_is_not_asked_for_inside_the_response(self, hand: Hand, bare_relay: Tunnel) -> None:
         """100 Continue would be read as bytes of the response."""
         hand.listen(20, "PTTH-Features: body")
-        with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as sock:
+        with connect(bare_relay.port) as sock:
             head = b"PUT /frontend/servers/n/x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
             sock.sendall(head)
             (identity, _), *_ = re.findall(rb"PTTH-Request-Id: (\w+)()", hand.answer()[2])
@@ -5627,7 +5559,7 @@ class TestBodies:
 
     def test_a_client_that_leaves_never_looks_complete(self, app_tunnel: Tunnel) -> None:
         app_tunnel.complete, app_tunnel.got = False, 0
-        with socket.create_connection(("127.0.0.1", app_tunnel.port), timeout=20) as sock:
+        with connect(app_tunnel.port) as sock:
             sock.sendall(
                 f"PUT /leave HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 1000000\r\n\r\n".encode() + bytes(500_000)
             )
@@ -5651,7 +5583,7 @@ class TestBodies:
 
     def test_an_app_that_does_not_read_stops_the_client(self, app_tunnel: Tunnel) -> None:
         app_tunnel.hold = concurrent.futures.Future()
-        with socket.create_connection(("127.0.0.1", app_tunnel.port), timeout=20) as sock:
+        with connect(app_tunnel.port) as sock:
             size = 1 << 27
             sock.sendall(f"PUT /wait HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: {size}\r\n\r\n".encode())
             sent = fill(sock, bytes(1 << 20), size)
@@ -5664,29 +5596,30 @@ class TestBodies:
                 answer += piece
             assert f'"size": {size}'.encode() in answer
 
-    def test_each_byte_of_a_body_gives_more_time(self, background: Background) -> None:
+    def test_each_byte_of_a_body_gives_more_time(self, open_tunnel: object) -> None:
         async def read(request: ptth.Request) -> ptth.Response:
             return ptth.text_response(200, str(len(await request.body.read_all(1 << 20))))
 
-        tunnel = Tunnel(background, read, response_timeout=1)
-        with socket.create_connection(("127.0.0.1", tunnel.port), timeout=20) as sock:
-            sock.sendall(f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        tunnel = open_tunnel(read, response_timeout=1)
+        with connect(
+            tunnel.port, f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        ) as sock:
             begin = time.monotonic()
             while time.monotonic() < begin + 1.6:
                 sock.sendall(b"1\r\nx\r\n")
                 time.sleep(0.02)
             sock.sendall(b"0\r\n\r\n")
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
-        tunnel.close()
 
-    def test_other_bytes_on_the_connection_of_a_body_give_no_more_time(self, background: Background) -> None:
-        relay = Tunnel(background, None, response_timeout=0.5)
+    def test_other_bytes_on_the_connection_of_a_body_give_no_more_time(self, open_tunnel: object) -> None:
+        relay = open_tunnel(response_timeout=0.5)
         hand = Hand(relay.port)
         hand.listen(0, "PTTH-Features: body")
         hand.answer()
         hand.listen(20, "PTTH-Features: body")
-        with socket.create_connection(("127.0.0.1", relay.port), timeout=20) as client:
-            client.sendall(f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 100000\r\n\r\n".encode() + bytes(100_000))
+        with connect(
+            relay.port, f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 100000\r\n\r\n".encode() + bytes(100_000)
+        ) as client:
             identity = re.search(rb"PTTH-Request-Id: (\w+)", hand.answer()[2])[1].decode()
             hand.send("GET", f"http_request/{identity}")
             assert hand.answer()[2] == bytes(100_000)
@@ -5699,14 +5632,13 @@ class TestBodies:
                     answer = client.recv(100)
             assert answer.startswith(b"HTTP/1.1 504")
         hand.close()
-        relay.close()
 
     def test_a_server_that_dies_with_half_a_body_is_502_and_the_request_is_not_offered_again(
         self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch
     ) -> None:
         monkeypatch.setattr(ptth, "FETCH_GRACE", 0.1)
         hand.listen(20, "PTTH-Features: body")
-        with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as client:
+        with connect(bare_relay.port) as client:
             client.sendall(
                 f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 1000000\r\n\r\n".encode() + bytes(200_000)
             )
@@ -5730,8 +5662,7 @@ class TestBodies:
 
     def test_a_wrong_key_gets_no_body(self, bare_relay: Tunnel, hand: Hand) -> None:
         hand.listen(20, "PTTH-Features: body")
-        with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as client:
-            client.sendall(f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 1000000\r\n\r\n".encode())
+        with connect(bare_relay.port, f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 1000000\r\n\r\n".encode()):
             identity = re.search(rb"PTTH-Request-Id: (\w+)", hand.answer()[2])[1].decode()
             thief = Hand(bare_relay.port, key="wrong-key-that-is-long-enough")
             thief.send("GET", f"http_request/{identity}")
@@ -5810,7 +5741,7 @@ def streams(background: Background) -> object:
 
     port = background.run(app.start())
     tunnel = Tunnel(background, make().handle)
-    with serving(background, make().handle) as direct:
+    with background.serve(make().handle) as direct:
         app.port, app.loop = port, background.loop
         app.tunnel, app.ports = tunnel, {"direct": direct, "tunnel": tunnel.port}
         yield app
@@ -5829,7 +5760,7 @@ class Visitor:
     )
 
     def __init__(self, port: int, path: str, *fields: str, early: bytes = b"", host: str = "n.example.com") -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.sock = connect(port)
         lines = [f"GET {path} HTTP/1.1", f"Host: {host}", *(fields or self.ASKS), "", ""]
         self.sock.sendall("\r\n".join(lines).encode() + early)
         self.data = b""
@@ -5986,7 +5917,7 @@ class Parts:
         self.port = relay.port
         self.hand = Hand(relay.port)
         self.hand.listen(20, f"PTTH-Features: {features}")
-        self.client = socket.create_connection(("127.0.0.1", relay.port), timeout=20)
+        self.client = connect(relay.port)
         lines = ["GET /x HTTP/1.1", "Host: n.example.com", *(fields or ["Connection: close"]), "", ""]
         self.client.sendall("\r\n".join(lines).encode())
         self.p3 = self.hand.answer()[2]
@@ -6314,7 +6245,7 @@ def tunnel_behind(background: Background, relay: Tunnel, port: int, handler: ptt
     """A tunnel's server that reaches its relay by another port."""
 
     async def begin() -> tuple[ptth.TunnelServer, object]:
-        server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, "")), "n", KEY, handler)
+        server = ptth.TunnelServer(client_of(port), "n", KEY, handler)
         running = asyncio.create_task(server.run())
         await server.connected.wait()
         return server, running
@@ -6432,7 +6363,7 @@ class TestEventStreams:
 
         eventually(has_left)
 
-    def test_a_visitor_that_does_not_read_stops_the_app(self, background: Background) -> None:
+    def test_a_visitor_that_does_not_read_stops_the_app(self, open_tunnel: object) -> None:
         made = []
 
         class Flood(ptth.Body):
@@ -6444,7 +6375,7 @@ class TestEventStreams:
         async def handler(request: ptth.Request) -> ptth.Response:
             return ptth.Response(200, [("Content-Type", "text/event-stream")], Flood())
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         visitor = Visitor(tunnel.port, "/", "Connection: close")
         before = -1
         while len(made) != before:
@@ -6454,10 +6385,9 @@ class TestEventStreams:
         visitor.read(before << 16)
         eventually(lambda: len(made) > before)
         visitor.close()
-        tunnel.close()
 
     @pytest.mark.parametrize("kind", ["text/event-stream", "101"])
-    def test_a_stop_waits_for_no_stream(self, kind: str, background: Background) -> None:
+    def test_a_stop_waits_for_no_stream(self, kind: str, background: Background, open_tunnel: object) -> None:
         class Silent(ptth.Body):
             async def __aiter__(self) -> object:
                 yield b"begun"
@@ -6468,7 +6398,7 @@ class TestEventStreams:
                 return ptth.Response(101, [("Upgrade", "websocket")], Silent())
             return ptth.Response(200, [("Content-Type", kind)], Silent())
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         visitors = [
             Visitor(tunnel.port, "/", *(Visitor.ASKS if kind == "101" else ["Connection: close"])) for _ in range(2)
         ]
@@ -6479,9 +6409,8 @@ class TestEventStreams:
         background.run(tunnel.server.stop(20))
         assert time.monotonic() - begin < 10
         assert [visitor.read() for visitor in visitors] == [b"" if kind == "101" else b"0\r\n\r\n"] * 2
-        tunnel.close()
 
-    def test_streams_keep_no_handler(self, background: Background, monkeypatch: Patch) -> None:
+    def test_streams_keep_no_handler(self, open_tunnel: object, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
 
         class Silent(ptth.Body):
@@ -6494,12 +6423,11 @@ class TestEventStreams:
                 return ptth.text_response(200, "here")
             return ptth.Response(200, [("Content-Type", "text/event-stream")], Silent())
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         visitors = [Visitor(tunnel.port, "/", "Accept: */*") for _ in range(5)]
         assert one(tunnel.fetch(get("/other", host="n.example.com")))[2] == b"here"
         for visitor in visitors:
             visitor.close()
-        tunnel.close()
 
 
 class LimitedFront:
@@ -6518,7 +6446,7 @@ class LimitedFront:
                 yield piece
 
     def __init__(self, relay: int, limit: int, late: bool) -> None:
-        self.client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", relay, ""))
+        self.client = client_of(relay)
         self.limit, self.late = limit, late
         self.sizes: list[int] = []
 
@@ -6571,7 +6499,7 @@ class TestLimits:
 
         front = LimitedFront(bare_relay.port, limit * 1024, late)
         with (
-            serving(background, front.handle, takes_bodies=True) as port,
+            background.serve(front.handle, takes_bodies=True) as port,
             tunnel_behind(background, bare_relay, port, handler),
         ):
             fields = ["Range: bytes=0-1499999,1500001-2999999"] if kind == "ranges" else []
@@ -6597,7 +6525,7 @@ class TestLimits:
 
         front = LimitedFront(bare_relay.port, 70 * 1024, False)
         with (
-            serving(background, front.handle, takes_bodies=True) as port,
+            background.serve(front.handle, takes_bodies=True) as port,
             tunnel_behind(background, bare_relay, port, handler),
         ):
             clients = [Client(bare_relay.port) for _ in range(12)]
@@ -6641,7 +6569,7 @@ class TestHosts:
 
         assert background.run(ask()) == expected
 
-    def test_a_server_with_a_host_has_an_origin_of_its_own(self, background: Background) -> None:
+    def test_a_server_with_a_host_has_an_origin_of_its_own(self, open_tunnel: object) -> None:
         fields = [
             ("Set-Cookie", "a=b; Domain=example.com; Path=/"), ("Set-Cookie", "c=d;domain=.x;Secure"), ("Strict-Transport-Security", "max-age=1"),
             ("Service-Worker-Allowed", "/"), ("Content-Security-Policy", "own"), ("Clear-Site-Data", "*"), ("X-Accel-Redirect", "/x"),
@@ -6653,7 +6581,7 @@ class TestHosts:
             seen.update(request.headers)
             return ptth.Response(200, fields, ptth.BytesBody(b"page"))
 
-        tunnel = Tunnel(background, page)
+        tunnel = open_tunnel(page)
         answer = tunnel.fetch(
             b"GET / HTTP/1.1\r\nHost: n.example.com\r\nCookie: a=b\r\nX-ApiKey: mine\r\nConnection: close\r\n\r\n"
         )
@@ -6674,7 +6602,6 @@ class TestHosts:
         } & set(got)
         below = one(tunnel.fetch(get("/frontend/servers/n/", "Cookie: a=b")))[1]
         assert "set-cookie" not in below and "sandbox" in below["content-security-policy"]
-        tunnel.close()
 
 
 class TestLastRelease:
@@ -6695,10 +6622,10 @@ class TestLastRelease:
     )
 
     def test_its_server_is_served_by_the_relay(self, bare_relay: Tunnel) -> None:
-        with socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20) as server:
-            server.sendall(self.P1)
-            client = socket.create_connection(("127.0.0.1", bare_relay.port), timeout=20)
-            client.sendall(b"GET /frontend/servers/n/files/a HTTP/1.1\r\nHost: h\r\nAccept: */*\r\n\r\n")
+        with connect(bare_relay.port, self.P1) as server:
+            client = connect(
+                bare_relay.port, b"GET /frontend/servers/n/files/a HTTP/1.1\r\nHost: h\r\nAccept: */*\r\n\r\n"
+            )
             data = b""
             while data.count(b"\r\n\r\n") < 2:
                 data += server.recv(1 << 16)
@@ -7147,7 +7074,7 @@ class TestServer:
         asyncio.run(post())
         assert len(posts) == 2 and posts[0] == posts[1]
 
-    def test_what_is_answered_at_once_leaves_with_the_next_p1(self, background: Background) -> None:
+    def test_what_is_answered_at_once_leaves_with_the_next_p1(self, open_tunnel: object) -> None:
         seen: list[tuple[str, bool]] = []
         go = asyncio.Event()
 
@@ -7156,7 +7083,7 @@ class TestServer:
                 await go.wait()
             return await echo(request)
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         tunnel.fetch(get("/frontend/servers/n/first"))
 
         async def record(request: ptth.Request) -> ptth.Response:
@@ -7172,7 +7099,6 @@ class TestServer:
         del seen[:]
         assert b"/slow" in tunnel.fetch(get("/frontend/servers/n/slow"))
         assert seen == [("GET", True), ("POST", False)]
-        tunnel.close()
 
     @pytest.mark.parametrize(
         ("answer", "then"),
@@ -7224,8 +7150,8 @@ class TestServer:
         asyncio.run(attend())
         assert len(posts) == 1
 
-    def test_a_request_leaves_nothing_to_the_garbage_collector(self, background: Background) -> None:
-        tunnel = Tunnel(background, echo)
+    def test_a_request_leaves_nothing_to_the_garbage_collector(self, open_tunnel: object) -> None:
+        tunnel = open_tunnel(echo)
 
         def exchanges() -> int:
             return sum(isinstance(each, ptth.Exchange) for each in gc.get_objects())
@@ -7240,14 +7166,14 @@ class TestServer:
             assert left < 10, f"{left} of 20"  # those of the last P3 are remembered until the next
         finally:
             gc.enable()
-        tunnel.close()
 
-    def test_a_batch_that_is_the_next_p1_delays_no_stop(self, background: Background, monkeypatch: Patch) -> None:
-        tunnel = Tunnel(background, echo)
+    def test_a_batch_that_is_the_next_p1_delays_no_stop(
+        self, background: Background, open_tunnel: object, monkeypatch: Patch
+    ) -> None:
+        tunnel = open_tunnel(echo)
         tunnel.fetch(get("/frontend/servers/n/x"))
         monkeypatch.setattr(ptth, "LINGER_TIMEOUT", 20)  # after which a stop breaks off what is still open
         background.run(tunnel.server.stop(25), 15)
-        tunnel.close()
 
     def test_a_body_of_unknown_length_arrives_also_behind_nothing(self, background: Background) -> None:
         class Pieces(ptth.Body):
@@ -7283,14 +7209,14 @@ class TestServer:
             return ptth.text_response(200, "")
 
         async def post(port: int) -> None:
-            client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
+            client = client_of(port)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(client.post("/", [], ptth.BytesBody(bytes(size))), 20)
             client.close()
             release.set()
 
         monkeypatch.setattr(ptth, "P7_TIMEOUT", 0.1)
-        with serving(background, never) as port:
+        with background.serve(never) as port:
             begin = time.monotonic()
             background.run(post(port))
             assert time.monotonic() - begin < 20
@@ -7305,16 +7231,18 @@ class TestServer:
             return ptth.text_response(410, "the client is gone")
 
         async def post(port: int) -> int:
-            client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", port, ""))
+            client = client_of(port)
             status, _ = await client.post("/", [], Endless())
             assert not client.idle  # what was sent of the body would be read as a request
             client.close()
             return status
 
-        with serving(background, gone) as port:
+        with background.serve(gone) as port:
             assert background.run(post(port)) == 410
 
-    def test_no_p1_is_open_while_there_is_no_room(self, background: Background, monkeypatch: Patch) -> None:
+    def test_no_p1_is_open_while_there_is_no_room(
+        self, background: Background, open_tunnel: object, monkeypatch: Patch
+    ) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
         monkeypatch.setattr(ptth, "FAR_P1", 1)  # a slow machine looks like a long way
         begun: list[str] = []
@@ -7325,7 +7253,7 @@ class TestServer:
             await release.wait()
             return ptth.text_response(200, request.target)
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         queue_ = tunnel.relay.state.servers["n"]
         clients = []
         for i in range(2):
@@ -7339,7 +7267,6 @@ class TestServer:
         assert len(queue_.waiting) == 1 and len(begun) == 2
         background.loop.call_soon_threadsafe(release.set)
         assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
-        tunnel.close()
 
     def test_a_relay_of_the_original(self, start: object, tmp_path: object) -> None:
         (tmp_path / "hello.txt").write_bytes(HELLO)
@@ -7389,7 +7316,7 @@ class TestServer:
                 running -= 1
                 raise ConnectionAbortedError  # the client is gone
 
-            server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, handler)
+            server = ptth.TunnelServer(client_of(1), "n", KEY, handler)
             requests = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % i for i in range(600)]
             async with asyncio.TaskGroup() as server.workers.group:
                 server.links[0].accept(b"".join(requests))
@@ -7464,7 +7391,7 @@ class TestServer:
 
         assert asyncio.run(measure()) == expected
 
-    def test_whatever_a_handler_raises_becomes_a_response(self, background: Background, capfd: Output) -> None:
+    def test_whatever_a_handler_raises_becomes_a_response(self, open_tunnel: object, capfd: Output) -> None:
         class Faulty(ptth.Body):
             length = 300_000
 
@@ -7492,7 +7419,7 @@ class TestServer:
         async def cancelled() -> None:
             raise asyncio.CancelledError
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         for kind, status in {
             "timeout": 504, "broken": 502, "value": 500, "reset": 500, "None": 500, "field": 500, "cancelled": 500,
         }.items():  # fmt: skip
@@ -7501,19 +7428,18 @@ class TestServer:
         assert b" 200 OK" in raw and len(raw) < 200_000
         assert "the body has a fault" in capfd.readouterr().err
         assert one(tunnel.fetch(get("/frontend/servers/n/value")))[0] == 500
-        tunnel.close()
 
     def test_clients_that_do_not_read_keep_no_handler(
-        self, background: Background, tmp_path: object, monkeypatch: Patch
+        self, open_tunnel: object, tmp_path: object, monkeypatch: Patch
     ) -> None:
         with open(tmp_path / "big", "wb") as file:
             file.truncate(1 << 28)
         (tmp_path / "small").write_bytes(HELLO)
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
-        tunnel = Tunnel(background, ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
+        tunnel = open_tunnel(ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
         lazy = []
         for _ in range(5):
-            lazy.append(socket.create_connection(("127.0.0.1", tunnel.port), timeout=20))
+            lazy.append(connect(tunnel.port))
             lazy[-1].sendall(get("/frontend/servers/n/files/big"))
             assert lazy[-1].recv(15).startswith(b"HTTP/1.1 200 OK")
         assert one(tunnel.fetch(get("/frontend/servers/n/files/small")))[2] == HELLO
@@ -7524,10 +7450,9 @@ class TestServer:
         for sock in lazy:
             sock.close()
         eventually(lambda: not tunnel.server.workers.sending)
-        tunnel.close()
 
     def test_while_all_handlers_are_at_work_the_rest_waits_at_the_relay(
-        self, background: Background, monkeypatch: Patch
+        self, open_tunnel: object, monkeypatch: Patch
     ) -> None:
         release, started = threading.Event(), []
 
@@ -7537,7 +7462,7 @@ class TestServer:
             return ptth.text_response(200, request.target)
 
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         clients = [Client(tunnel.port, f"/{i}") for i in range(2)]
         try:
             eventually(lambda: len(started) == 2 and not tunnel.relay.state.servers["n"].parked)
@@ -7549,11 +7474,10 @@ class TestServer:
         finally:
             release.set()  # also after a failure, or its thread would keep the tests from ending
         assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
-        tunnel.close()
 
     def test_small_responses_that_the_relay_does_not_take_stop_the_polling(self) -> None:
         async def fill() -> list[bool]:
-            server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, echo)
+            server = ptth.TunnelServer(client_of(1), "n", KEY, echo)
             sender, rooms, release = server.links[0]._sender, [], asyncio.Event()
 
             async def post(*_: object) -> None:
@@ -7575,7 +7499,7 @@ class TestServer:
 
     def test_what_is_offered_again_is_not_told_as_lost(self) -> None:
         async def offer() -> list[str]:
-            server = ptth.TunnelServer(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, echo)
+            server = ptth.TunnelServer(client_of(1), "n", KEY, echo)
             server.links[0]._sender.lost.extend(["aaaaaaaa", "bbbbbbbb"])
             async with asyncio.TaskGroup() as server.workers.group:
                 server.links[0].accept(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n")
@@ -7645,7 +7569,7 @@ class TestServer:
 
     def test_the_shortest_of_several_round_trips_counts_and_is_measured_again(self, monkeypatch: Patch) -> None:
         async def measure() -> list[tuple[int, int]]:
-            link = ptth.Link(ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", 1, "")), "n", KEY, ptth.Workers(echo))
+            link = ptth.Link(client_of(1), "n", KEY, ptth.Workers(echo))
             samples = iter([0.9, 0.001, 0.9, 0.9, 0.8, 0.7, 0.9, 0.9, OSError("refused"), 0.0, OSError("refused")])
             seen: list[tuple[int, bool]] = []
             set_distance = link._set_distance
@@ -7677,11 +7601,11 @@ class TestServer:
         # 0.9 and three samples; then three at a time, one of which may fail, and then those before it count
         assert asyncio.run(asyncio.wait_for(measure(), 20))[:4] == [near, far, far, near]
 
-    def test_an_unexpected_error_and_a_cancellation_end_the_server(self, background: Background) -> None:
+    def test_an_unexpected_error_and_a_cancellation_end_the_server(
+        self, background: Background, open_tunnel: object
+    ) -> None:
         async def attend(fault: bool) -> None:
-            server = ptth.TunnelServer(
-                ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", relay.port, "")), "n", KEY, echo
-            )
+            server = ptth.TunnelServer(client_of(relay.port), "n", KEY, echo)
             running = asyncio.create_task(server.run())
             await server.connected.wait()
             if fault:
@@ -7696,12 +7620,11 @@ class TestServer:
             assert not server.links[0].client.connections
             await server.stop()
 
-        relay = Tunnel(background, None)
+        relay = open_tunnel()
         background.run(attend(False))
         background.run(attend(True))
-        relay.close()
 
-    def test_a_slow_handler_holds_up_nobody(self, background: Background) -> None:
+    def test_a_slow_handler_holds_up_nobody(self, open_tunnel: object) -> None:
         release = threading.Event()
 
         async def handler(request: ptth.Request) -> ptth.Response:
@@ -7709,12 +7632,11 @@ class TestServer:
                 await asyncio.to_thread(release.wait)
             return ptth.text_response(200, request.target)
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         slow = Client(tunnel.port, "/slow")
         assert [Client(tunnel.port, f"/{i}").answer()[2] for i in range(5)] == [f"/{i}".encode() for i in range(5)]
         release.set()
         assert slow.answer()[2] == b"/slow"
-        tunnel.close()
 
 
 class TestSeveralRelays:
@@ -7729,9 +7651,7 @@ class TestSeveralRelays:
 
     @staticmethod
     async def attend(relays: list[Tunnel], *more: ptth.HTTPClient) -> tuple[ptth.TunnelServer, object]:
-        client, *others = [
-            ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", relay.port, "")) for relay in relays if relay
-        ] + list(more)
+        client, *others = [client_of(relay.port) for relay in relays if relay] + list(more)
         server = ptth.TunnelServer(client, "n", KEY, echo, *others)
         running = asyncio.create_task(server.run())
         await asyncio.wait_for(server.connected.wait(), 20)
@@ -7763,7 +7683,7 @@ class TestSeveralRelays:
         entry = ptth.ServerEntry("n", ptth.tripcode(KEY + "x"))
         background.loop.call_soon_threadsafe(refusing.relay.configure, ptth.RelayConfig(servers=[entry]))
         away = free_port()
-        client = ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", away, ""))
+        client = client_of(away)
         server, running = background.run(self.attend([refusing, good], client))
         eventually(lambda: all(f"//127.0.0.1:{port}: " in "".join(told) for port in (good.port, refusing.port, away)))
         assert self.reach(good) == 200 and server.connected.is_set()
@@ -7875,7 +7795,7 @@ class TestSeveralRelays:
             server.wait_for("connected to the relay")
         socks = []
         for relay in relays:
-            socks.append(socket.create_connection(("127.0.0.1", relay.port), timeout=30))
+            socks.append(connect(relay.port, patience=30))
             socks[-1].sendall(get("/frontend/servers/n/files/big"))
             assert socks[-1].recv(15).startswith(b"HTTP/1.1 200 OK")
         server.process.send_signal(signal.SIGHUP)
@@ -8417,9 +8337,9 @@ class TestCommandLine:
         env = {"PATH": "", "TZ": "Nowhere/Never", "LC_ALL": "xx_YY.none", "PYTHONUTF8": "0"}
         process = subprocess.Popen(["/bin/sh", "-c", command], env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            eventually(lambda: TestRealPrograms.listens(port))
+            eventually(lambda: listens(port))
             for _ in range(3):
-                with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+                with connect(port) as sock:
                     for _ in range(2):
                         sock.sendall(get("/hello.txt").replace(b"Connection: close\r\n", b""))
                         answer = http.client.HTTPResponse(sock)
@@ -8645,7 +8565,7 @@ class Pair:
 
     def download(self, path: str) -> socket.socket:
         """Start a download; return its connection after the first bytes."""
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        sock = connect(self.port, patience=30)
         sock.sendall(get("/frontend/servers/n/files" + path))
         assert sock.recv(15).startswith(b"HTTP/1.1 200 OK")
         return sock
@@ -8868,7 +8788,7 @@ class TestFaults:
             command = f"exec {sys.executable} {PROGRAM} file-server {files} --port {port} >/dev/full {redirect}"
             process = subprocess.Popen(["sh", "-c", command])
             try:
-                eventually(lambda port=port: TestRealPrograms.listens(port))
+                eventually(lambda port=port: listens(port))
                 for _ in range(20):
                     assert one(fetch(port, get("/hello.txt")))[2] == HELLO
             finally:
@@ -8880,11 +8800,9 @@ class TestFaults:
         command = f"ulimit -n 128; exec {sys.executable} {PROGRAM} file-server {files} --port {port} -q"
         process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            eventually(lambda: TestRealPrograms.listens(port))
+            eventually(lambda: listens(port))
             with contextlib.ExitStack() as stack:
-                idle = [
-                    stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(90)
-                ]
+                idle = [stack.enter_context(connect(port)) for _ in range(90)]
                 refused = idle[-1].recv(1000)
                 assert refused.startswith(b"HTTP/1.1 503") and b"Retry-After" in refused
                 idle[0].sendall(get("/hello.txt"))
@@ -8902,11 +8820,11 @@ class TestFaults:
         assert told.count(b"\n") <= 2, told
 
     def test_without_descriptors_downloads_go_on(
-        self, background: Background, tmp_path: object, monkeypatch: Patch
+        self, open_tunnel: object, tmp_path: object, monkeypatch: Patch
     ) -> None:
         data = os.urandom(3_000_000)
         (tmp_path / "x").write_bytes(data)
-        tunnel = Tunnel(background, ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
+        tunnel = open_tunnel(ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
 
         def none_left(*args: object) -> int:
             raise OSError(errno.EMFILE, "Too many open files")
@@ -8917,12 +8835,11 @@ class TestFaults:
         with monkeypatch.context() as patched:
             patched.setattr(os, "pipe2", none_left)
             assert one(tunnel.fetch(get("/frontend/servers/n/files/x")))[2] == data
-        tunnel.close()
 
     def test_many_idle_clients_and_downloads_at_once(self, pair: Pair, files: str) -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(500):
-                stack.enter_context(socket.create_connection(("127.0.0.1", pair.port), timeout=20))
+                stack.enter_context(connect(pair.port))
             with open(os.path.join(files, "medium"), "rb") as file:
                 digest = hashlib.sha256(file.read()).digest()
             results: queue.Queue[bytes] = queue.Queue()
@@ -8979,9 +8896,7 @@ class TestFaults:
         server = start("file-server", files, "--port", "0").listening()
         quiet = self.median_time(server.port)
         with contextlib.ExitStack() as stack:
-            attackers = [
-                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20)) for _ in range(50)
-            ]
+            attackers = [stack.enter_context(connect(server.port)) for _ in range(50)]
             for sock in attackers:
                 sock.setblocking(False)
                 with contextlib.suppress(BlockingIOError):
@@ -9029,9 +8944,9 @@ class TestFaults:
             hand.close()
 
     def test_the_relays_name_and_the_clock_may_fail_and_come_back(
-        self, background: Background, monkeypatch: Patch, told: list[str]
+        self, background: Background, open_tunnel: object, monkeypatch: Patch, told: list[str]
     ) -> None:
-        tunnel = Tunnel(background, None)
+        tunnel = open_tunnel()
         resolve, now = socket.getaddrinfo, time.time
         resolves = False
 
@@ -9056,7 +8971,6 @@ class TestFaults:
         for jump in (0, 1e6, -1e6):
             monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
             assert Client(tunnel.port).answer()[0] == 200
-        tunnel.close()
 
     @pytest.mark.skipif(not LONG, reason="takes a minute: PTTH_LONG is not set")
     def test_a_dead_link_is_noticed_and_the_address_may_change(
@@ -9139,7 +9053,9 @@ class TestFaults:
         assert not wrong
         assert all(now < then + 16 for then, now in zip(before, memory, strict=True)), (before, memory)
 
-    def test_a_random_life_keeps_its_promises(self, background: Background, monkeypatch: Patch) -> None:
+    def test_a_random_life_keeps_its_promises(
+        self, background: Background, open_tunnel: object, monkeypatch: Patch
+    ) -> None:
         """Clients, servers and faults in random order: every request gets its own response, or an error."""
         monkeypatch.setattr(ptth, "FETCH_GRACE", 0.2)
         rng = random.Random(7)
@@ -9152,7 +9068,7 @@ class TestFaults:
             body = request.target.encode() * (1 + 20_000 * request.target.startswith("/large"))
             return ptth.Response(200, [("Content-Type", "text/plain")], ptth.BytesBody(body))
 
-        tunnel = Tunnel(background, handler, response_timeout=1)  # what a fault has lost is an honest 504 then
+        tunnel = open_tunnel(handler, response_timeout=1)  # what a fault has lost is an honest 504 then
         tasks = len(background.run(self.all_tasks()))
         clients: list[tuple[str, Client]] = []
         for i in range(150):
@@ -9179,7 +9095,6 @@ class TestFaults:
         eventually(lambda: not tunnel.relay.state.exchanges)
         kept = tunnel.server.links[0].client.connections  # each is a task at the relay's end
         eventually(lambda: len(background.run(self.all_tasks())) <= tasks + len(kept))
-        tunnel.close()
 
     @staticmethod
     async def all_tasks() -> set[object]:
@@ -9266,12 +9181,10 @@ class TestRealPrograms:
         write_configs(tmp_path, relay_port)
         start("relay", cwd=tmp_path).listening()
         with nginx(tmp_path, block):
-            eventually(lambda: self.listens(front))
+            eventually(lambda: listens(front))
 
             async def begin() -> tuple[ptth.TunnelServer, object]:
-                server = ptth.TunnelServer(
-                    ptth.HTTPClient(ptth.BaseURL(False, "127.0.0.1", front, "")), "n", KEY, handler
-                )
+                server = ptth.TunnelServer(client_of(front), "n", KEY, handler)
                 running = asyncio.create_task(server.run())
                 await server.connected.wait()
                 return server, running
@@ -9297,7 +9210,7 @@ class TestRealPrograms:
         write_configs(tmp_path, relay_port, str(tmp_path))
         start("relay", cwd=tmp_path).listening()
         with nginx(tmp_path, block):
-            eventually(lambda: self.listens(front))
+            eventually(lambda: listens(front))
             server = start("server", "--relay-url", f"http://127.0.0.1:{front}", cwd=tmp_path)
             server.wait_for("connected to the relay")
             server.wait_for("by POST")  # before any client has asked
@@ -9332,7 +9245,7 @@ class TestRealPrograms:
         environment = {**os.environ, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
         process = subprocess.Popen([program, *arguments], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
         try:
-            eventually(lambda: self.listens(front) and self.listens(visitors))
+            eventually(lambda: listens(front) and listens(visitors))
             with tunnel_behind(background, bare_relay, front, handler):
                 body = one(fetch(visitors, get("/files/big", host="n.example.com"), half_close=False))[2]
                 assert body == (tmp_path / "big").read_bytes()
@@ -9351,12 +9264,6 @@ class TestRealPrograms:
         finally:
             process.terminate()
             process.wait(20)
-
-    @staticmethod
-    def listens(port: int) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return True
-        return False
 
     FRONTS = {  # program: (its arguments, its configuration)
         "nginx": (["-p", ".", "-c", "conf"], """daemon off; worker_processes 1; pid p; error_log e; events {{}} http {{ access_log off;
@@ -9379,7 +9286,7 @@ class TestRealPrograms:
 
     @pytest.mark.parametrize("program", FRONTS)
     def test_no_front_and_relay_read_one_request_as_two(
-        self, program: str, start: object, tmp_path: object, background: Background
+        self, program: str, start: object, tmp_path: object, open_tunnel: object
     ) -> None:
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed")
@@ -9389,7 +9296,7 @@ class TestRealPrograms:
             asked.append(request.target)
             return ptth.text_response(200, "here")
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         front = free_port()
         arguments, text = self.FRONTS[program]
         (tmp_path / "conf").write_text(text.format(front=front, relay=tunnel.port))
@@ -9397,7 +9304,7 @@ class TestRealPrograms:
             [program, *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
         try:
-            eventually(lambda: self.listens(front))
+            eventually(lambda: listens(front))
             for method in ("GET", "POST"):
                 for fields in self.AMBIGUOUS:
                     if program == "caddy" and "y\nTransfer" in fields:
@@ -9411,7 +9318,6 @@ class TestRealPrograms:
         finally:
             process.terminate()
             process.wait(10)
-        tunnel.close()
 
     @staticmethod
     def readme(language: str) -> list[str]:
@@ -9448,7 +9354,7 @@ class TestRealPrograms:
 
     @pytest.mark.parametrize("program", ["nginx", "caddy"])
     def test_the_readmes_password_cannot_be_walked_round(
-        self, program: str, tmp_path: object, background: Background
+        self, program: str, tmp_path: object, open_tunnel: object
     ) -> None:
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed")
@@ -9458,14 +9364,14 @@ class TestRealPrograms:
             asked.append(request)
             return ptth.text_response(200, "secret")
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         front = free_port()
         process = subprocess.Popen(
             self.front_with_a_password(program, tmp_path, front, tunnel.port),
             cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            eventually(lambda: self.listens(front))
+            eventually(lambda: listens(front))
             below = "/frontend/servers/n/"
             for up in ("..", "%2e%2e", ".%2E", "..%2f..", "..\\", "..%5c", "a/../..", "..;"):
                 for slash in ("/", "//", "%2f", "\\", "/./"):
@@ -9485,7 +9391,6 @@ class TestRealPrograms:
         finally:
             process.terminate()
             process.wait(10)
-        tunnel.close()
 
     def front_for_hosts(self, program: str, where: object, front: int, relay: int) -> list[str]:
         """Write the README's configuration for hosts, with a certificate of the test; return the command."""
@@ -9520,7 +9425,7 @@ class TestRealPrograms:
     @needs("openssl")
     @pytest.mark.parametrize("program", ["nginx", "haproxy", "caddy"])
     def test_the_readmes_proxies_bring_hosts_and_websockets(
-        self, program: str, tmp_path: object, background: Background
+        self, program: str, tmp_path: object, open_tunnel: object
     ) -> None:
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed")
@@ -9534,7 +9439,7 @@ class TestRealPrograms:
                 )
             return ptth.text_response(200, request.headers["x-forwarded-proto"], [("Set-Cookie", "a=b")])
 
-        tunnel = Tunnel(background, handler)
+        tunnel = open_tunnel(handler)
         front = free_port()
         process = subprocess.Popen(
             self.front_for_hosts(program, tmp_path, front, tunnel.port), cwd=tmp_path, stderr=subprocess.DEVNULL
@@ -9542,7 +9447,7 @@ class TestRealPrograms:
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
-            eventually(lambda: self.listens(front))
+            eventually(lambda: listens(front))
             for upgrade in (False, True):
                 plain = socket.create_connection(("127.0.0.1", front), 20)
                 with context.wrap_socket(plain, server_hostname="n.example.com") as client:
@@ -9571,7 +9476,6 @@ class TestRealPrograms:
         finally:
             process.terminate()
             process.wait(10)
-        tunnel.close()
 
     @needs("openssl")
     def test_https_to_the_relay_checks_the_certificate(
@@ -9622,7 +9526,7 @@ class TestRealPrograms:
         relay, server, port = background.run(begin())
         proxy = subprocess.Popen(["tinyproxy", "-d", "-c", str(tmp_path / "proxy.conf")], stdout=subprocess.DEVNULL)
         try:
-            eventually(lambda: self.listens(proxy_port))
+            eventually(lambda: listens(proxy_port))
             (tmp_path / "big").write_bytes(b"x" * 1_000_000)
             write_configs(
                 tmp_path,
@@ -9700,7 +9604,7 @@ class TestRealPrograms:
                 file.truncate(size)
         server = start("file-server", str(tmp_path / "files"), "--port", "0").listening()
         before = server.peak_mib()
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
+        with connect(server.port, patience=60) as sock:
             sock.sendall(b"GET /?zip HTTP/1.0\r\n\r\n")
             stream = sock.makefile("rb", 1 << 20)
             while stream.readline() != b"\r\n":
@@ -9724,7 +9628,7 @@ class TestRealPrograms:
         port = free_port()
         driver = subprocess.Popen(["chromedriver", f"--port={port}", "--log-level=OFF"], stdout=subprocess.DEVNULL)
         try:
-            eventually(lambda: self.listens(port))
+            eventually(lambda: listens(port))
             browser = Browser(port, str(tmp_path))
             browser.open(f"http://127.0.0.1:{files_tunnel.port}/frontend/servers/n/files/")
             names = "return [...document.querySelectorAll('tbody tr')].filter(r => !r.hidden).map(r => r.cells[0].textContent)"
