@@ -7890,12 +7890,21 @@ def load_relay_config(path: str, domain: str | None = None) -> RelayConfig:
     return config
 
 
+def parse_host_name(text: str) -> str:
+    """Return a host name in lower case and without outer dots, or "". ValueError."""
+    host = text.lower().strip(".")
+    if host and not (re.fullmatch(r"[a-z0-9.-]+", host) and is_host(host)):
+        raise ValueError("must be a host name without scheme, port and path, for example app.example.org")
+    return host
+
+
 def read_host(table: TOMLTable, key: str) -> str:
     """Return a host name in lower case, or ""."""
-    host = table.text(key).lower().removesuffix(".")
-    if host and not (re.fullmatch(r"[a-z0-9.-]+", host) and is_host(host)):
-        table.problem(f"{key} must be a host name without scheme, port and path, for example app.example.org")
-    return host
+    try:
+        return parse_host_name(table.text(key))
+    except ValueError as error:
+        table.problem(f"{key} {error}")
+        return ""
 
 
 def read_networks(table: TOMLTable) -> list[str]:
@@ -8377,18 +8386,17 @@ async def run_relay(args: argparse.Namespace) -> None:
         print_scraper_key(args.new_scraper_key)
         return
     path = find_config(args.config, "ptth_relay.toml")
-    domain = args.domain and args.domain.lower().strip(".")
     if args.config is None and not os.path.exists(path):
-        config = RelayConfig(domain=domain or "")
+        config = RelayConfig(domain=args.domain or "")
         log_line("ptth relay: no ptth_relay.toml found: using defaults, no server registered")
     else:
-        config = load_relay_config(path, domain)
+        config = load_relay_config(path, args.domain)
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
     relay = Relay(config)
     log = None if args.quiet else AccessLog(relay.state.client_address)
     server = HTTPServer(relay.handle, takes_bodies=True, log=log)
     relay.state.connection_count = lambda: len(server.connections)
-    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, path, domain))
+    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, path, args.domain))
     await server.listen(sock)
     print_ready(f"PTTH relay for {format_count(len(config.servers), 'server')} at {' '.join(listening_urls(sock))}")
     await stop.wait()
@@ -8615,7 +8623,8 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, No
         _config_option("ptth_relay.toml"), _QUIET,
         _option("--bind", "ADDR", "address to listen on; overrides the file (default: `bind` there, or 127.0.0.1)"),
         _port_option("; overrides the file (default: `port` there, or 4000)"),
-        _option("--domain", "HOST", "give each server the host NAME.HOST; overrides the file"),
+        _option("--domain", "HOST", "give each server the host NAME.HOST; overrides the file",
+                type=option_type(parse_host_name)),
         _option("--new-scraper-key", "NAME",
                 "print a [[scraper_keys]] block, valid 30 days, on stdout and its key on stderr, and exit"),
     )),

@@ -8171,6 +8171,7 @@ class TestCommandLine:
             "demo --nonsense",
             "file-server --header x",
             "file-server --header Date:x",
+            "relay --domain https://relay.example.com",
         ],
     )
     def test_wrong_usage_is_2(self, args: str, call: object) -> None:
