@@ -9405,7 +9405,10 @@ class TestRealPrograms:
         elif program == "caddy":
             ports = f"https_port {front}\n http_port {free_port()}\n"
             own = f"{{\n admin off\n {ports} local_certs\n skip_install_trust\n storage file_system {where}/caddy\n"
-            block = block.replace("{\n", own, 1)
+            above = self.readme("caddy")[0].partition("{\n")[2].removesuffix("}\n")
+            assert "    # reverse_proxy as above\n" in block
+            block = block.replace("    # reverse_proxy as above\n", above).replace("{\n", own, 1)
+            block = block.replace("127.0.0.1:4000", f"127.0.0.1:{relay}")
         else:
             certificate = f"ssl_certificate {where}/cert; ssl_certificate_key {where}/key;"
             block = block.replace("# ssl_certificate ...; ssl_certificate_key ...;", certificate)
