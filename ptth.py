@@ -5842,10 +5842,9 @@ class RelayState:
 
     def find_server(self, name: str) -> RegisteredServer:
         """Return the server with that name. ProtocolError 404."""
-        server = self.servers.get(name)
-        if server is None:
+        if name not in self.servers:
             raise ProtocolError(404, "there is no server of that name here")
-        return server
+        return self.servers[name]
 
     def server_of_host(self, host: str) -> RegisteredServer | None:
         """Return the server with this host; None for the relay's own. ProtocolError 404 for others below `domain`."""
@@ -5979,21 +5978,15 @@ class Desk:
             "/frontend/relay_up_check": self._up_check,
             "/ptth.py": lambda request: Response(200, source_fields, BytesBody(source)),
         }
-        self._scraper_pages: dict[str, Callable[[], Response]] = {
-            "test": lambda: text_response(200, "You're valid!", [NO_STORE]),
-            "server_list": lambda: json_response({"servers": [self._server_info(one) for one in self._servers()]}),
-            "metrics": self._metrics,
-        }
 
     async def show(self, request: Request, path: str) -> Response:
         """Answer a request for one of the relay's own pages. ProtocolError 404, 405."""
-        show = self._pages.get(path)
-        if show is None:
+        if path not in self._pages:
             raise ProtocolError(404, "not found")
         self._check_method(request)
         if path == "/frontend/audit_log" and await self._may_see_clients(request):
             return self._audit_log(request)
-        return show(request)
+        return self._pages[path](request)
 
     async def _may_see_clients(self, request: Request) -> bool:
         """Return whether this request may see the addresses of clients and the paths of their requests."""
@@ -6005,10 +5998,13 @@ class Desk:
     def show_scraper(self, request: Request, what: str) -> Response:
         """Answer the part of the scraper API that is not forwarded to a server. ProtocolError 404, 405."""
         self._check_method(request)
-        show = self._scraper_pages.get(what)
-        if show is None:
-            raise ProtocolError(404, "not found")
-        return show()
+        if what == "test":
+            return text_response(200, "You're valid!", [NO_STORE])
+        if what == "server_list":
+            return json_response({"servers": [self._server_info(server) for server in self._servers()]})
+        if what == "metrics":
+            return self._metrics()
+        raise ProtocolError(404, "not found")
 
     @staticmethod
     def _check_method(request: Request) -> None:
@@ -6723,9 +6719,8 @@ class Relay:
 
     async def drain(self) -> None:
         """Let the health check fail. If a balancer checks it, wait DRAIN_TIME: then no more clients come."""
-        state = self.state
-        state.draining = True
-        if len(state.checks) == 3 and state.loop.time() - state.checks[0] < MAX_CHECK_AGE:
+        self.state.draining = True
+        if len(self.state.checks) == 3 and self.state.loop.time() - self.state.checks[0] < MAX_CHECK_AGE:
             await asyncio.sleep(DRAIN_TIME)
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
