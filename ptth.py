@@ -6283,11 +6283,12 @@ class Backend:
     async def _give_stream(request: Request, exchange: Exchange, stream: ClientStream) -> Response:
         """Answer a poll with the bytes that the client has sent since the last one; 204 for none, 410 after the end."""
         offset, wait = parse_offset(request.headers), parse_wait(request.headers.get("prefer", ""))
-        await asyncio.wait({exchange.response}, timeout=wait)
-        if not exchange.response.done():
+        response = exchange.response
+        await asyncio.wait({response}, timeout=wait)
+        if not response.done():
             return Response(204, [NO_STORE])
         data: bytes | None = b""
-        if not exchange.response.exception() and exchange.response.result().status == 101:
+        if not response.cancelled() and not response.exception() and response.result().status == 101:
             try:
                 data = await stream.poll(offset, wait)
             except IncompleteBody as error:

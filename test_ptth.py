@@ -5988,6 +5988,14 @@ def parts(bare_relay: Tunnel) -> object:
 class TestParts:
     """Responses in parts and polls for what a client sends, at the relay."""
 
+    def test_a_poll_for_the_bytes_of_a_client_that_resets_before_its_response_is_410(self, parts: object) -> None:
+        stream = parts(*Visitor.ASKS)
+        stream.hand.send("GET", f"http_request/{stream.identity}", b"", "PTTH-Offset: 0", "Prefer: wait=20")
+        time.sleep(0.1)
+        stream.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stream.client.close()
+        assert stream.hand.answer()[0] == 410
+
     def test_a_body_that_is_received_is_cut_into_parts_up_to_its_end(self) -> None:
         """Its `length` is what is still to come, and becomes smaller while it is read."""
 
