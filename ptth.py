@@ -1343,13 +1343,15 @@ class IncomingBody(Body):
         if self.unread_data:
             data, self.unread_data = self.unread_data, b""
             return data
-        if self.expects:
-            self.expects = False
-            await self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
+            if self.expects:
+                self.expects = False
+                await self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             return await (self._read_chunks() if self.chunked else self._read_counted())
         except TimeoutError:
             raise ProtocolError(408, "the rest of the message did not arrive in time", close=True) from None
+        except OSError as error:  # a reset
+            raise IncompleteBody(format_error(error)) from None
 
     async def _read_counted(self) -> bytes:
         """Return received bytes of a body with a length, or of one that ends with the connection."""
@@ -1466,6 +1468,10 @@ class IncomingBody(Body):
             if self.remaining and await sink.splice(connection, self.remaining):
                 self.remaining = 0
                 self.complete = True
+        except OSError as error:
+            if connection.is_reset():
+                raise IncompleteBody(format_error(error)) from None
+            raise
         finally:
             if not connection.transport.is_closing():
                 connection.transport.resume_reading()

@@ -1429,6 +1429,31 @@ class TestHTTPServer:
         answers = split(say(echo, request_, b"GET /2 HTTP/1.1\r\nHost: a\r\n\r\n"))
         assert (answers[0][1].get("connection"), len(answers) == 2) == (connection, second)
 
+    @pytest.mark.parametrize("framing", ["Content-Length: 5000", "Transfer-Encoding: chunked"])
+    def test_a_client_that_resets_inside_a_body_is_no_fault(
+        self, framing: str, background: Background, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        seen: queue.Queue[object] = queue.Queue()
+
+        async def handler(request: ptth.Request) -> ptth.Response:
+            seen.put(await request.body.read())
+            try:
+                return ptth.text_response(200, str(await request.body.read()))
+            except (OSError, asyncio.CancelledError) as error:
+                seen.put(error)
+                raise
+
+        server = ptth.HTTPServer(handler, takes_bodies=True)
+        sock = ptth.open_socket("127.0.0.1", 0)
+        background.run(server.listen(sock))
+        with socket.create_connection(sock.getsockname(), timeout=20) as client:
+            client.sendall(f"PUT / HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n".encode() + ptth.format_chunk(b"x" * 1000))
+            assert seen.get(timeout=20)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        assert isinstance(seen.get(timeout=20), ptth.IncompleteBody | asyncio.CancelledError)
+        background.run(server.stop(1))
+        assert capfd.readouterr().err == ""
+
     @pytest.mark.parametrize(
         ("method", "statuses"), [("POST", [100, 200]), ("PUT", [200])]
     )  # `echo` reads that of POST
