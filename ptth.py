@@ -6458,6 +6458,8 @@ class Responses:
         part = Part(
             content, request.connection, parse_offset(headers), "ptth-more" in headers, self.state.loop.create_future()
         )
+        if exchange.delivered and exchange.delivered.cancelled():  # with the P5 before, by a reset
+            exchange.delivered = self.state.loop.create_future()
         if part.more and content is EMPTY and exchange.is_left():
             exchange.break_off("the client has left")
         exchange.connection = request.connection

@@ -6118,7 +6118,8 @@ class TestParts:
         assert b"\r\nContent-Length: 9\r\n" in stream.head
         assert stream.hand.answer()[0] == (200 if sent == 9 else 410)
 
-    def test_a_response_that_broke_off_goes_on_in_parts(self, parts: object) -> None:
+    @pytest.mark.parametrize("reset", [False, True])
+    def test_a_response_that_broke_off_goes_on_in_parts(self, reset: bool, parts: object) -> None:
         data = random.Random(5).randbytes(600_000)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 600000\r\n\r\n"
         for framing in ("Transfer-Encoding: chunked", f"Content-Length: {600_000 + len(head)}"):
@@ -6131,7 +6132,10 @@ class TestParts:
                 "\r\n".join(begin).encode() + (ptth.format_chunk(sent) if "chunked" in framing else sent)
             )
             got = stream.read(300_000)
+            if reset:
+                broken.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             broken.close()
+            time.sleep(3 * ptth.SWEEP_INTERVAL)
             for offset in range(0, 600_000, 150_000):
                 first = head if not offset else b""
                 more = offset < 450_000
