@@ -491,11 +491,6 @@ class Body:
         raise NotImplementedError
 
     @property
-    def has_arrived(self) -> bool:
-        """Whether all of it can be read without waiting."""
-        return self.complete
-
-    @property
     def known_length(self) -> int | None:
         """The bytes still to be read; None if unknown. Known also for a chunked body that has arrived completely."""
         return self.length
@@ -1332,11 +1327,6 @@ class IncomingBody(Body):
     def known_length(self) -> int | None:
         """The same, but known also for a chunked body that has arrived completely."""
         return len(self.unread_data) if self.complete else self.length
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether all of a body with a length can be read without waiting."""
-        return not (self.chunked or self.until_close) and len(self.connection.buffer) >= self.remaining
 
     async def read(self) -> bytes:
         """Return the next bytes, or b"" at the end. IncompleteBody; ProtocolError 400, 408 or 431."""
@@ -6550,8 +6540,6 @@ class Responses:
             raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
         server.batch_bytes += size
         try:
-            if body.has_arrived:
-                return await body.read_all(MAX_RESPONSES_BYTES)
             async with asyncio.timeout(self.state.config.response_timeout):
                 return await body.read_all(MAX_RESPONSES_BYTES)
         except TimeoutError:
