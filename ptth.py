@@ -6248,6 +6248,10 @@ class Backend:
             server.parked.popleft().answer_empty()
         try:
             return await parked.batch
+        except asyncio.CancelledError:
+            if not parked.batch.cancelled():  # a reset in the same turn of the loop: the requests are not sent
+                self._p3_sent(parked.connection, parked.batch.result(), whole=False)
+            raise
         finally:
             server.see(parked.instance, self.state.loop.time())
             if parked in server.parked:

@@ -5116,6 +5116,29 @@ class TestRelay:
 
         assert background.run(work()).status in (200, 204)
 
+    @pytest.mark.parametrize("turns", range(6))
+    def test_a_request_whose_p1_ends_while_it_is_handed_over_is_offered_again(
+        self, turns: int, background: Background
+    ) -> None:
+        async def work() -> None:
+            relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
+            fields = [("Accept", "application/http"), ("X-ApiKey", KEY)]
+            poll = ptth.Request("GET", "/7ZSFUKGV/http_listen/n", ptth.Headers(fields))
+            ended = asyncio.create_task(relay.handle(poll))
+            while not relay.state.servers["n"].parked:
+                await asyncio.sleep(0)
+            target = "/frontend/servers/n/x"
+            client = asyncio.create_task(relay.handle(ptth.Request("GET", target, ptth.Headers([("Host", "a")]))))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if not ended.done():
+                ended.cancel()
+                assert (await asyncio.wait_for(relay.handle(poll), 5)).body.data.startswith(b"GET /x ")
+            client.cancel()
+            await relay.stop(0)
+
+        background.run(work())
+
     def original(self, port: int) -> Hand:
         """Return a server in Rust, which sends Accept: */*, after its first P1."""
         hand = Hand(port)
