@@ -5777,7 +5777,7 @@ class RelayState:
     def __init__(self, config: RelayConfig) -> None:
         self.loop = asyncio.get_running_loop()
         self.started = self.loop.time()
-        self.servers: dict[str, RegisteredServer] = {}
+        self.servers: dict[str, RegisteredServer] = {}  # sorted by name
         self.hosts: dict[str, RegisteredServer] = {}  # servers by their own hosts
         self.exchanges: dict[str, Exchange] = {}  # requests that no P5 has claimed, by id
         self.uploads: dict[str, Exchange] = {}  # requests whose body can be fetched, by id
@@ -5806,8 +5806,8 @@ class RelayState:
                 del self.servers[name]
                 for exchange in server.waiting.values():
                     exchange.fail(503, f"the server {name} is not registered any more")
-        for name, entry in entries.items():
-            server = self.servers.setdefault(name, RegisteredServer(entry))
+        for name, entry in sorted(entries.items()):
+            server = self.servers[name] = self.servers.pop(name, RegisteredServer(entry))
             server.entry, server.hosts = entry, config.hosts_of(entry)
         self.hosts = {host: server for server in self.servers.values() for host in server.hosts}
         self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
@@ -5997,7 +5997,7 @@ class Desk:
         if what == "test":
             return text_response(200, "You're valid!", [NO_STORE])
         if what == "server_list":
-            return json_response({"servers": [self._server_info(server) for server in self._servers()]})
+            return json_response({"servers": [self._server_info(server) for server in self.state.servers.values()]})
         if what == "metrics":
             return self._metrics()
         raise ProtocolError(404, "not found")
@@ -6007,13 +6007,9 @@ class Desk:
         if request.method not in ("GET", "HEAD"):
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", "GET, HEAD")])
 
-    def _servers(self) -> list[RegisteredServer]:
-        return sorted(self.state.servers.values(), key=lambda server: server.name)
-
     # the scraper API
 
     def _server_info(self, server: RegisteredServer) -> dict[str, object]:
-        """Return a server's entry in the server list of the scraper API."""
         seen = None
         if server.last_seen is not None:
             seen = format_time(time.time() - (0 if server.connected else self.state.loop.time() - server.last_seen))
@@ -6026,7 +6022,7 @@ class Desk:
 
     def _metrics(self) -> Response:
         """Return all counters in Prometheus' text format. Labels name registered servers only."""
-        servers = self._servers()
+        servers = self.state.servers.values()
 
         def each(value: Callable[[RegisteredServer], float]) -> list[tuple[str, float]]:
             return [(f'{{server="{server.name}"}}', value(server)) for server in servers]
@@ -6073,7 +6069,7 @@ class Desk:
         now = self.state.loop.time()
         port = re.search(r":[0-9]+\Z", request.headers.get("host", ""))
         rows = []
-        for server in self._servers():
+        for server in self.state.servers.values():
             if server.connected:
                 state = "connected" + (f" ({len(server.instances)} servers)" if len(server.instances) > 1 else "")
             elif server.last_seen is None:
@@ -6170,7 +6166,6 @@ _UPLOAD_FIELDS = [("Content-Type", "application/octet-stream"), ("Cache-Control"
 
 
 def _bad_key() -> ProtocolError:
-    """Return the error for a server without the right key."""
     return ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, ("WWW-Authenticate", 'X-ApiKey realm="ptth"')])
 
 
@@ -6258,7 +6253,6 @@ class Backend:
                 server.parked.remove(parked)
 
     def _make_p3(self, request: Request, server: RegisteredServer, batch: list[Exchange]) -> Response:
-        """Make the answer to a P1."""
         sent = (lambda whole, size: self._p3_sent(request.connection, batch, whole)) if batch else None
         if "application/http" not in request.headers.get("accept", ""):  # a server in Rust sends */*
             data = self._pack_for_rust(batch)
@@ -6735,7 +6729,7 @@ class Relay:
                 while state.exchanges or len(state.responses) > sum(len(server.streams) for server in servers):
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            for exchange in list(self.state.exchanges.values()):
+            for exchange in state.exchanges.values():
                 exchange.fail(503, "the relay is stopping")
         for exchange in list(state.responses.values()):
             exchange.break_off("the relay is stopping")
