@@ -343,6 +343,15 @@ DATE = "Tue, 14 Nov 2023 22:13:20 GMT"
 HELLO = b"hello, world\n"
 
 
+def write_files(where: object, files: dict[str | bytes, str | bytes]) -> None:
+    """Write files of these names, with the folders that they need, below a folder."""
+    for name, data in files.items():
+        path = os.path.join(os.fsencode(where), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+
+
 def make_tree(root: str) -> None:
     """Make the directory for the table FILES."""
     files = {
@@ -367,17 +376,12 @@ def make_tree(root: str) -> None:
         b"big": bytes(range(256)) * 1024,
     }
     base = os.fsencode(root)
-    for name, data in files.items():
-        path = os.path.join(base, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(data)
-        os.utime(path, (MTIME, MTIME))
-    os.mkdir(os.path.join(base, b"nothing"))
     outside = base + b".outside"
-    os.makedirs(outside, exist_ok=True)
-    with open(os.path.join(outside, b"secret"), "wb") as file:
-        file.write(b"secret\n")
+    write_files(base, files)
+    write_files(outside, {b"secret": b"secret\n"})
+    for name in files:
+        os.utime(os.path.join(base, name), (MTIME, MTIME))
+    os.mkdir(os.path.join(base, b"nothing"))
     for link, aim in (
         (b"inside", b"hello.txt"), (b"insub", b"sub"), (b"outside", outside + b"/secret"), (b"outdir", outside),
         (b"dangling", b"nowhere"), (b"loop", b"loop"), (b"up", b"sub/../../" + os.path.basename(outside)),
@@ -2333,13 +2337,9 @@ class TestFileServer:
         boundary = re.fullmatch(r"multipart/byteranges; boundary=([\w-]+)", fields["content-type"])[1]
         parts = body.split(f"\r\n--{boundary}".encode())
         assert (status, parts[0], parts[-1]) == (206, b"", b"--\r\n")
-        expected = [("0-1", b"he"), ("7-8", b"wo"), ("12-12", b"\n")]
-        for part, (numbers, data) in zip(parts[1:-1], expected, strict=True):
-            assert (
-                part
-                == f"\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Range: bytes {numbers}/13\r\n\r\n".encode()
-                + data
-            )
+        head = "\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Range: bytes {}/13\r\n\r\n{}"
+        expected = [head.format(*part).encode() for part in (("0-1", "he"), ("7-8", "wo"), ("12-12", "\n"))]
+        assert parts[1:-1] == expected
 
     @pytest.mark.parametrize(
         ("method", "status"), [("POST", 405), ("DELETE", 405), ("TRACE", 405), ("BREW", 501), ("OPTIONS", 204)]
@@ -2366,24 +2366,8 @@ class TestFileServer:
         assert json.loads(original[2]) == entries and original[1]["content-type"] == "application/json; charset=UTF-8"
 
     ODD_NAMES = [
-        "a:b",
-        "c:",
-        "...",
-        "..a",
-        "~",
-        " ",
-        "  x",
-        "%41",
-        "%2e%2e",
-        "q\"u'o",
-        "<i>",
-        "a&b",
-        "x?y=z",
-        "#",
-        "httpx",
-        "&amp;",
-        "+;",
-    ]
+        "a:b", "c:", "...", "..a", "~", " ", "  x", "%41", "%2e%2e", "q\"u'o", "<i>", "a&b", "x?y=z", "#", "httpx", "&amp;", "+;",
+    ]  # fmt: skip
     READERS = {  # how programs find the entries in a listing: patterns for each line, and for the whole page
         "Kodi 21": r'(?m)<a href="([^"]*)"[^>]*>\s*(.*?)\s*</a>(.+?)(?=<a|</tr|$)',
         "Kodi 13": r'<a href="(.*)">(.*)</a>()',
@@ -2393,41 +2377,37 @@ class TestFileServer:
 
     @pytest.mark.parametrize("reader", READERS)
     def test_programs_find_the_entries_of_a_listing_and_nothing_else(self, reader: str, tmp_path: object) -> None:
-        folder = tmp_path / "one" / "two"
-        folder.mkdir(parents=True)
-        for name in self.ODD_NAMES:
-            (folder / name).write_text("0123456789" * 200)
-        (folder / "sub dir").mkdir()
+        write_files(tmp_path / "one" / "two", dict.fromkeys(self.ODD_NAMES, "0123456789" * 200))
+        (tmp_path / "one" / "two" / "sub dir").mkdir()
         page = one(say(self.site(tmp_path, hidden=True), get("/one/two/")))[2].decode()
         found = []
         for link, text, rest in re.findall(self.READERS[reader], page):
             name = os.fsdecode(urllib.parse.unquote_to_bytes(link.removesuffix("/")))
             if not reader.startswith("Kodi") or html.unescape(text).strip().removesuffix("/") == name.strip():
                 found.append((link, name))
-                assert (
-                    not rest or link[-1] == "/" or re.search(r"> *([0-9.]+) *(B|K|M|G| )(iB)?</td>", rest)[1] == "2.0"
-                )
+                size = re.search(r"> *([0-9.]+) *(B|K|M|G| )(iB)?</td>", rest)
+                assert not rest or link[-1] == "/" or size[1] == "2.0"
         assert sorted(name for _, name in found if name != "..") == sorted([*self.ODD_NAMES, "sub dir"])
         for link, _ in found:
             assert urllib.parse.urljoin("http://h/one/two/", link).startswith("http://h/one/two/") or link == "../"
 
-    def test_a_listing_links_to_the_folders_above_and_not_to_itself(self, tmp_path: object) -> None:
-        class Links(html.parser.HTMLParser):
-            found: list[str | None] = []
+    @pytest.mark.parametrize(
+        ("path", "links"),
+        [("/", ["one/"]), ("/one/", ["../", "../", "two/"]), ("/one/two/", ["../../", "../", "../"])],
+    )
+    def test_a_listing_links_to_the_folders_above_and_not_to_itself(
+        self, path: str, links: list[str], tmp_path: object
+    ) -> None:
+        found: list[str | None] = []
 
+        class Links(html.parser.HTMLParser):
             def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
                 if tag == "a":
-                    self.found.append(dict(attributes)["href"])
+                    found.append(dict(attributes)["href"])
 
         (tmp_path / "one" / "two").mkdir(parents=True)
-        for path, links in (
-            ("/", ["one/"]),
-            ("/one/", ["../", "../", "two/"]),
-            ("/one/two/", ["../../", "../", "../"]),
-        ):
-            Links.found = []
-            Links().feed(one(say(self.site(tmp_path), get(path)))[2].decode())
-            assert Links.found == links
+        Links().feed(one(say(self.site(tmp_path), get(path)))[2].decode())
+        assert found == links
 
     def test_every_entry_of_the_json_has_a_link_that_works_and_a_valid_name(
         self, root: str, files_tunnel: Tunnel
@@ -2449,11 +2429,10 @@ class TestFileServer:
 
     @pytest.mark.parametrize("names", ORDER, ids=lambda names: names[0][:20])
     def test_names_are_sorted_as_people_do(self, names: list[str]) -> None:
+        expected = sorted(names, key=lambda name: (ptth.natural_order(name.encode())[0], name.encode()))
         for turn in range(5):
             mixed = random.Random(turn).sample(names, len(names))
-            assert sorted(mixed, key=lambda name: ptth.natural_order(name.encode())) == sorted(
-                names, key=lambda name: (ptth.natural_order(name.encode())[0], name.encode())
-            )
+            assert sorted(mixed, key=lambda name: ptth.natural_order(name.encode())) == expected
         keys = [ptth.natural_order(name.encode()) for name in names]
         assert sorted(key[0] for key in keys) == [key[0] for key in keys] and len(set(keys)) == len(keys)
 
@@ -2463,18 +2442,15 @@ class TestFileServer:
 
     def test_the_servers_own_configuration_is_never_served(self, tmp_path: object) -> None:
         secret = tmp_path / "ptth_server.toml"
-        secret.write_text("api_key")
+        write_files(tmp_path, {"ptth_server.toml": "api_key", "other": "other", "new": "api_key"})
         os.link(secret, tmp_path / "hard")
         os.symlink(secret, tmp_path / "soft")
-        (tmp_path / "other").write_text("other")
-        handler = ptth.site_handler(ptth.Site(str(tmp_path), private=[str(secret)]))
+        site = self.site(tmp_path, private=[str(secret)])
         for name, status in (("ptth_server.toml", 404), ("hard", 404), ("soft", 404), ("other", 200)):
-            assert one(say(handler, get(f"/{name}")))[0] == status
-        new = tmp_path / "new"
-        new.write_text("api_key")
-        new.rename(secret)  # an editor's way to save: another inode under the same name
-        assert one(say(handler, get("/ptth_server.toml")))[0] == 404
-        assert b"toml" not in say(handler, get("/"))
+            assert one(say(site, get(f"/{name}")))[0] == status
+        (tmp_path / "new").rename(secret)  # an editor's way to save: another inode under the same name
+        assert one(say(site, get("/ptth_server.toml")))[0] == 404
+        assert b"toml" not in say(site, get("/"))
 
     COPIES = [
         "{}", "{}~", "{}.bak", "{}.old", "{}.orig", "{}.save", "{}.save.1", "{}.1", "{}.2026-11-25", "{}-copy", "{} (1)", "{}.~1~", ".{}.swp", ".{}.swo", ".{}.un~",
@@ -2485,30 +2461,19 @@ class TestFileServer:
         "name", ["ptth_server.toml", "ptth_relay.toml", "site.key", "key", "Full Chain.PEM", "a+b[c].toml"]
     )
     def test_copies_of_a_secret_are_never_served(self, name: str, tmp_path: object) -> None:
-        sub = tmp_path / "sub"
-        sub.mkdir()
         stem, extension = os.path.splitext(name)
         middle = (f"{stem} - Copy", f"{stem} (2)", f"{stem}.bak", f"{stem}-old", f"{stem}.2026", f"{stem}7")
-        secrets = [
-            *(copy.format(name) for copy in self.COPIES),
-            name.upper(),
-            *(m + extension for m in middle),
-            f"{stem}.orig",
-        ]
+        secrets = [*(copy.format(name) for copy in self.COPIES), name.upper(), *(m + extension for m in middle)]
+        secrets.append(f"{stem}.orig")
         others = [f"{name}.example", f"x{stem}y", f"{stem}s.txt", "x.toml", "x.key"]
-        for folder in (tmp_path, sub):
-            for each in (*secrets, *others):
-                (folder / each).write_text("secret")
+        for folder in (tmp_path, tmp_path / "sub"):
+            write_files(folder, dict.fromkeys([*secrets, *others], "secret"))
         (tmp_path / "link.txt").symlink_to(secrets[1])
-        (sub / f"{name}~~").symlink_to("x.toml")
-        site = ptth.site_handler(
-            ptth.Site(str(tmp_path), ptth.SiteOptions(hidden=True), private=[f"/elsewhere/{name}"])
-        )
+        (tmp_path / "sub" / f"{name}~~").symlink_to("x.toml")
+        site = self.site(tmp_path, hidden=True, private=[f"/elsewhere/{name}"])
         for folder in ("", "sub/"):
-            for each in secrets:
-                assert one(say(site, get(f"/{folder}{ptth.quote(each.encode())}")))[0] == 404, each
-            for each in others:
-                assert one(say(site, get(f"/{folder}{ptth.quote(each.encode())}")))[0] == 200, each
+            for each, status in (*((secret, 404) for secret in secrets), *((other, 200) for other in others)):
+                assert one(say(site, get(f"/{folder}{ptth.quote(each.encode())}")))[0] == status, each
             rows = json.loads(one(say(site, get(f"/{folder}", "Accept: application/json")))[2])["entries"]
             assert {row["name"] for row in rows} - {"sub"} == set(others)
         with zipfile.ZipFile(io.BytesIO(one(say(site, get("/?zip")))[2])) as archive:
@@ -2517,46 +2482,34 @@ class TestFileServer:
             assert one(say(site, get(path)))[0] == 404
 
     def test_a_configuration_of_this_program_is_never_served(self, tmp_path: object) -> None:
-        (tmp_path / "deep" / "er").mkdir(parents=True)
-        for name in (
-            "ptth_server.toml",
-            "deep/er/ptth_relay.toml",
-            "deep/PTTH_Server2.toml",
-            "deep/old_ptth_relay.toml.x",
-        ):
-            (tmp_path / name).write_text("api_key")
-            assert one(say(self.site(tmp_path), get(f"/{name}")))[0] == 404
-        assert b"toml" not in say(self.site(tmp_path), get("/deep/"))
+        names = ("ptth_server.toml", "deep/er/ptth_relay.toml", "deep/PTTH_Server2.toml", "deep/old_ptth_relay.toml.x")
+        write_files(tmp_path, dict.fromkeys(names, "api_key"))
+        site = self.site(tmp_path)
+        assert [one(say(site, get(f"/{name}")))[0] for name in names] == [404] * 4
+        assert b"toml" not in say(site, get("/deep/"))
 
     def test_a_secret_behind_a_link_that_changes_is_never_served(self, tmp_path: object) -> None:
-        for name in ("a", "b"):
-            (tmp_path / name).write_text(name)
-        (tmp_path / "key.pem").symlink_to("a")
-        site = ptth.site_handler(ptth.Site(str(tmp_path), private=[str(tmp_path / "key.pem")]))
-        assert [one(say(site, get(f"/{name}")))[0] for name in ("a", "b", "key.pem")] == [404, 200, 404]
-        (tmp_path / "key.pem").unlink()
-        (tmp_path / "key.pem").symlink_to("b")
-        assert [one(say(site, get(f"/{name}")))[0] for name in ("a", "b", "key.pem")] == [200, 404, 404]
+        write_files(tmp_path, {"a": "a", "b": "b"})
+        site = self.site(tmp_path, private=[str(tmp_path / "key.pem")])
+        for aim, expected in (("a", [404, 200, 404]), ("b", [200, 404, 404])):
+            (tmp_path / "key.pem").unlink(missing_ok=True)
+            (tmp_path / "key.pem").symlink_to(aim)
+            assert [one(say(site, get(f"/{name}")))[0] for name in ("a", "b", "key.pem")] == expected
 
     def test_the_operator_is_told_which_secrets_lie_below_the_root(self, tmp_path: object, capfd: Output) -> None:
         root = tmp_path / "root"
-        (root / "config").mkdir(parents=True)
+        root.mkdir()
         ptth.tell_secrets(ptth.Site(str(root), private=[str(tmp_path / "key.pem")]), "file-server")
         assert capfd.readouterr().err == ""
-        for path in (
-            root / "ptth_server.toml",
-            root / "config" / "ptth_relay.toml",
-            root / "k.pem",
-            tmp_path / "root2.pem",
-        ):
-            path.write_text("")
+        names = ("ptth_server.toml", "config/ptth_relay.toml", "k.pem")
+        write_files(root, dict.fromkeys(names, ""))
+        write_files(tmp_path, {"root2.pem": ""})
         (tmp_path / "link").symlink_to(root)
         for served, key in ((root, root / "k.pem"), (tmp_path / "link", tmp_path / "link" / "k.pem")):
             ptth.tell_secrets(ptth.Site(str(served), private=[str(key), str(tmp_path / "root2.pem")]), "file-server")
             told = capfd.readouterr().err
             assert told.count("\n") == 1 and "root2.pem" not in told
-            for name in ("ptth_server.toml", "config/ptth_relay.toml", "k.pem"):
-                assert f"{root}/{name}" in told
+            assert all(f"{root}/{name}" in told for name in names)
 
     FOREIGN = [
         *(("win32", name) for name in (
@@ -2592,38 +2545,31 @@ class TestFileServer:
          ("?sort=time", "b d C a"), ("?sort=-time", "d b a C"), ("?sort=nonsense", "b d a C"), ("?sort=", "b d a C")],
     )  # fmt: skip
     def test_a_listing_is_sorted_folders_first(self, query: str, names: str, tmp_path: object) -> None:
-        for name, size, when in (("a", 20, 200), ("C", 10, 100)):
-            (tmp_path / name).write_bytes(b"x" * size)
+        write_files(tmp_path, {"a": "x" * 20, "C": "x" * 10})
+        for name, when in (("a", 200), ("C", 100), ("b", 1), ("d", 2)):
+            if name in "bd":
+                (tmp_path / name).mkdir()
             os.utime(tmp_path / name, (when, when))
-        for name, when in (("b", 1), ("d", 2)):
-            (tmp_path / name).mkdir()
-            os.utime(tmp_path / name, (when, when))
-        page = one(say(ptth.site_handler(ptth.Site(str(tmp_path))), get("/" + query)))[2].decode()
-        shown = re.findall(r'<td[^>]*><a href="([^/"]+)/?"', page)
-        assert shown == names.split()
+        page = one(say(self.site(tmp_path), get("/" + query)))[2].decode()
+        assert re.findall(r'<td[^>]*><a href="([^/"]+)/?"', page) == names.split()
 
     def test_a_listing_is_small_and_needs_no_script(self, root: str) -> None:
-        page = one(say(ptth.site_handler(ptth.Site(root)), get("/sub/")))[2]
+        page = one(say(self.site(root), get("/sub/")))[2]
         assert len(page) < 12_000 and page.count(b"<script>") == 1 and b"src=" not in page
         assert b'<button name="zip"' in page and b'<button name="sort"' in page
 
-    def site(self, root: object, **options: object) -> ptth.Handler:
-        return ptth.site_handler(ptth.Site(str(root), ptth.SiteOptions(**options)))
+    def site(self, root: object, private: object = (), **options: object) -> ptth.Handler:
+        return ptth.site_handler(ptth.Site(str(root), ptth.SiteOptions(**options), private=private))
 
     def test_a_folder_as_a_zip(self, tmp_path: object) -> None:
         base = tmp_path / "base"
-        base.mkdir()
         files = {"a.txt": b"a", "sub/b": b"b" * 600_000, "\u00fcml\u00e4ut/x": b"", "sub/deep/c": b"c"}
-        for name, data in files.items():
-            (base / name).parent.mkdir(parents=True, exist_ok=True)
-            (base / name).write_bytes(data)
+        write_files(base, {**files, ".hidden": "hidden", b"\xff": "bytes"})
         (base / "empty").mkdir()
-        (base / ".hidden").write_text("hidden")
         (tmp_path / "secret").write_text("secret")
         for link, aim in (("out", "../secret"), ("in", "a.txt"), ("loop", "."), ("sub/up", "..")):
             (base / link).symlink_to(aim)
         os.mkfifo(base / "fifo")
-        (base / os.fsdecode(b"\xff")).write_text("bytes")
         status, fields, body = one(say(self.site(base), get("/?zip")))
         assert (status, fields["content-type"]) == (200, "application/zip")
         assert fields["content-disposition"] == "attachment; filename=\"files.zip\"; filename*=UTF-8''files.zip"
@@ -2669,8 +2615,7 @@ class TestFileServer:
         monkeypatch.setattr(ptth, "ZIP32_MAX", limit)
         sizes = (0, 1, 65535, 65536, ptth.SENDFILE_SIZE - 1, ptth.SENDFILE_SIZE, ptth.SENDFILE_SIZE + 1, 2_500_000)
         files = {f"f{size}": random.Random(size).randbytes(size) for size in sizes}
-        for name, data in files.items():
-            (tmp_path / name).write_bytes(data)
+        write_files(tmp_path, files)
         (tmp_path / "sub").mkdir()
         body = one(say(self.site(tmp_path), get("/?zip")))[2]
         assert self.unpack(body) == {**files, "sub/": b""}
@@ -2682,9 +2627,7 @@ class TestFileServer:
 
     @needs("busybox")
     def test_busybox_unpacks_small_files_from_a_pipe(self, tmp_path: object) -> None:
-        (tmp_path / "from").mkdir()
-        for name in "abc":
-            (tmp_path / "from" / name).write_text(name * 100_000)
+        write_files(tmp_path / "from", {name: name * 100_000 for name in "abc"})
         body = one(say(self.site(tmp_path / "from"), get("/?zip")))[2]
         subprocess.run(["busybox", "unzip", "-q", "-"], input=body, cwd=tmp_path, check=True, timeout=60)
         assert [(tmp_path / name).read_text() for name in "abc"] == [name * 100_000 for name in "abc"]
@@ -2711,23 +2654,15 @@ class TestFileServer:
     def test_every_file_has_a_name_of_its_own_in_the_zip(
         self, names: list[bytes], members: list[str] | None, tmp_path: object, monkeypatch: Patch
     ) -> None:
-        for i, name in enumerate(names):
-            path = os.path.join(os.fsencode(tmp_path), name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "w") as file:
-                file.write(str(i))
-        site = ptth.Site(str(tmp_path))
-        found = self.unpack(one(say(ptth.site_handler(site), get("/?zip")))[2])
+        write_files(tmp_path, {name: str(i) for i, name in enumerate(names)})
+        found = self.unpack(one(say(self.site(tmp_path), get("/?zip")))[2])
         files = {name: data for name, data in found.items() if name[-1] != "/"}
         assert sorted(files.values()) == sorted(str(i).encode() for i in range(len(names)))
-        assert not re.search(r"[\x00-\x1f\\]", "".join(found)) and len({name.strip("/") for name in found}) == len(
-            found
-        )
+        assert not re.search(r"[\x00-\x1f\\]", "".join(found))
+        assert len({name.strip("/") for name in found}) == len(found)
         assert members is None or sorted(files) == members
-        monkeypatch.setattr(
-            ptth.FolderZip, "_file", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
-        )
-        notes = self.unpack(one(say(ptth.site_handler(site), get("/?zip")))[2])
+        monkeypatch.setattr(ptth.FolderZip, "_file", failing(errno.EACCES))
+        notes = self.unpack(one(say(self.site(tmp_path), get("/?zip")))[2])
         note = [data for name, data in notes.items() if name[-1] != "/"]
         assert len(note) == 1 and note[0].count(b": Permission denied\n") == len(names)
 
@@ -2737,10 +2672,9 @@ class TestFileServer:
 
     @needs("unzip")
     def test_times_and_permission_to_execute_survive_in_another_time_zone(self, tmp_path: object) -> None:
-        (tmp_path / "from").mkdir()
         times = {"script": 1_700_000_001, "summer": 1_689_000_001, "old": 1, "future": 2**31 - 1}
+        write_files(tmp_path / "from", dict.fromkeys(times, "#!/bin/sh\n"))
         for name, when in times.items():
-            (tmp_path / "from" / name).write_text("#!/bin/sh\n")
             os.utime(tmp_path / "from" / name, (when, when))
         (tmp_path / "from" / "script").chmod(0o750)
         (tmp_path / "x.zip").write_bytes(one(say(self.site(tmp_path / "from"), get("/?zip")))[2])
@@ -2775,8 +2709,7 @@ class TestFileServer:
     def test_what_cannot_be_read_is_told_in_the_listing_the_json_and_the_zip(
         self, tmp_path: object, monkeypatch: Patch
     ) -> None:
-        for name in ("good", "bad&name", "gone", "circle"):
-            (tmp_path / name).write_text("x")
+        write_files(tmp_path, dict.fromkeys(("good", "bad&name", "gone", "circle", "shut"), "x"))
         for name in ("closed", "locked"):
             (tmp_path / name).mkdir()
         errors = {"bad&name": errno.EACCES, "gone": errno.ENOENT, "circle": errno.ELOOP, "locked": errno.EIO}
@@ -2789,35 +2722,31 @@ class TestFileServer:
 
             def stat(self) -> os.stat_result:
                 number = errors.get(os.fsdecode(self.name))
-                if number:
-                    raise OSError(number, os.strerror(number))
-                return self.item.stat()
+                return failing(number)() if number else self.item.stat()
 
         @contextlib.contextmanager
         def scandir(place: bytes) -> object:
             if place.endswith(b"closed"):
-                raise PermissionError(13, "Permission denied")
+                failing(errno.EACCES)()
             with real(place) as items:
                 yield map(Item, items)
 
         monkeypatch.setattr(os, "scandir", scandir)
+        refuse_to_open(monkeypatch, b"/shut", errno.EACCES)  # what the zip alone does
         handler = self.site(tmp_path)
         page = one(say(handler, get("/")))[2].decode()
-        assert "1 folder, 1 file, 1 B, 2 not readable" in page and page.count("not readable</td>") == 2
+        assert "1 folder, 2 files, 2 B, 2 not readable" in page and page.count("not readable</td>") == 2
         assert 'title="Permission denied"' in page and ">bad&amp;name</i>" in page and ">locked/</i>" in page
-        assert set(re.findall(r'href="([^"]+)"', page)) == {"closed/", "good"}
+        assert set(re.findall(r'href="([^"]+)"', page)) == {"closed/", "good", "shut"}
         entries = json.loads(one(say(handler, get("/", "Accept: application/json")))[2])["entries"]
         told = {entry["name"]: (entry["is_dir"], entry.get("error")) for entry in entries}
         bad = {"bad&name": (False, "Permission denied"), "locked": (True, os.strerror(errno.EIO))}
-        assert told == {"good": (False, None), "closed": (True, None), **bad}
+        assert told == {"good": (False, None), "shut": (False, None), "closed": (True, None), **bad}
         members = self.unpack(one(say(handler, get("/?zip")))[2])
         note = members.pop("could-not-be-read.txt").decode().splitlines()
         assert members == {"good": b"x", "closed/": b""}
-        assert sorted(note) == [
-            "bad&name: Permission denied",
-            "closed: Permission denied",
-            f"locked: {os.strerror(errno.EIO)}",
-        ]
+        denied = [f"{name}: Permission denied" for name in ("bad&name", "closed")]
+        assert sorted(note) == [*denied, f"locked: {os.strerror(errno.EIO)}", "shut: Permission denied"]
         for fields in ([], ["Accept: application/json"]):
             assert one(say(handler, get("/closed/", *fields)))[0] == 403
         assert one(say(handler, get("/closed/?zip")))[0] == 403
@@ -2851,13 +2780,10 @@ class TestFileServer:
 
     def test_a_disk_that_fails_ends_the_member_and_not_the_zip(self) -> None:
         class File:
-            def __init__(self) -> None:
-                self.pieces = [b"x" * ptth.SENDFILE_SIZE]
+            pieces = [b"x" * ptth.SENDFILE_SIZE]
 
             def read(self, count: int) -> bytes:
-                if not self.pieces:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                return self.pieces.pop()
+                return self.pieces.pop() if self.pieces else failing(errno.EIO)()
 
         archive = ptth.ZipWriter()
         part = archive.add_large("x", 0o100644, 0, 1 << 22, ptth._read_pieces(File(), 1 << 22))
@@ -2868,73 +2794,36 @@ class TestFileServer:
         data += b"".join(archive.finish())
         assert self.unpack(data) == {"x": b"x" * ptth.SENDFILE_SIZE, "y": b"y"}
 
-    def test_a_file_that_cannot_be_read_is_noted_in_the_zip(self, tmp_path: object, monkeypatch: Patch) -> None:
-        for name in "ab":
-            (tmp_path / name).write_text(name)
-        site = ptth.Site(str(tmp_path))
-        opens = site._open
-
-        def refuse(place: bytes, segments: tuple[bytes, ...]) -> ptth.Found:
-            if place.endswith(b"/a"):
-                raise PermissionError(13, "Permission denied")
-            return opens(place, segments)
-
-        monkeypatch.setattr(site, "_open", refuse)
-        with zipfile.ZipFile(io.BytesIO(one(say(ptth.site_handler(site), get("/?zip")))[2])) as archive:
-            assert archive.namelist() == ["b", "could-not-be-read.txt"]
-            assert archive.read("could-not-be-read.txt") == b"a: Permission denied\n"
-
     def test_no_descriptor_is_503_and_a_failing_disk_leaves_none_open(
         self, tmp_path: object, monkeypatch: Patch
     ) -> None:
         (tmp_path / "x").write_text("x")
         site = self.site(tmp_path)
-
-        def fail(number: int) -> object:
-            def call(*args: object, **options: object) -> object:
-                raise OSError(number, os.strerror(number))
-
-            return call
-
         before = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patched:
-            patched.setattr(os, "scandir", fail(errno.EMFILE))
+            patched.setattr(os, "scandir", failing(errno.EMFILE))
             assert one(say(site, get("/")))[0] == 503
         with monkeypatch.context() as patched:
-            patched.setattr(ptth, "read_at", fail(errno.EIO))
+            patched.setattr(ptth, "read_at", failing(errno.EIO))
             assert b"x" not in say(site, get("/x")).partition(b"\r\n\r\n")[2]
         assert len(os.listdir("/proc/self/fd")) == before
 
-    @pytest.mark.parametrize(("number", "status"), [(errno.EACCES, 403), (errno.EMFILE, 503), (errno.ENOENT, 200)])
+    @pytest.mark.parametrize(
+        ("number", "there", "searchable", "status"),
+        [(errno.EACCES, "", True, 403), (errno.EMFILE, "", True, 503), (errno.ENOENT, "", True, 200),
+         (errno.EACCES, "other", False, 200), (errno.EACCES, "index.html", False, 403)],
+    )  # fmt: skip
     def test_an_index_that_cannot_be_opened_does_not_show_the_listing(
-        self, number: int, status: int, tmp_path: object, monkeypatch: Patch
+        self, number: int, there: str, searchable: bool, status: int, tmp_path: object, monkeypatch: Patch
     ) -> None:
-        real = os.open
-
-        def open_(path: bytes, *args: object) -> int:
-            if path.endswith(b"index.html"):
-                raise OSError(number, os.strerror(number))
-            return real(path, *args)
-
-        monkeypatch.setattr(os, "open", open_)
-        assert one(say(self.site(tmp_path), get("/")))[0] == status
-
-    @pytest.mark.parametrize(("index", "status"), [(False, 200), (True, 403)])
-    def test_a_folder_whose_files_cannot_be_opened_shows_their_names(
-        self, index: bool, status: int, tmp_path: object, monkeypatch: Patch
-    ) -> None:
-        (tmp_path / ("index.html" if index else "other")).write_text("x")
-        real = os.open
-
-        def open_(path: bytes, *args: object) -> int:
-            if path.endswith(b"index.html"):
-                raise PermissionError(errno.EACCES, "Permission denied")
-            return real(path, *args)
-
-        monkeypatch.setattr(os, "open", open_)
-        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.X_OK)
+        """But a folder that can only be listed, and has no index, shows its names."""
+        if there:
+            (tmp_path / there).write_text("x")
+        refuse_to_open(monkeypatch, b"index.html", number)
+        if not searchable:
+            monkeypatch.setattr(os, "access", lambda path, mode: mode != os.X_OK)
         answer = one(say(self.site(tmp_path), get("/")))
-        assert (answer[0], b"other" in answer[2]) == (status, not index)
+        assert (answer[0], b"other" in answer[2]) == (status, there == "other")
 
     def test_a_folder_that_vanishes_does_not_break_the_zip(self, tmp_path: object) -> None:
         for name in ("a", "b"):
@@ -2986,8 +2875,7 @@ class TestFileServer:
         assert made.headers == before
 
     def test_a_vary_of_the_operator_adds_to_ours(self, tmp_path: object) -> None:
-        (tmp_path / "x").write_text("x")
-        (tmp_path / "x.gz").write_bytes(gzip.compress(b"x"))
+        write_files(tmp_path, {"x": "x", "x.gz": gzip.compress(b"x")})
         answer = say(self.site(tmp_path, headers=(("Vary", "Origin"),)), get("/x", "Accept-Encoding: gzip"))
         assert b"Vary: Accept-Encoding\r\n" in answer and b"Vary: Origin\r\n" in answer
 
@@ -3017,8 +2905,7 @@ class TestFileServer:
     def test_a_compressed_file_beside_the_plain_one(
         self, fields: list[str], coding: str | None, body: bytes, tmp_path: object
     ) -> None:
-        for name, data in (("x.txt", b"plain"), ("x.txt.gz", b"\x1f\x8bzipped"), ("x.txt.br", b"brotli")):
-            (tmp_path / name).write_bytes(data)
+        write_files(tmp_path, {"x.txt": b"plain", "x.txt.gz": b"\x1f\x8bzipped", "x.txt.br": b"brotli"})
         status, answer, got = one(say(self.site(tmp_path), get("/x.txt", *fields)))
         assert (answer.get("content-encoding"), got) == (coding, body)
         assert answer["content-type"] == "text/plain; charset=utf-8"
@@ -3041,8 +2928,7 @@ class TestFileServer:
 
     @pytest.mark.parametrize(("name", "kind"), TYPES)
     def test_types(self, name: str, kind: str, tmp_path: object) -> None:
-        with open(os.path.join(os.fsencode(tmp_path), name.encode("latin-1")), "wb") as file:
-            file.write(b"\0")
+        write_files(tmp_path, {name.encode("latin-1"): b"\0"})
         assert one(say(self.site(tmp_path), get("/" + ptth.quote(name.encode("latin-1")))))[1]["content-type"] == kind
 
     SNIFFED = [
@@ -3065,8 +2951,8 @@ class TestFileServer:
 
     def test_another_file_of_the_same_size_and_time_has_another_tag(self, tmp_path: object) -> None:
         site = self.site(tmp_path)
-        for name, data in (("x", b"old"), ("y", b"new")):
-            (tmp_path / name).write_bytes(data)
+        write_files(tmp_path, {"x": b"old", "y": b"new"})
+        for name in "xy":
             os.utime(tmp_path / name, (1, 1))
         fields = one(say(site, get("/x")))[1]
         tag = fields["etag"]
@@ -3104,9 +2990,8 @@ class TestFileServer:
         self, data: bytes, newer: int, taken: bool, tmp_path: object
     ) -> None:
         when = MTIME * 10**9 + 123_456_789
-        (tmp_path / "x.json").write_bytes(b"new")
+        write_files(tmp_path, {"x.json": b"new", "x.json.gz": data})
         os.utime(tmp_path / "x.json", ns=(when, when))
-        (tmp_path / "x.json.gz").write_bytes(data)
         os.utime(tmp_path / "x.json.gz", ns=(when + newer, when + newer))
         before = len(os.listdir("/proc/self/fd"))
         _, fields, body = one(say(self.site(tmp_path), get("/x.json", "Accept-Encoding: gzip")))
@@ -3114,8 +2999,7 @@ class TestFileServer:
         assert len(os.listdir("/proc/self/fd")) == before
 
     def test_an_empty_or_special_compressed_file_is_not_used(self, tmp_path: object) -> None:
-        (tmp_path / "x").write_bytes(b"plain")
-        (tmp_path / "x.br").write_bytes(b"")
+        write_files(tmp_path, {"x": b"plain", "x.br": b""})
         os.mkfifo(tmp_path / "x.gz")
         assert one(say(self.site(tmp_path), get("/x", "Accept-Encoding: br, gzip")))[2] == b"plain"
 
@@ -3124,14 +3008,12 @@ class TestFileServer:
         for name in ("a", "b"):
             (tmp_path / name / "sub" / "deep").mkdir(parents=True)
             (tmp_path / name / "deep").mkdir()
-            for folder in (".", "sub"):
-                (tmp_path / name / folder / "x").write_text(name)
-                (tmp_path / name / folder / f"only-in-{name}").write_text("")
-                (tmp_path / name / folder / "inside").symlink_to("x")
-            for folder in (".", "sub"):
-                (tmp_path / name / folder / "outside").symlink_to(tmp_path / "a" / "x")
+            for folder in (tmp_path / name, tmp_path / name / "sub"):
+                write_files(folder, {"x": name, f"only-in-{name}": ""})
+                (folder / "inside").symlink_to("x")
+                (folder / "outside").symlink_to(tmp_path / "a" / "x")
         (tmp_path / "current").symlink_to("a")
-        site = ptth.site_handler(ptth.Site(f"{tmp_path}/current{below}"))
+        site = self.site(f"{tmp_path}/current{below}")
 
         def check(name: str) -> None:
             assert [one(say(site, get(path)))[2] for path in ("/x", "/inside")] == [name.encode()] * 2
@@ -3153,11 +3035,9 @@ class TestFileServer:
         check("b")
 
     def test_a_relative_root_is_the_one_of_the_start(self, tmp_path: object, monkeypatch: Patch) -> None:
-        for name in ("a", "b"):
-            (tmp_path / name / "root").mkdir(parents=True)
-            (tmp_path / name / "root" / "x").write_text(name)
+        write_files(tmp_path, {"a/root/x": "a", "b/root/x": "b"})
         monkeypatch.chdir(tmp_path / "a")
-        site = ptth.site_handler(ptth.Site("root"))
+        site = self.site("root")
         monkeypatch.chdir(tmp_path / "b")
         assert one(say(site, get("/x")))[2] == b"a"
 
@@ -3208,16 +3088,8 @@ class TestFileServer:
         self, number: int, status: int, tmp_path: object, monkeypatch: Patch, capfd: Output
     ) -> None:
         (tmp_path / "x").write_text("x")
-        real = os.open
-
-        def open_(path: bytes, *args: object) -> int:
-            if path == os.fsencode(tmp_path / "x"):
-                raise OSError(number, os.strerror(number), path)
-            return real(path, *args)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "open", open_)
-            assert one(say(self.site(tmp_path), get("/x")))[0] == status
+        refuse_to_open(monkeypatch, os.fsencode(tmp_path / "x"), number)
+        assert one(say(self.site(tmp_path), get("/x")))[0] == status
         told = capfd.readouterr().err
         assert (f"{tmp_path}/x" in told and "cannot read" in told) is (status == 500)
         assert told.count("\n") == (status == 500)
@@ -3228,15 +3100,9 @@ class TestFileServer:
         self, name: str, number: int, tmp_path: object, monkeypatch: Patch, capfd: Output
     ) -> None:
         (tmp_path / name).write_bytes(b"x" * (50_000 if name == "large.txt" else 10))
-        site = self.site(tmp_path)
         before = len(os.listdir("/proc/self/fd"))
-
-        def fail(*args: object) -> bytes:
-            raise OSError(number, os.strerror(number))
-
-        with monkeypatch.context() as patched:
-            patched.setattr(ptth, "read_at", fail)
-            assert one(say(site, get(f"/{name}")))[0] == 500
+        monkeypatch.setattr(ptth, "read_at", failing(number))
+        assert one(say(self.site(tmp_path), get(f"/{name}")))[0] == 500
         assert f"{tmp_path}/{name}: {os.strerror(number).lower()}" in capfd.readouterr().err
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -3250,9 +3116,7 @@ class TestFileServer:
 
     def check_closed_folders(self, tmp_path: object) -> None:
         for name in ("searched/deep", "listed", "closed"):
-            (tmp_path / name).mkdir(parents=True)
-            (tmp_path / name / "index.html").write_text("the index")
-            (tmp_path / name / "x.txt").write_text("x")
+            write_files(tmp_path / name, {"index.html": "the index", "x.txt": "x"})
         (tmp_path / "searched" / "index.html").write_text("the index")
         (tmp_path / "link").symlink_to("searched")
         (tmp_path / "bare").mkdir(0o711)
@@ -3275,14 +3139,13 @@ class TestFileServer:
     def test_a_time_that_no_calendar_has_is_no_error(self, tmp_path: object) -> None:
         (tmp_path / "f").write_text("x")
         os.utime(tmp_path / "f", (2**33, 2**33))
-        handler = ptth.site_handler(ptth.Site(str(tmp_path)))
-        status, fields, _ = one(say(handler, get("/f")))
+        status, fields, _ = one(say(self.site(tmp_path), get("/f")))
         assert (status, ptth.parse_date(fields["last-modified"], 1.8e9) <= time.time()) == (200, True)
-        assert one(say(handler, get("/")))[0] == 200
+        assert one(say(self.site(tmp_path), get("/")))[0] == 200
         assert ptth.clamp(2**62 * 10**9) == 253402300799
 
     def test_no_descriptor_stays_open(self, root: str) -> None:
-        handler = ptth.site_handler(ptth.Site(root))
+        handler = self.site(root)
         say(handler, get("/hello.txt"))
         before = len(os.listdir("/proc/self/fd"))
         for path, fields, *_ in self.FILES:
@@ -3303,14 +3166,29 @@ def fetch_direct(root: str, request: bytes) -> bytes:
     """Return the response of a file server over a real socket, so that it uses sendfile."""
 
     async def talk() -> bytes:
-        server = ptth.HTTPServer(ptth.site_handler(ptth.Site(root)))
-        sock = ptth.open_socket("127.0.0.1", 0)
-        await server.listen(sock)
-        answer = await asyncio.to_thread(fetch, sock.getsockname()[1], request)
-        await server.stop(1)
-        return answer
+        async with listening(ptth.HTTPServer(ptth.site_handler(ptth.Site(root)))) as port:
+            return await asyncio.to_thread(fetch, port, request)
 
-    return asyncio.run(talk())
+    return in_time(talk())
+
+
+def failing(number: int) -> object:
+    """Return a function that fails with this error of the system."""
+
+    def fail(*args: object, **options: object) -> object:
+        raise OSError(number, os.strerror(number), *[path for path in args[:1] if isinstance(path, bytes)])
+
+    return fail
+
+
+def refuse_to_open(monkeypatch: Patch, ending: bytes, number: int) -> None:
+    """Let os.open fail for paths with this ending."""
+    real = os.open
+
+    def open_(path: object, *args: object, **options: object) -> int:
+        return failing(number)(path) if os.fsencode(path).endswith(ending) else real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", open_)
 
 
 class Inbox:
@@ -3320,17 +3198,18 @@ class Inbox:
         self.root = where / "inbox"
         self.root.mkdir()
         self.site = ptth.Site(str(self.root), ptth.SiteOptions(upload=True, **options))
-        self.background, self.prefix, self.tunnel = background, "", None
+        self.prefix, self.tunnel = "", None
+        self._stack = contextlib.ExitStack()
         if through == "tunnel":
             self.prefix = "/frontend/servers/n/files"
             self.tunnel = Tunnel(background, ptth.server_handler(self.site, "n"))
+            self._stack.callback(self.tunnel.close)
             self.port = self.tunnel.port
         else:
-            self._stack = contextlib.ExitStack()
             self.port = self._stack.enter_context(background.serve(ptth.site_handler(self.site)))
 
     def close(self) -> None:
-        self.tunnel.close() if self.tunnel else self._stack.close()
+        self._stack.close()
 
     def send(self, path: str, *pieces: bytes, method: str = "PUT", fields: object = ()) -> tuple[int, dict, bytes]:
         """Send a request with a body; in chunks, if there are several pieces."""
@@ -3355,25 +3234,20 @@ class Inbox:
         return found
 
 
-@pytest.fixture(params=["direct", "tunnel"])
-def inbox(request: pytest.FixtureRequest, background: Background, tmp_path: object) -> object:
-    made = Inbox(background, tmp_path, request.param)
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def open_inbox(background: Background, tmp_path: object) -> object:
-    """Make an inbox with options, without a tunnel."""
-    made = []
+    """Make an inbox with options, without a tunnel if nothing else is said. It is closed when the test ends."""
+    with contextlib.ExitStack() as stack:
 
-    def make(**options: object) -> Inbox:
-        made.append(Inbox(background, tmp_path, "direct", **options))
-        return made[-1]
+        def make(through: str = "direct", **options: object) -> Inbox:
+            return stack.enter_context(contextlib.closing(Inbox(background, tmp_path, through, **options)))
 
-    yield make
-    for one_ in made:
-        one_.close()
+        yield make
+
+
+@pytest.fixture(params=["direct", "tunnel"])
+def inbox(request: pytest.FixtureRequest, open_inbox: object) -> Inbox:
+    return open_inbox(request.param)
 
 
 class TestUploads:
@@ -3402,10 +3276,8 @@ class TestUploads:
         assert inbox.put("/link/", b"") == 409
         (inbox.root / "link").unlink()
         assert inbox.put("/a/x", b"x") == 201
-        for path, status in (
-            ("/a", 409), ("/a/x/", 409), ("/a/x/y", 409), ("/", 409), ("/b/c/", 409), ("/c/..", 409),
-        ):  # fmt: skip
-            assert inbox.put(path, b"") == status, path
+        for path in ("/a", "/a/x/", "/a/x/y", "/", "/b/c/", "/c/.."):
+            assert inbox.put(path, b"") == 409, path
         assert inbox.put("/d/", b"x") == 415
         assert inbox.files() == {"a/": b"", "a/x": b"x"}
 
@@ -3418,19 +3290,18 @@ class TestUploads:
     @pytest.mark.parametrize(("path", "status"), NAMES)
     def test_the_walls_are_those_of_reading(self, path: str, status: int, open_inbox: object, tmp_path: object) -> None:
         inbox = open_inbox()
-        (tmp_path / "secret").mkdir()
-        (tmp_path / "secret" / "x").write_text("secret")
-        (inbox.root / "hello").write_text("hello")
-        (inbox.root / ".git").mkdir()
-        (inbox.root / "folder").mkdir()
+        write_files(tmp_path, {"secret/x": "secret", "inbox/hello": "hello"})
+        for name in (".git", "folder"):
+            (inbox.root / name).mkdir()
         os.mkfifo(inbox.root / "fifo")
-        for link, aim in (
-            ("link", "hello"),
-            ("dangling", tmp_path / "new"),
-            ("out", tmp_path / "secret"),
-            ("dead", "/no"),
-            ("sub", "folder"),
-        ):
+        links = {
+            "link": "hello",
+            "dangling": tmp_path / "new",
+            "out": tmp_path / "secret",
+            "dead": "/no",
+            "sub": "folder",
+        }
+        for link, aim in links.items():
             (inbox.root / link).symlink_to(aim)
         before = sorted(os.walk(tmp_path))
         for fields in ([], ["If-Match: *"]):
@@ -3446,20 +3317,12 @@ class TestUploads:
         assert sorted(os.listdir(tmp_path / "disk")) == ["new", "x"]
 
     def test_every_name_that_a_listing_shows_can_be_uploaded(self, inbox: Inbox) -> None:
-        names = [
-            b"a b&c<d>\"e'#%?.txt",
-            "\u00fcml\u00e4ut".encode(),
-            b"bytes\xff\xfe",
-            b"back\\slash",
-            b"a:b",
-            b"~",
-            b"x" * 255,
-        ]
+        names = [b"a b&c<d>\"e'#%?.txt", "\u00fcml\u00e4ut".encode(), b"bytes\xff\xfe", b"back\\slash", b"a:b", b"~"]
+        names.append(b"x" * 255)
+        assert [inbox.put("/" + ptth.quote(name), name) for name in names] == [201] * 7
         for name in names:
-            assert inbox.put("/" + ptth.quote(name), name) == 201
-        assert {path: open(os.path.join(os.fsencode(inbox.root), path), "rb").read() for path in names} == {
-            name: name for name in names
-        }
+            with open(os.path.join(os.fsencode(inbox.root), name), "rb") as file:
+                assert file.read() == name
 
     def test_a_key_is_not_replaced_and_a_file_keeps_its_mode(self, open_inbox: object) -> None:
         inbox = open_inbox()
@@ -3479,9 +3342,8 @@ class TestUploads:
         assert not os.path.exists(os.path.join(root, "new"))
 
     def test_only_the_place_of_the_files_takes_any(self, inbox: Inbox) -> None:
-        assert one(fetch(inbox.port, get(inbox.prefix + "/", method="OPTIONS")))[1]["allow"].endswith(
-            "PUT, POST, MKCOL, PROPFIND"
-        )
+        allowed = one(fetch(inbox.port, get(inbox.prefix + "/", method="OPTIONS")))[1]["allow"]
+        assert allowed.endswith("PUT, POST, MKCOL, PROPFIND")
         if inbox.tunnel:
             for path in ("/x", "/api/v1/dir/x", "/", "/files"):
                 data = get("/frontend/servers/n" + path, "Content-Length: 1", method="PUT") + b"x"
@@ -3509,16 +3371,14 @@ class TestUploads:
         asked = get("/x", "Origin: http://evil.test", "Access-Control-Request-Method: PUT", method="OPTIONS")
         assert one(fetch(inbox.port, asked))[1]["access-control-allow-methods"] == "GET, HEAD"
 
-    def test_a_limit_holds_with_and_without_a_length(self, background: Background, tmp_path: object) -> None:
-        for through in ("direct", "tunnel"):
-            (tmp_path / through).mkdir()
-            inbox = Inbox(background, tmp_path / through, through, max_upload=100_000)
-            assert inbox.put("/a", bytes(100_000)) == inbox.put("/b", bytes(50_000), bytes(50_000)) == 201
-            assert inbox.put("/c", bytes(50_000), bytes(50_001)) == 413
-            head = get(inbox.prefix + "/d", "Content-Length: 100001", "Expect: 100-continue", method="PUT")
-            assert one(fetch(inbox.port, head, half_close=False))[0] == 413
-            assert set(inbox.files()) == {"a", "b"}
-            inbox.close()
+    @pytest.mark.parametrize("through", ["direct", "tunnel"])
+    def test_a_limit_holds_with_and_without_a_length(self, through: str, open_inbox: object) -> None:
+        inbox = open_inbox(through, max_upload=100_000)
+        assert inbox.put("/a", bytes(100_000)) == inbox.put("/b", bytes(50_000), bytes(50_000)) == 201
+        assert inbox.put("/c", bytes(50_000), bytes(50_001)) == 413
+        head = get(inbox.prefix + "/d", "Content-Length: 100001", "Expect: 100-continue", method="PUT")
+        assert one(fetch(inbox.port, head, half_close=False))[0] == 413
+        assert set(inbox.files()) == {"a", "b"}
 
     def test_a_file_for_which_there_is_no_space_is_refused_before_it_comes(self, inbox: Inbox) -> None:
         head = get(inbox.prefix + "/x", f"Content-Length: {10**16}", "Expect: 100-continue", method="PUT")
@@ -3549,13 +3409,12 @@ class TestUploads:
 
     def test_half_a_file_is_never_served(self, open_inbox: object) -> None:
         inbox = open_inbox(hidden=True)
-        (inbox.root / (ptth.PARTIAL.decode() + "0" * 32)).write_text("half")
-        (inbox.root / ".whole").write_text("whole")
+        partial = ptth.PARTIAL.decode() + "0" * 32
+        write_files(inbox.root, {partial: "half", ".whole": "whole"})
         body = one(fetch(inbox.port, get("/", "Accept: application/json")))[2]
         assert [entry["name"] for entry in json.loads(body)["entries"]] == [".whole"]
-        path = "/" + ptth.PARTIAL.decode() + "0" * 32
-        assert one(fetch(inbox.port, get(path)))[0] == 404
-        assert inbox.put(path, b"x", fields=["If-Match: *"]) == 403
+        assert one(fetch(inbox.port, get(f"/{partial}")))[0] == 404
+        assert inbox.put(f"/{partial}", b"x", fields=["If-Match: *"]) == 403
 
     @pytest.mark.parametrize("replaced", [False, True])
     def test_of_many_uploads_of_one_name_one_wins(self, replaced: bool, inbox: Inbox) -> None:
@@ -3639,13 +3498,10 @@ class TestUploads:
     def test_what_the_file_system_refuses(
         self, number: int, status: int, open_inbox: object, monkeypatch: Patch
     ) -> None:
-        def refuse(*_: object) -> None:
-            raise OSError(number, os.strerror(number))
-
         inbox = open_inbox()
-        monkeypatch.setattr(os, "mkdir", refuse)
+        monkeypatch.setattr(os, "mkdir", failing(number))
         assert inbox.put("/a/", b"", fields=["If-None-Match: *"]) == status
-        monkeypatch.setattr(os, "fsync", refuse)
+        monkeypatch.setattr(os, "fsync", failing(number))
         assert inbox.put("/x", b"x") == status
         assert inbox.files() == {}
 
@@ -3658,16 +3514,10 @@ class TestUploads:
         assert inbox.files() == {"x": b"old"}
 
     def test_where_there_are_no_hard_links(self, open_inbox: object, monkeypatch: Patch) -> None:
-        def refuse(*_: object) -> None:
-            raise OSError(errno.EPERM, "no links")
-
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", failing(errno.EPERM))
         inbox = open_inbox()
-        assert [inbox.put("/x", b"x"), inbox.put("/x", b"y"), inbox.put("/x", b"z", fields=["If-Match: *"])] == [
-            201,
-            412,
-            204,
-        ]
+        assert [inbox.put("/x", b"x"), inbox.put("/x", b"y")] == [201, 412]
+        assert inbox.put("/x", b"z", fields=["If-Match: *"]) == 204
         assert inbox.files() == {"x": b"z"}
         with pytest.raises(FileExistsError):
             ptth.give_name(b"/nowhere", os.fsencode(inbox.root / "x"))
@@ -3799,41 +3649,36 @@ class TestUploads:
     @pytest.mark.parametrize(
         "kind", ["; boundary=b", '; boundary="b"', "; charset=utf-8; BOUNDARY=b", ";boundary=b ; x=y"]
     )
-    def test_a_form_in_other_spellings_and_in_any_pieces(
-        self, kind: str, background: Background, tmp_path: object
-    ) -> None:
+    @in_loop
+    async def test_a_form_in_other_spellings_and_in_any_pieces(self, kind: str, tmp_path: object) -> None:
         content = b"\r\n--\r\n--\r\n-b\r\n--\r\r\n--c--b" * 3
         body = b"preamble\r\n--b \t\r\nContent-Disposition: form-data; NAME=file; filename=x\r\n\r\n" + content
         body += b"\r\n--b\r\nContent-Disposition: form-data; name=folder\r\n\r\na folder\r\n--b--\r\nepilogue"
         site = ptth.Site(str(tmp_path), ptth.SiteOptions(upload=True))
 
-        class Pieces(ptth.Body):
-            def __init__(self, size: int) -> None:
-                self.size = size
-
-            async def __aiter__(self) -> object:
-                for i in range(0, len(body), self.size):
-                    yield body[i : i + self.size]
+        async def pieces(size: int) -> object:
+            for i in range(0, len(body), size):
+                yield body[i : i + size]
 
         for size in (1, 2, 3, 7, 50, 1000):
             headers = ptth.Headers([("Content-Type", "multipart/form-data" + kind)])
-            request = ptth.Request("POST", "/", headers, body=Pieces(size))
-            assert background.run(ptth.site_handler(site)(request)).status == 303
+            request = ptth.Request("POST", "/", headers, body=Stream(functools.partial(pieces, size)))
+            assert (await ptth.site_handler(site)(request)).status == 303
             assert (tmp_path / "x").read_bytes() == content
             (tmp_path / "x").unlink()
             (tmp_path / "a folder").rmdir()
 
-    def test_an_endless_head_of_a_part_is_not_read_to_its_end(self, background: Background, tmp_path: object) -> None:
-        class Endless(ptth.Body):
-            async def __aiter__(self) -> object:
-                yield b"--b\r\n"
-                while True:
-                    yield b"X: x\r\n"
+    @in_loop
+    async def test_an_endless_head_of_a_part_is_not_read_to_its_end(self, tmp_path: object) -> None:
+        async def pieces() -> object:
+            yield b"--b\r\n"
+            while True:
+                yield b"X: x\r\n"
 
         headers = ptth.Headers([("Content-Type", "multipart/form-data; boundary=b")])
-        request = ptth.Request("POST", "/", headers, body=Endless())
+        request = ptth.Request("POST", "/", headers, body=Stream(pieces))
         with pytest.raises(ptth.ProtocolError, match="not a form"):
-            background.run(ptth.Site(str(tmp_path), ptth.SiteOptions(upload=True)).respond(request, (), True))
+            await ptth.Site(str(tmp_path), ptth.SiteOptions(upload=True)).respond(request, (), True)
 
     def test_a_form_cannot_name_the_folder_itself(self, open_inbox: object) -> None:
         inbox = open_inbox(hidden=True)
@@ -3857,52 +3702,38 @@ class TestUploads:
         for path, status in (("/", 403), (action[:-1], 403), ("/?upload=", 403), ("/" + action, 303)):
             assert self.post(inbox, body, fields, path.replace("?", "/?", path[0] == "?"))[0] == status, path
 
-    @needs("chromedriver")
-    @needs("chromium")
-    def test_a_browser_uploads_by_choice_by_drop_and_in_the_sandbox(self, inbox: Inbox, tmp_path: object) -> None:
-        for name in ("one", "two", "old"):
-            (tmp_path / name).write_text(name)
+    def test_a_browser_uploads_by_choice_by_drop_and_in_the_sandbox(
+        self, inbox: Inbox, tmp_path: object, browser: Browser
+    ) -> None:
+        write_files(tmp_path, {"one": "one", "two": "two", "old": "old"})
         (inbox.root / "old").write_bytes(b"older")
-        port = free_port()
-        driver = subprocess.Popen(["chromedriver", f"--port={port}", "--log-level=OFF"], stdout=subprocess.DEVNULL)
-        try:
-            eventually(lambda: listens(port))
-            browser = Browser(port, str(tmp_path))
-            browser.open(f"http://user:password@127.0.0.1:{inbox.port}{inbox.prefix}/")  # fetch() refuses such a URL
-            rows = "return [...document.querySelectorAll('tbody a')].map(a => a.textContent)"
-            drop = """const data = new DataTransfer(); for (const name of ['3', '4', '5']) data.items.add(new File([name], name));
-                document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}))"""
-            click = "[...document.querySelectorAll('button')].find(b => b.textContent === '%s').click()"
-            if inbox.tunnel:
-                browser.type("#up input", f"{tmp_path}/one\n{tmp_path}/two")
-                browser.run(click % "Upload")
-            else:
-                browser.type("#up input", f"{tmp_path}/one\n{tmp_path}/two\n{tmp_path}/old")
-                eventually(lambda: "exists already" in browser.run("return document.querySelector('#jobs').innerText"))
-            eventually(lambda: browser.run(rows) == ["old", "one", "two"])
-            assert inbox.files() == {"one": b"one", "two": b"two", "old": b"older"}
-            browser.run(drop)
-            eventually(lambda: browser.run(rows) == ["3", "4", "5", "old", "one", "two"])
-            browser.type("#new input", "a folder")
-            browser.run(click % "Create")
-            eventually(lambda: browser.run(rows) == ["a folder/", "3", "4", "5", "old", "one", "two"])
-            if not inbox.tunnel:
-                browser.run(click % "Replace")
-            old = b"older" if inbox.tunnel else b"old"
-            eventually(
-                lambda: (
-                    inbox.files()
-                    == {"a folder/": b"", "one": b"one", "two": b"two", "old": old, "3": b"3", "4": b"4", "5": b"5"}
-                )
-            )
-            browser.close()
-        finally:
-            driver.terminate()
-            driver.wait(10)
+        browser.open(f"http://user:password@127.0.0.1:{inbox.port}{inbox.prefix}/")  # fetch() refuses such a URL
+        rows = "return [...document.querySelectorAll('tbody a')].map(a => a.textContent)"
+        drop = """const data = new DataTransfer(); for (const name of ['3', '4', '5']) data.items.add(new File([name], name));
+            document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}))"""
+        click = "[...document.querySelectorAll('button')].find(b => b.textContent === '%s').click()"
+        if inbox.tunnel:
+            browser.type("#up input", f"{tmp_path}/one\n{tmp_path}/two")
+            browser.run(click % "Upload")
+        else:
+            browser.type("#up input", f"{tmp_path}/one\n{tmp_path}/two\n{tmp_path}/old")
+            eventually(lambda: "exists already" in browser.run("return document.querySelector('#jobs').innerText"))
+        eventually(lambda: browser.run(rows) == ["old", "one", "two"])
+        files = {"one": b"one", "two": b"two", "old": b"older"}
+        assert inbox.files() == files
+        browser.run(drop)
+        eventually(lambda: browser.run(rows) == ["3", "4", "5", "old", "one", "two"])
+        browser.type("#new input", "a folder")
+        browser.run(click % "Create")
+        eventually(lambda: browser.run(rows) == ["a folder/", "3", "4", "5", "old", "one", "two"])
+        if not inbox.tunnel:
+            browser.run(click % "Replace")
+            files["old"] = b"old"
+        files.update({"a folder/": b"", "3": b"3", "4": b"4", "5": b"5"})
+        eventually(lambda: inbox.files() == files)
 
     def test_what_is_there_is_told_as_webdav_has_it(self, inbox: Inbox) -> None:
-        for name, data in (("a & b", b"12345"), (".hidden", b"x"), ("ptth_server.toml", b"x")):
-            (inbox.root / name).write_bytes(data)
+        write_files(inbox.root, {"a & b": b"12345", ".hidden": b"x", "ptth_server.toml": b"x"})
         for method, path, status in (
             ("MKCOL", "/\u00fc", 201), ("MKCOL", "/\u00fc/", 405), ("MKCOL", "/a%20%26%20b", 409), ("MKCOL", "/no/x", 409), ("MKCOL", "/.x", 403),
             ("PROPFIND", "/no", 404), ("PROPFIND", "/.hidden", 404), ("PROPFIND", "/ptth_server.toml", 404),
@@ -3915,21 +3746,15 @@ class TestUploads:
         ):  # fmt: skip
             status, fields, body = inbox.send(path, b"", method="PROPFIND", fields=[f"Depth: {depth}"])
             assert (status, fields["content-type"]) == (207, "application/xml; charset=utf-8")
-            found = xml.etree.ElementTree.fromstring(body).findall("{DAV:}response")
-            told = {
-                r.findtext("{DAV:}href"): (
-                    r.findtext(".//{DAV:}getcontentlength"),
-                    r.find(".//{DAV:}collection") is not None,
-                )
-                for r in found
-            }
+            told = {}
+            for row in xml.etree.ElementTree.fromstring(body).findall("{DAV:}response"):
+                size, is_folder = row.findtext(".//{DAV:}getcontentlength"), row.find(".//{DAV:}collection") is not None
+                told[row.findtext("{DAV:}href")] = (size, is_folder)
             assert told == expected
 
     @needs("rclone")
     def test_rclone_copies_there_and_back(self, inbox: Inbox, tmp_path: object) -> None:
-        (tmp_path / "from" / "sub \u00fc").mkdir(parents=True)
-        (tmp_path / "from" / "one").write_bytes(b"1")
-        (tmp_path / "from" / "sub \u00fc" / "two & 2").write_bytes(b"2")
+        write_files(tmp_path / "from", {"one": b"1", "sub \u00fc/two & 2": b"2"})
         there = f":webdav,vendor=nextcloud,url='http://127.0.0.1:{inbox.port}{inbox.prefix}/':new"
         for aim in ((tmp_path / "from", there), (tmp_path / "from", there), (there, tmp_path / "back")):
             command = ["rclone", "--config", tmp_path / "none", "--retries", "1", "copy", *aim]
@@ -9184,20 +9009,23 @@ def nginx(where: object, http_block: str) -> object:
         process.wait(10)
 
 
+CHROMIUM = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync", "--disable-component-update",
+    "--disable-quic",
+]  # fmt: skip
+
+
 class Browser:
     """Chromium by way of chromedriver (WebDriver: JSON over HTTP)."""
 
     def __init__(self, port: int, downloads: str) -> None:
         self.port, self.session = port, ""
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
-                     "--disable-component-update", "--disable-quic", f"--user-data-dir={downloads}/profile"]  # fmt: skip
         options = {
-            "args": arguments,
+            "args": ["--headless=new", *CHROMIUM, f"--user-data-dir={downloads}/profile"],
             "prefs": {"download.default_directory": downloads, "download.prompt_for_download": False},
         }
-        made = self.call(
-            "POST", "", {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}}
-        )
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options}
+        made = self.call("POST", "", {"capabilities": {"alwaysMatch": wanted}})
         self.session = f"/{made['sessionId']}"
 
     def call(self, method: str, path: str, data: object = None) -> object:
@@ -9220,6 +9048,18 @@ class Browser:
 
     def close(self) -> None:
         self.call("DELETE", "")
+
+
+@pytest.fixture
+def browser(tmp_path: object) -> object:
+    if not (shutil.which("chromedriver") and shutil.which("chromium")):
+        pytest.skip("chromium or chromedriver is not installed")
+    port = free_port()
+    with (
+        program("chromedriver", f"--port={port}", "--log-level=OFF", port=port),
+        contextlib.closing(Browser(port, str(tmp_path))) as made,
+    ):
+        yield made
 
 
 class TestRealPrograms:
@@ -9686,37 +9526,30 @@ class TestRealPrograms:
         )
         assert "No errors detected" in done.stdout, done
 
-    @needs("chromedriver")
-    @needs("chromium")
-    def test_a_browser_sorts_filters_and_downloads(self, files_tunnel: Tunnel, tmp_path: object) -> None:
-        port = free_port()
-        driver = subprocess.Popen(["chromedriver", f"--port={port}", "--log-level=OFF"], stdout=subprocess.DEVNULL)
-        try:
-            eventually(lambda: listens(port))
-            browser = Browser(port, str(tmp_path))
-            browser.open(f"http://127.0.0.1:{files_tunnel.port}/frontend/servers/n/files/")
-            names = "return [...document.querySelectorAll('tbody tr')].filter(r => !r.hidden).map(r => r.cells[0].textContent)"
-            everything = browser.run(names)
-            assert "hello.txt" in everything and everything[0].endswith("/")
-            browser.run("document.querySelector('button[value=size]').click()")
-            eventually(lambda: browser.run("return location.search") == "?sort=size")
-            assert browser.run(names)[-1] == "big"
-            browser.type("#filter", "HELLO")
-            eventually(lambda: browser.run(names) == ["hello.txt"])
-            for text in (
-                "\u00dcML\u00c4",
-                "U\u0308mla\u0308",
-                "\u00fcMLA\u0308",
-            ):  # composed, and decomposed as a Mac has it
-                browser.run("document.querySelector('#filter').value = ''")
-                browser.type("#filter", text)
-                eventually(lambda: browser.run(names) == ["\u00fcml\u00e4ut.txt"])
-            browser.run("document.querySelector('button[name=zip]').click()")
-            eventually(lambda: (tmp_path / "files.zip").exists())
-            browser.close()
-        finally:
-            driver.terminate()
-            driver.wait(10)
+    def test_a_browser_sorts_filters_and_downloads(
+        self, files_tunnel: Tunnel, tmp_path: object, browser: Browser
+    ) -> None:
+        browser.open(f"http://127.0.0.1:{files_tunnel.port}/frontend/servers/n/files/")
+        names = (
+            "return [...document.querySelectorAll('tbody tr')].filter(r => !r.hidden).map(r => r.cells[0].textContent)"
+        )
+        everything = browser.run(names)
+        assert "hello.txt" in everything and everything[0].endswith("/")
+        browser.run("document.querySelector('button[value=size]').click()")
+        eventually(lambda: browser.run("return location.search") == "?sort=size")
+        assert browser.run(names)[-1] == "big"
+        browser.type("#filter", "HELLO")
+        eventually(lambda: browser.run(names) == ["hello.txt"])
+        for text in (
+            "\u00dcML\u00c4",
+            "U\u0308mla\u0308",
+            "\u00fcMLA\u0308",
+        ):  # composed, and decomposed as a Mac has it
+            browser.run("document.querySelector('#filter').value = ''")
+            browser.type("#filter", text)
+            eventually(lambda: browser.run(names) == ["\u00fcml\u00e4ut.txt"])
+        browser.run("document.querySelector('button[name=zip]').click()")
+        eventually(lambda: (tmp_path / "files.zip").exists())
 
     @needs("curl")
     def test_curl_resumes_a_download(self, files_tunnel: Tunnel, tmp_path: object) -> None:
@@ -9735,8 +9568,7 @@ class TestRealPrograms:
     @needs("chromium")
     def test_chromium_shows_the_listing_through_the_tunnel(self, files_tunnel: Tunnel, tmp_path: object) -> None:
         url = f"http://127.0.0.1:{files_tunnel.port}/frontend/servers/n/files/"
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
-                   "--disable-component-update", "--disable-quic", f"--user-data-dir={tmp_path}", "--dump-dom", url]  # fmt: skip
+        command = ["chromium", "--headless", *CHROMIUM, f"--user-data-dir={tmp_path}", "--dump-dom", url]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
         assert '<a href="hello.txt">hello.txt</a>' in shown
 
