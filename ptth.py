@@ -3384,9 +3384,7 @@ def is_text(beginning: bytes) -> bool:
     return True
 
 
-Outcome = tuple[
-    int, list[tuple[int, int]]
-]  # of preconditions: a status, and the first and last bytes of ranges for 206
+Outcome = tuple[int, list[tuple[int, int]]]  # of preconditions: a status; for 206 the (first, last) of each range
 _WHOLE: Outcome = (200, [])
 _CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "range"}
 # Times of files, in POSIX seconds, that have no meaning: Nix, container images and reproducible archives set them.
