@@ -480,6 +480,11 @@ class Tunnel:
             self.running = asyncio.create_task(self.server.run())
             await self.server.connected.wait()
 
+    @property
+    def registered(self) -> ptth.RegisteredServer:
+        """What the relay knows of the server."""
+        return self.relay.state.servers["n"]
+
     async def _stop(self) -> None:
         if self.running:
             await self.server.stop(1)
@@ -3794,9 +3799,7 @@ class TestUploads:
 
 class TestTunnelMessages:
     def pack(self, head: bytes, **more: object) -> bytes:
-        request = ptth.parse_request_head(head)
-        request.connection = ptth.Connection.__new__(ptth.Connection)
-        request.connection.peer = "192.0.2.9"
+        request = with_peer(ptth.parse_request_head(head), "192.0.2.9")
         return ptth.pack_request("0" * 32, request, request.target, [], **{"prefix": "/p", **more})
 
     def test_a_request_is_rebuilt(self) -> None:
@@ -3806,16 +3809,11 @@ class TestTunnelMessages:
             b"Proxy-Authorization: 9\r\nX-Accel-Redirect: 10\r\nAuthorization: Basic eA==\r\nVia: 1.0 front\r\nX-Forwarded-For: 1.2.3.4\r\n\r\n"
         )  # fmt: skip
         begin = b"PUT /x?y HTTP/1.1\r\nPTTH-Request-Id: " + b"0" * 32 + b"\r\nHost: h\r\nAccept: */*\r\n"
-        end = b"X-Forwarded-Proto: http\r\nX-Forwarded-Host: h\r\nVia: 1.0 front, 1.1 ptth\r\n"
-        authorization = b"Authorization: Basic eA==\r\n"
-        assert (
-            self.pack(head)
-            == begin + authorization + b"X-Forwarded-For: 192.0.2.9\r\n" + end + b"X-Forwarded-Prefix: /p\r\n\r\n"
-        )
+        end = b"Authorization: Basic eA==\r\nX-Forwarded-For: 192.0.2.9\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: h\r\n"
+        end += b"Via: 1.0 front, 1.1 ptth\r\n"
+        assert self.pack(head) == begin + end + b"X-Forwarded-Prefix: /p\r\n\r\n"
         assert b"\r\nX-Forwarded-For: 1.2.3.4, 192.0.2.9\r\n" in self.pack(head, trusted=True)
-        own = (
-            begin + b"Cookie: 6\r\nX-ApiKey: 7\r\n" + authorization + b"X-Forwarded-For: 192.0.2.9\r\n" + end + b"\r\n"
-        )
+        own = begin + b"Cookie: 6\r\nX-ApiKey: 7\r\n" + end + b"\r\n"
         assert self.pack(head, prefix="") == own  # on a host of its own
 
     FORGED = [  # a client's field, and what the server gets of it: from a stranger, and from a trusted proxy
@@ -3860,11 +3858,8 @@ class TestTunnelMessages:
         assert b"\r\nHost: localhost\r\n" in self.pack(b"GET / HTTP/1.0\r\n\r\n")
 
     def test_requests_are_unpacked_in_their_order(self) -> None:
-        packed = self.pack(get("/1")) + self.pack(get("/2"))
-        assert [(identity, request.target) for identity, request in ptth.unpack_requests(packed)] == [
-            ("0" * 32, "/1"),
-            ("0" * 32, "/2"),
-        ]
+        unpacked = list(ptth.unpack_requests(self.pack(get("/1")) + self.pack(get("/2"))))
+        assert [(identity, request.target) for identity, request in unpacked] == [("0" * 32, "/1"), ("0" * 32, "/2")]
         assert list(ptth.unpack_requests(b"")) == []
 
     def test_a_bad_request_fails_its_own_id(self) -> None:
@@ -3939,15 +3934,15 @@ class TestTunnelMessages:
         kept = [pair for pair in ptth.shared_origin_fields(401, told) if pair in told.pairs]
         assert kept == [pair for pair in told.pairs if pair[1]]  # a server on a host of its own
 
-    def test_too_many_challenges_or_links_do_not_pass(self) -> None:
-        for name, value, most in (
-            ("WWW-Authenticate", "Basic realm=v", ptth.MAX_CHALLENGES),
-            ("Link", "<a>;rel=b", ptth.MAX_LINK),
-        ):
-            fitting = (most + 2) // (len(value) + 2)
-            for count, passes in ((fitting, fitting), (fitting + 1, 0)):
-                passed = ptth.shared_origin_fields(401, ptth.Headers([(name, value)] * count), server="n")
-                assert [pair[0] for pair in passed].count(name) == passes
+    @pytest.mark.parametrize(
+        ("name", "value", "most"),
+        [("WWW-Authenticate", "Basic realm=v", ptth.MAX_CHALLENGES), ("Link", "<a>;rel=b", ptth.MAX_LINK)],
+    )
+    def test_too_many_challenges_or_links_do_not_pass(self, name: str, value: str, most: int) -> None:
+        fitting = (most + 2) // (len(value) + 2)
+        for count, passes in ((fitting, fitting), (fitting + 1, 0)):
+            passed = ptth.shared_origin_fields(401, ptth.Headers([(name, value)] * count), server="n")
+            assert [pair[0] for pair in passed].count(name) == passes
 
     def test_what_a_visitor_says_to_be_taken_for_the_relay_is_dropped(self) -> None:
         names = [
@@ -3963,13 +3958,9 @@ class TestTunnelMessages:
         [("5", "4"), ("1", "0"), ("007", "6"), ("1000", "999"), ("9" * 9, "999999998"), ("9" * 5000, "999999999"), ("0" * 9000 + "2", "1")],
     )  # fmt: skip
     def test_max_forwards_is_counted_down(self, value: str, expected: str) -> None:
-        for method in ("OPTIONS", "TRACE"):
-            assert f"\r\nMax-Forwards: {expected}\r\n".encode() in self.pack(
-                get("/", f"Max-Forwards: {value}", method=method)
-            )
-        assert f"\r\nMax-Forwards: {value}\r\n".encode() in self.pack(
-            get("/", f"Max-Forwards: {value}")
-        )  # means nothing
+        for method, told in (("OPTIONS", expected), ("TRACE", expected), ("GET", value)):  # to GET it means nothing
+            packed = self.pack(get("/", f"Max-Forwards: {value}", method=method))
+            assert f"\r\nMax-Forwards: {told}\r\n".encode() in packed
 
     @pytest.mark.parametrize("value", ["", "x", "-1", "+1", "1.0", "5, 5", "0x5", "\xb2", "1 2"])
     def test_max_forwards_that_is_no_number_is_400(self, value: str) -> None:
@@ -4017,31 +4008,20 @@ class TestTunnelMessages:
 
     @pytest.mark.parametrize(("kind", "sandbox"), SANDBOX)
     def test_only_what_runs_nothing_is_spared_the_sandbox(self, kind: str, sandbox: bool) -> None:
-        fields = ptth.shared_origin_fields(200, ptth.Headers([("Content-Type", kind)] if kind else []))
-        assert (("Content-Security-Policy", ptth.SANDBOX) in fields) is sandbox
-        double = ptth.shared_origin_fields(200, ptth.Headers([("Content-Type", "image/png"), ("content-type", kind)]))
-        assert ("Content-Security-Policy", ptth.SANDBOX) in double
+        def is_fenced(*fields: tuple[str, str], **options: bool) -> bool:
+            passed = ptth.shared_origin_fields(200, ptth.Headers(list(fields)), **options)
+            return ("Content-Security-Policy", ptth.SANDBOX) in passed
+
+        assert is_fenced(*([("Content-Type", kind)] if kind else [])) is sandbox
+        assert is_fenced(("Content-Type", "image/png"), ("content-type", kind))
         assert not ptth.runs_nothing(f"{kind}; x={'y' * 256}")  # nor is it kept
-        named = ptth.shared_origin_fields(
-            200, ptth.Headers([("Content-Type", "image/png"), ("Connection", "Content-Type")])
-        )
-        assert ("Content-Security-Policy", ptth.SANDBOX) in named
-        assert ("Content-Security-Policy", ptth.SANDBOX) not in ptth.shared_origin_fields(
-            200, ptth.Headers(), sandbox=False
-        )
+        assert is_fenced(("Content-Type", "image/png"), ("Connection", "Content-Type"))
+        assert not is_fenced(sandbox=False)
 
     @pytest.mark.parametrize(
         ("prefer", "seconds"),
-        [
-            ("wait=5", 5),
-            ("wait=0", 0),
-            ("wait=99", 25),
-            ("", 25),
-            ("respond-async, wait=7", 7),
-            ('wait="3"', 3),
-            ("awaited=3", 25),
-        ],
-    )
+        [("wait=5", 5), ("wait=0", 0), ("wait=99", 25), ("", 25), ("respond-async, wait=7", 7), ('wait="3"', 3), ("awaited=3", 25)],
+    )  # fmt: skip
     def test_wait(self, prefer: str, seconds: float) -> None:
         assert ptth.parse_wait(prefer) == seconds
 
@@ -4076,18 +4056,8 @@ class TestOriginalMessages:
         assert ptth.pack_rust_response(ptth.Response(status, others, body)) == text
 
     STATUSES = [
-        (301, 307),
-        (302, 307),
-        (308, 307),
-        (401, 403),
-        (412, 400),
-        (429, 400),
-        (501, 500),
-        (503, 500),
-        (206, 206),
-        (416, 416),
-        (202, 200),
-    ]
+        (301, 307), (302, 307), (308, 307), (401, 403), (412, 400), (429, 400), (501, 500), (503, 500), (206, 206), (416, 416), (202, 200),
+    ]  # fmt: skip
 
     @pytest.mark.parametrize(("ours", "theirs"), STATUSES)
     def test_statuses_that_the_original_lacks(self, ours: int, theirs: int) -> None:
@@ -4095,23 +4065,8 @@ class TestOriginalMessages:
         assert ptth.unpack_rust_response(packed)[0] == theirs
 
     VALUES = [
-        None,
-        0,
-        127,
-        128,
-        255,
-        256,
-        65535,
-        "",
-        "x" * 31,
-        "x" * 32,
-        "x" * 300,
-        "\u00fc",
-        [],
-        [None] * 16,
-        {},
-        {i: [i] for i in range(17)},
-    ]
+        None, 0, 127, 128, 255, 256, 65535, "", "x" * 31, "x" * 32, "x" * 300, "\u00fc", [], [None] * 16, {}, {i: [i] for i in range(17)},
+    ]  # fmt: skip
 
     @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
     def test_values_both_ways(self, value: ptth.Value) -> None:
@@ -4160,13 +4115,10 @@ class TestOriginalMessages:
     @pytest.mark.parametrize("parts", BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
     def test_a_bad_request_fails_its_own_id(self, parts: object) -> None:
         good = [{1: None}, "/good", {"host": [97], "connection": [120]}]
-        unpacked = list(ptth.unpack_rust_requests(ptth.pack_value([["a" * 26, parts], ["b" * 26, good]])))
-        assert isinstance(unpacked[0][1], ptth.ProtocolError) and unpacked[0][0] == "a" * 26
-        assert (unpacked[1][1].method, unpacked[1][1].target, unpacked[1][1].headers) == (
-            "HEAD",
-            "/good",
-            {"host": "a"},
-        )
+        packed = ptth.pack_value([["a" * 26, parts], ["b" * 26, good]])
+        (identity, error), (_, request) = ptth.unpack_rust_requests(packed)
+        assert isinstance(error, ptth.ProtocolError) and identity == "a" * 26
+        assert (request.method, request.target, request.headers) == ("HEAD", "/good", {"host": "a"})
 
     @pytest.mark.parametrize("text", ["", "?", "koEAwA==", "koELwIA=", "kA==", "koEAwIGBwMA="])
     def test_a_bad_response_is_refused(self, text: str) -> None:
@@ -4187,11 +4139,8 @@ class Hand:
         self.name, self.key, self.data = name, key, b""
 
     def send(self, method: str, path: str, body: bytes = b"", *fields: str) -> None:
-        length = (
-            []
-            if any(field.startswith("Transfer") for field in fields) or method == "GET"
-            else [f"Content-Length: {len(body)}"]
-        )
+        is_chunked = any(field.startswith("Transfer") for field in fields)
+        length = [] if is_chunked or method == "GET" else [f"Content-Length: {len(body)}"]
         lines = [f"{method} /7ZSFUKGV/{path} HTTP/1.1", "Host: r", f"X-ApiKey: {self.key}", *length, *fields, "", ""]
         self.sock.sendall("\r\n".join(lines).encode() + body)
 
@@ -4227,14 +4176,21 @@ class Hand:
 
     def respond(self, identity: str, inner: bytes, *fields: str) -> None:
         """Send a P5."""
-        self.send(
-            "POST", f"http_response/{identity}", inner, "Content-Type: application/http; msgtype=response", *fields
-        )
+        kind = "Content-Type: application/http; msgtype=response"
+        self.send("POST", f"http_response/{identity}", inner, kind, *fields)
+
+    def begin(self, identity: str, *chunks: bytes) -> None:
+        """Send the beginning of a P5 in chunks."""
+        self.respond(identity, b"".join(map(ptth.format_chunk, chunks)), "Transfer-Encoding: chunked")
 
     def reply(self, identity: str, inner: bytes) -> int:
         """Send a P5; return the status of P7."""
         self.respond(identity, inner)
         return self.answer()[0]
+
+    def complete(self, identity: str, client: Client) -> None:
+        """Send a P5, which its client gets."""
+        assert (self.reply(identity, OK), client.answer()[::2]) == (200, (200, b"hi"))
 
     def close(self) -> None:
         self.sock.close()
@@ -4244,9 +4200,8 @@ class Client:
     """A client in a thread; the test reads its response later."""
 
     def __init__(self, port: int, path: str = "/x", *fields: str, method: str = "GET", version: str = "1.1") -> None:
-        request = get("/frontend/servers/n" + path, *fields, method=method).replace(
-            b"HTTP/1.1", b"HTTP/" + version.encode(), 1
-        )
+        request = get("/frontend/servers/n" + path, *fields, method=method)
+        request = request.replace(b"HTTP/1.1", b"HTTP/" + version.encode(), 1)
         self.result: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=lambda: self.result.put(fetch(port, request)), daemon=True).start()
 
@@ -4267,42 +4222,37 @@ class TestApp:
 
     def ask(
         self,
-        refuse: object,
         requests: list[tuple[str, list[tuple[str, str]], bytes]],
         mode: str = "auto",
         fields: object = (),
+        refuse: object = lambda request: 0,
     ) -> list[tuple[int, dict[str, str], dict[str, object]]]:
         """Return (status, fields, what the app got) for each request. `refuse(request)` is the app's error, or 0."""
-        seen = []
+        self.seen = []
 
         async def app(request: ptth.Request) -> ptth.Response:
             got = {"method": request.method, "target": request.target, "fields": dict(request.headers)}
             got["body"] = len(await request.body.read_all(1 << 30))
-            seen.append(got)
+            self.seen.append(got)
             status = refuse(request) or 200
             own = f"http://{request.headers['host']}"
             reply = [(name, value.replace("OWN", own).replace("AUTHORITY", own[7:])) for name, value in fields]
             return ptth.Response(status, reply, ptth.BytesBody(json.dumps(got).encode()))
 
         async def talk() -> list[object]:
-            server = ptth.HTTPServer(app)
-            sock = ptth.open_socket("127.0.0.1", 0)
-            await server.listen(sock)
-            self.port = sock.getsockname()[1]
-            handler = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{self.port}")), mode)
             answers = []
-            for method, more, body in requests:
-                headers = ptth.Headers([*self.PUBLIC, *more])
-                response = await handler.handle(ptth.Request(method, "/x?y", headers, body=ptth.BytesBody(body)))
-                content = await response.body.read_all(1 << 30)
-                await response.body.aclose()
-                answers.append((response.status, dict(response.headers), json.loads(content or b"{}")))
-            handler.client.close()
-            await server.stop(0.1)
+            async with listening(ptth.HTTPServer(app)) as self.port:
+                handler = ptth.App(client_of(self.port), mode)
+                for method, more, body in requests:
+                    headers = ptth.Headers([*self.PUBLIC, *more])
+                    response = await handler.handle(ptth.Request(method, "/x?y", headers, body=ptth.BytesBody(body)))
+                    content = await response.body.read_all(1 << 30)
+                    await response.body.aclose()
+                    answers.append((response.status, dict(response.headers), json.loads(content or b"{}")))
+                handler.client.close()
             return answers
 
-        self.seen = seen
-        return asyncio.run(talk())
+        return in_time(talk())
 
     def test_the_public_way_sends_what_the_visitor_sent(self) -> None:
         more = [
@@ -4312,7 +4262,7 @@ class TestApp:
             ("X", "hop"),
             ("TE", "trailers"),
         ]
-        ((status, _, got),) = self.ask(lambda request: 0, [("POST", more, b"12345")], "public")
+        ((status, _, got),) = self.ask([("POST", more, b"12345")], "public")
         assert (status, got["method"], got["target"], got["body"]) == (200, "POST", "/x?y", 5)
         assert got["fields"] == {
             "host": "n.example.com", "x-forwarded-host": "n.example.com", "x-forwarded-proto": "https",
@@ -4326,18 +4276,15 @@ class TestApp:
     )  # fmt: skip
     def test_the_local_way_maps_what_names_its_own_origin_only(self, origin: str, mapped: bool) -> None:
         more = [("Origin", origin), ("Referer", f"{origin}/p?q"), ("Destination", f"{origin}/new")]
-        ((_, _, got),) = self.ask(lambda request: 0, [("PUT", more, b"")], "local")
+        ((_, _, got),) = self.ask([("PUT", more, b"")], "local")
         own = f"http://127.0.0.1:{self.port}" if mapped else origin
         fields = got["fields"]
-        assert fields["host"] == f"127.0.0.1:{self.port}" and not {"x-forwarded-host", "x-forwarded-proto"} & set(
-            fields
-        )
+        assert fields["host"] == f"127.0.0.1:{self.port}"
+        assert not {"x-forwarded-host", "x-forwarded-proto"} & set(fields)
         assert (fields["origin"], fields["referer"], fields["destination"]) == (own, f"{own}/p?q", f"{own}/new")
 
     def test_a_name_of_the_operators_is_the_local_way_with_that_name(self) -> None:
-        ((_, _, got),) = self.ask(
-            lambda request: 0, [("GET", [("Origin", "https://n.example.com")], b"")], "app.internal"
-        )
+        ((_, _, got),) = self.ask([("GET", [("Origin", "https://n.example.com")], b"")], "app.internal")
         assert (got["fields"]["host"], got["fields"]["origin"]) == ("app.internal", "http://app.internal")
 
     @pytest.mark.parametrize(
@@ -4347,19 +4294,30 @@ class TestApp:
          ("local", "http://n.example.com/a", "https://n.example.com/a"), ("public", "http://127.0.0.1:1/", "http://127.0.0.1:1/")],
     )  # fmt: skip
     def test_redirects_name_the_public_origin(self, mode: str, location: str, expected: str) -> None:
-        ((_, fields, _),) = self.ask(
-            lambda request: 0, [("GET", [], b"")], mode, [("Location", location), ("Connection", "x"), ("X", "1")]
-        )
+        told = [("Location", location), ("Connection", "x"), ("X", "1")]
+        ((_, fields, _),) = self.ask([("GET", [], b"")], mode, told)
         assert fields["Location"] == expected and "X" not in fields and "Connection" not in fields
 
+    ASKED = [  # (methods of requests, what the app gets: method, target, whether with its public name)
+        (["GET", "GET", "POST"], [("GET", "/x?y", True), ("GET", "/x?y", False), ("GET", "/x?y", False), ("POST", "/x?y", False)]),
+        (["GET", "POST"], [("GET", "/x?y", True), ("GET", "/x?y", False), ("POST", "/x?y", False)]),
+        (["POST"], [("GET", "/", True), ("GET", "/", False), ("POST", "/x?y", False)]),
+    ]  # fmt: skip
+
     @pytest.mark.parametrize("status", [400, 403, 421])
-    def test_an_app_that_refuses_its_public_name_is_asked_the_local_way(self, status: int, capfd: Output) -> None:
+    @pytest.mark.parametrize(("methods", "asked"), ASKED, ids=[" ".join(row[0]) for row in ASKED])
+    def test_an_app_that_refuses_its_public_name_is_asked_the_local_way(
+        self, methods: list[str], asked: list[tuple[str, str, bool]], status: int, capfd: Output
+    ) -> None:
+        """Before a POST, for its first page, unless a GET has shown it."""
+
         def refuse(request: ptth.Request) -> int:
             return status if request.headers["host"] == "n.example.com" else 0
 
-        answers = self.ask(refuse, [("GET", [], b""), ("GET", [], b""), ("POST", [], b"x")])
-        assert [answer[0] for answer in answers] == [200, 200, 200]
-        assert [got["fields"]["host"] == "n.example.com" for got in self.seen] == [True, False, False, False]
+        answers = self.ask([(method, [], b"x" * (method == "POST")) for method in methods], refuse=refuse)
+        assert [answer[0] for answer in answers] == [200] * len(methods)
+        got = [(got["method"], got["target"], got["fields"]["host"] == "n.example.com") for got in self.seen]
+        assert got == asked
         assert capfd.readouterr().err.count("app_host") == 1
 
     def test_a_first_post_from_another_site_does_not_decide_which_host_the_app_gets(self) -> None:
@@ -4369,33 +4327,18 @@ class TestApp:
             return 0 if own else 403
 
         posts = [("POST", [("Origin", origin)], b"x") for origin in ("http://evil.example", "https://n.example.com")]
-        assert [status for status, *_ in self.ask(refuse, posts)] == [403, 200]
-
-    @pytest.mark.parametrize("status", [400, 403, 421])
-    def test_before_a_post_the_app_is_asked_for_its_first_page(self, status: int) -> None:
-        def refuse(request: ptth.Request) -> int:
-            return status if request.headers["host"] == "n.example.com" else 0
-
-        assert self.ask(refuse, [("POST", [], b"once")])[0][0] == 200
-        assert [(got["method"], got["target"]) for got in self.seen] == [("GET", "/"), ("GET", "/"), ("POST", "/x?y")]
-
-    def test_an_app_is_not_asked_again_for_what_a_get_has_shown(self, capfd: Output) -> None:
-        def refuse(request: ptth.Request) -> int:
-            return 403 if request.headers["host"] == "n.example.com" else 0
-
-        assert [answer[0] for answer in self.ask(refuse, [("GET", [], b""), ("POST", [], b"x")])] == [200, 200]
-        assert [got["method"] for got in self.seen] == ["GET", "GET", "POST"]
-        assert capfd.readouterr().err.count("app_host") == 1
+        assert [status for status, *_ in self.ask(posts, refuse=refuse)] == [403, 200]
 
     def test_a_refusal_that_is_not_for_the_name_stays(self, capfd: Output) -> None:
         def refuse(request: ptth.Request) -> int:
             return 403 if request.target != "/" else 0
 
-        answers = self.ask(refuse, [("GET", [], b""), ("POST", [], b"x"), ("GET", [], b"")])
+        answers = self.ask([("GET", [], b""), ("POST", [], b"x"), ("GET", [], b"")], refuse=refuse)
         assert [answer[0] for answer in answers] == [403, 403, 403] and capfd.readouterr().err == ""
         assert sum(got["method"] == "POST" for got in self.seen) == 1
 
-    def test_a_second_try_that_fails_closes_the_first_response(self, monkeypatch: Patch) -> None:
+    @in_loop
+    async def test_a_second_try_that_fails_closes_the_first_response(self, monkeypatch: Patch) -> None:
         closed = []
 
         class Refusal(ptth.BytesBody):
@@ -4407,39 +4350,33 @@ class TestApp:
                 raise TimeoutError
             return ptth.Response(403, [], Refusal())
 
-        async def talk() -> None:
-            client = ptth.HTTPClient(ptth.parse_base_url("http://127.0.0.1:1"))
-            monkeypatch.setattr(client, "handle", respond)
-            await ptth.App(client).handle(ptth.Request("GET", "/", ptth.Headers(self.PUBLIC)))
-
+        client = client_of(1)
+        monkeypatch.setattr(client, "handle", respond)
         with pytest.raises(ptth.ProtocolError, match="in time"):
-            asyncio.run(talk())
+            await ptth.App(client).handle(ptth.Request("GET", "/", ptth.Headers(self.PUBLIC)))
         assert closed == [True]
 
-    def test_an_app_that_is_not_there_is_502_and_the_log_says_so_once(self, capfd: Output, monkeypatch: Patch) -> None:
+    @in_loop
+    async def test_an_app_that_is_not_there_is_502_and_the_log_says_so_once(
+        self, capfd: Output, monkeypatch: Patch
+    ) -> None:
         monkeypatch.setattr(ptth, "APP_WAIT", 0.01)
         port = free_port()
-
-        async def talk() -> None:
-            handler = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{port}")))
-            for method in ("GET", "POST", "GET"):
-                with pytest.raises(ptth.ProtocolError) as caught:
-                    await handler.handle(ptth.Request(method, "/", ptth.Headers(self.PUBLIC)))
-                assert (caught.value.status, caught.value.headers) == (502, [("Retry-After", "2")])
-                assert str(port) not in caught.value.reason
-            server = ptth.HTTPServer(echo)
-            await server.listen(ptth.open_socket("127.0.0.1", port))
-            response = await handler.handle(ptth.Request("GET", "/", ptth.Headers(self.PUBLIC)))
-            await response.body.aclose()
-            assert response.status == 200
-            handler.client.close()
-            await server.stop(0.1)
-
-        asyncio.run(talk())
-        assert re.findall("cannot be reached|answers again", capfd.readouterr().err) == [
-            "cannot be reached",
-            "answers again",
-        ]
+        handler = ptth.App(client_of(port))
+        for method in ("GET", "POST", "GET"):
+            with pytest.raises(ptth.ProtocolError) as caught:
+                await handler.handle(ptth.Request(method, "/", ptth.Headers(self.PUBLIC)))
+            assert (caught.value.status, caught.value.headers) == (502, [("Retry-After", "2")])
+            assert str(port) not in caught.value.reason
+        server = ptth.HTTPServer(echo)
+        await server.listen(ptth.open_socket("127.0.0.1", port))
+        response = await handler.handle(ptth.Request("GET", "/", ptth.Headers(self.PUBLIC)))
+        await response.body.aclose()
+        assert response.status == 200
+        handler.client.close()
+        await server.stop(0.1)
+        told = re.findall("cannot be reached|answers again", capfd.readouterr().err)
+        assert told == ["cannot be reached", "answers again"]
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -4457,19 +4394,15 @@ class TestApp:
         assert origin.verify is not ("insecure" in text)
 
     def test_an_app_and_a_directory_exclude_each_other(self, tmp_path: object) -> None:
-        path = tmp_path / "ptth_server.toml"
         base = f'name = "n"\napi_key = "{KEY}"\nrelay_url = "http://127.0.0.1"\n'
         for more, word in (
             ('app = "3000"\nfile_server_root = "."\n', "exclude each other"), ('app = "ftp://x"\n', "app cannot be used"),
             ('app = "3000"\napp_host = "no host"\n', "app_host must be"), ('app_hots = "x"\n', "did you mean app_host"),
         ):  # fmt: skip
-            path.write_text(base + more)
-            path.chmod(0o600)
             with pytest.raises(ptth.UserError, match=word):
-                ptth.load_server_config(str(path), {})
-        path.write_text(base + 'app = "3000"\n')
-        assert ptth.load_server_config(str(path), {}).app_url.url == "http://localhost:3000"
-        assert ptth.load_server_config(str(path), {"app": "h:1"}).app_url.url == "http://h:1"
+                load_server(tmp_path, base + more)
+        for flags, url in (({}, "http://localhost:3000"), ({"app": "h:1"}, "http://h:1")):
+            assert load_server(tmp_path, base + 'app = "3000"\n', flags).app_url.url == url
 
 
 @pytest.fixture
@@ -4504,7 +4437,7 @@ class TestRelay:
     def test_one_address_does_not_get_all_handlers(self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch) -> None:
         """What it asks for beyond its share waits, and the requests of others pass it."""
         monkeypatch.setattr(ptth, "MAX_AT_WORK", 2)
-        waiting = bare_relay.relay.state.servers["n"].waiting
+        waiting = bare_relay.registered.waiting
         clients = []
         for number in range(3):
             clients.append(Client(bare_relay.port, f"/{number}", "X-Forwarded-For: 192.0.2.1"))
@@ -4529,7 +4462,7 @@ class TestRelay:
 
     def test_what_waits_is_handed_over_together(self, bare_relay: Tunnel, hand: Hand) -> None:
         clients = [Client(bare_relay.port, f"/{i}") for i in range(70)]
-        eventually(lambda: len(bare_relay.relay.state.servers["n"].waiting) == 70)
+        eventually(lambda: len(bare_relay.registered.waiting) == 70)
         hand.listen()
         first = hand.requests()
         hand.listen()
@@ -4572,7 +4505,7 @@ class TestRelay:
     def test_a_hello_renews_what_is_parked(self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "RENEWAL_TIME", 0.05)
         hand.listen()  # its server is gone, but a proxy holds the P1 open
-        eventually(lambda: bare_relay.relay.state.servers["n"].parked)
+        eventually(lambda: bare_relay.registered.parked)
         new = Hand(bare_relay.port)
         new.listen(0)
         assert new.requests() == []
@@ -4587,7 +4520,7 @@ class TestRelay:
         hands = [Hand(bare_relay.port) for _ in range(3)]
         for i, hand in enumerate(hands):
             hand.listen()
-            eventually(lambda i=i: len(bare_relay.relay.state.servers["n"].parked) == min(i + 1, 2))
+            eventually(lambda i=i: len(bare_relay.registered.parked) == min(i + 1, 2))
         assert hands[0].requests() == []
         client = Client(bare_relay.port)
         ((identity, _),) = hands[1].requests()
@@ -4629,10 +4562,10 @@ class TestRelay:
         assert hand.requests() == []
         assert hand.reply(ids[2], OK) == 200  # its id was after MAX_LOST others, and is ignored
         assert other.answer()[0] == 200
-        assert not bare_relay.relay.state.servers["n"].exchanges
+        assert not bare_relay.registered.exchanges
 
     def test_a_client_that_resets_while_it_waits_frees_its_place(self, bare_relay: Tunnel, hand: Hand) -> None:
-        server = bare_relay.relay.state.servers["n"]
+        server = bare_relay.registered
         socks = []
         for handed_over in (True, False):
             if handed_over:
@@ -4653,7 +4586,7 @@ class TestRelay:
         for i in range(ptth.MAX_INSTANCES + 5):
             hand.listen(0, f"PTTH-Instance: {i}")
             assert hand.requests() == []
-        assert len(bare_relay.relay.state.servers["n"].instances) == ptth.MAX_INSTANCES
+        assert len(bare_relay.registered.instances) == ptth.MAX_INSTANCES
 
     def test_a_server_cannot_lose_what_another_one_has(self, bare_relay: Tunnel, hand: Hand) -> None:
         key = "another-key-than-the-right-one"
@@ -4685,7 +4618,7 @@ class TestRelay:
             begin = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
             post.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
             slow += [(sock, post)]
-        server = bare_relay.relay.state.servers["n"]
+        server = bare_relay.registered
         eventually(lambda: len(server.exchanges) == 3 and not server.offered)
         for fields in ((), ("X-Forwarded-For: 192.0.2.9",)):
             status, headers, _ = one(bare_relay.fetch(get("/frontend/servers/n/", *fields)))
@@ -4875,7 +4808,7 @@ class TestRelay:
         return hand
 
     def test_batches_without_their_end_take_no_more_than_their_share_of_memory(self, bare_relay: Tunnel) -> None:
-        server = bare_relay.relay.state.servers["n"]
+        server = bare_relay.registered
         most = ptth.MAX_BATCHES_BYTES // 400_000
         hands = [self.begin_batch(bare_relay.port, "Content-Length: 400000") for _ in range(most)]
         eventually(lambda: server.batch_bytes == most * 400_000)
@@ -4891,7 +4824,7 @@ class TestRelay:
     def test_a_batch_that_takes_longer_than_its_clients_wait_is_408(self, framing: str, open_tunnel: object) -> None:
         relay = open_tunnel(response_timeout=0.05)
         hand = self.begin_batch(relay.port, framing)
-        assert (hand.answer()[0], relay.relay.state.servers["n"].batch_bytes) == (408, 0)
+        assert (hand.answer()[0], relay.registered.batch_bytes) == (408, 0)
         hand.close()
 
     def test_a_client_that_does_not_read_holds_up_nobody_in_its_batch(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -4979,7 +4912,7 @@ class TestRelay:
             ("GET", "/e", "koEAwIGuY29udGVudC1sZW5ndGiRMg==", b"too long", (502, None)),
         ):
             hand = self.original(bare_relay.port)
-            eventually(lambda: bare_relay.relay.state.servers["n"].parked)
+            eventually(lambda: bare_relay.registered.parked)
             client = Client(bare_relay.port, target, method=method)
             status, fields, packed = hand.answer()
             assert status == 200 and "content-type" not in fields
@@ -4994,7 +4927,7 @@ class TestRelay:
     @pytest.mark.parametrize("client_waits", [True, False])
     def test_an_original_server_gets_p7_when_its_body_was_read(self, client_waits: bool, bare_relay: Tunnel) -> None:
         hand = self.original(bare_relay.port)
-        eventually(lambda: bare_relay.relay.state.servers["n"].parked)
+        eventually(lambda: bare_relay.registered.parked)
         client = Client(bare_relay.port)
         ((identity, _),) = ptth.unpack_rust_requests(hand.answer()[2])
         head = f"POST /7ZSFUKGV/http_response/{identity if client_waits else 'x' * 32} HTTP/1.1\r\nHost: r\r\nX-ApiKey: {KEY}\r\n"
@@ -5018,9 +4951,9 @@ class TestRelay:
 
     def test_a_server_of_the_original_beside_ours(self, bare_relay: Tunnel) -> None:
         theirs, ours = self.original(bare_relay.port), Hand(bare_relay.port)
-        eventually(lambda: len(bare_relay.relay.state.servers["n"].parked) == 1)
+        eventually(lambda: len(bare_relay.registered.parked) == 1)
         ours.listen()
-        eventually(lambda: len(bare_relay.relay.state.servers["n"].parked) == 2)
+        eventually(lambda: len(bare_relay.registered.parked) == 2)
         clients = [Client(bare_relay.port, "/1")]
         ((identity, request),) = ptth.unpack_rust_requests(theirs.answer()[2]) or [("", None)]
         hand = Hand(bare_relay.port)
@@ -5041,7 +4974,7 @@ class TestRelay:
 
     def test_what_the_original_cannot_take_is_405(self, bare_relay: Tunnel) -> None:
         hand = self.original(bare_relay.port)
-        eventually(lambda: bare_relay.relay.state.servers["n"].parked)
+        eventually(lambda: bare_relay.registered.parked)
         assert Client(bare_relay.port, method="DELETE").answer()[0] == 405
         hand.close()
 
@@ -5049,11 +4982,7 @@ class TestRelay:
         leaving, staying = Hand(bare_relay.port), Hand(bare_relay.port)
         leaving.listen()
         leaving.sock.shutdown(socket.SHUT_WR)
-        eventually(
-            lambda: (
-                [parked.connection.at_eof() for parked in bare_relay.relay.state.servers["n"].parked] in ([True], [])
-            )
-        )
+        eventually(lambda: [parked.connection.at_eof() for parked in bare_relay.registered.parked] in ([True], []))
         staying.listen()
         client = Client(bare_relay.port)
         ((identity, _),) = staying.requests()
@@ -5131,7 +5060,7 @@ class TestRelay:
     def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
         answer = one(bare_relay.fetch(get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)))
         assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
-        assert not bare_relay.relay.state.exchanges and not bare_relay.relay.state.servers["n"].exchanges
+        assert not bare_relay.relay.state.exchanges and not bare_relay.registered.exchanges
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
@@ -5164,7 +5093,7 @@ class TestRelay:
         assert hand.reply(identity, OK) == 410
 
     def test_a_thousand_requests_may_wait(self, bare_relay: Tunnel) -> None:
-        server = bare_relay.relay.state.servers["n"]
+        server = bare_relay.registered
         server.waiting.update({str(i): None for i in range(ptth.MAX_WAITING)})
         try:
             assert one(bare_relay.fetch(get("/frontend/servers/n/")))[0] == 503
@@ -5191,7 +5120,7 @@ class TestRelay:
     def test_a_stopping_relay_finishes_what_it_accepted(self, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand)
         hand.listen()
-        eventually(lambda: bare_relay.relay.state.servers["n"].parked)
+        eventually(lambda: bare_relay.registered.parked)
         stopping = asyncio.run_coroutine_threadsafe(bare_relay.relay.stop(), bare_relay.background.loop)
         status, fields, body = hand.answer()
         assert (status, fields["connection"], body) == (200, "close", b"")
@@ -6525,7 +6454,7 @@ class TestLastRelease:
                 answer += client.recv(1 << 16)
             client.close()
             server.sendall(self.P1)
-            eventually(lambda: bare_relay.relay.state.servers["n"].parked)
+            eventually(lambda: bare_relay.registered.parked)
             put = b"PUT /frontend/servers/n/files/a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
             assert one(bare_relay.fetch(put))[0] == 501
 
@@ -7139,7 +7068,7 @@ class TestServer:
             return ptth.text_response(200, request.target)
 
         tunnel = open_tunnel(handler)
-        queue_ = tunnel.relay.state.servers["n"]
+        queue_ = tunnel.registered
         clients = []
         for i in range(2):
             clients.append(Client(tunnel.port, f"/{i}"))
@@ -7350,12 +7279,12 @@ class TestServer:
         tunnel = open_tunnel(handler)
         clients = [Client(tunnel.port, f"/{i}") for i in range(2)]
         try:
-            eventually(lambda: len(started) == 2 and not tunnel.relay.state.servers["n"].parked)
+            eventually(lambda: len(started) == 2 and not tunnel.registered.parked)
             clients.append(Client(tunnel.port, "/2"))
-            eventually(lambda: tunnel.relay.state.servers["n"].waiting)
+            eventually(lambda: tunnel.registered.waiting)
             for _ in range(3):
                 tunnel.fetch(get("/frontend/relay_up_check"))
-            assert len(started) == 2 and len(tunnel.relay.state.servers["n"].waiting) == 1
+            assert len(started) == 2 and len(tunnel.registered.waiting) == 1
         finally:
             release.set()  # also after a failure, or its thread would keep the tests from ending
         assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
@@ -7556,9 +7485,9 @@ class TestSeveralRelays:
     ) -> None:
         server, running = background.run(self.attend(relays))
         assert [self.reach(relay) for relay in relays] == [200, 200, 200]
-        assert all(relay.relay.state.servers["n"].connected for relay in relays)
+        assert all(relay.registered.connected for relay in relays)
         background.run(self.end(server, running))
-        assert not any(relay.relay.state.servers["n"].parked for relay in relays)
+        assert not any(relay.registered.parked for relay in relays)
 
     def test_one_that_refuses_and_one_that_is_away_do_not_touch_the_others(
         self, background: Background, relays: list[Tunnel], monkeypatch: Patch, told: list[str]
@@ -7577,7 +7506,7 @@ class TestSeveralRelays:
         assert "does not know server n with this key (401)" in states[str(refusing.port)]
         assert "cannot reach the relay at" in states[str(away)]
         background.loop.call_soon_threadsafe(refusing.relay.configure, good.relay.state.config)
-        eventually(lambda: refusing.relay.state.servers["n"].connected)  # it was let in later, by itself
+        eventually(lambda: refusing.registered.connected)  # it was let in later, by itself
         assert self.reach(refusing) == 200
         background.run(self.end(server, running))
 
@@ -7609,8 +7538,8 @@ class TestSeveralRelays:
         set_distance = ptth.Link._set_distance
         monkeypatch.setattr(ptth.Link, "_set_distance", distance)
         server, running = background.run(self.attend([near, far]))
-        eventually(lambda: len(far.relay.state.servers["n"].parked) == ptth.FAR_P1)
-        assert len(near.relay.state.servers["n"].parked) <= 1
+        eventually(lambda: len(far.registered.parked) == ptth.FAR_P1)
+        assert len(near.registered.parked) <= 1
         background.run(self.end(server, running))
 
     def test_servers_come_back_to_a_restarted_relay_soon_but_not_in_the_same_second(self) -> None:
@@ -9370,7 +9299,7 @@ class TestRealPrograms:
                     assert data.endswith(b"ping" if upgrade else b"https"), data
                     assert upgrade or b"a=b" in data
             # A server that dies must not get another request: the proxy has to close its P1 at the relay.
-            parked = tunnel.relay.state.servers["n"].parked
+            parked = tunnel.registered.parked
             p1 = f"GET /7ZSFUKGV/http_listen/n HTTP/1.1\r\nHost: relay.example.com\r\nX-ApiKey: {KEY}\r\n"
             plain = socket.create_connection(("127.0.0.1", front), 20)
             with context.wrap_socket(plain, server_hostname="n.example.com") as client:
