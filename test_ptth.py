@@ -4215,6 +4215,12 @@ class Client:
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nhi"
 
 
+def inner_response(identity: str, body: bytes, *fields: str) -> bytes:
+    """Return a response as it stands in a batch."""
+    told = [f"PTTH-Request-Id: {identity}", f"PTTH-Body-Length: {len(body)}", *fields]
+    return "\r\n".join(["HTTP/1.1 200 OK", *told, "", ""]).encode() + body
+
+
 class TestApp:
     """A web app as a handler. The app is an HTTP server of ptth.py that responds with what it got."""
 
@@ -4437,27 +4443,25 @@ class TestRelay:
     def test_one_address_does_not_get_all_handlers(self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch) -> None:
         """What it asks for beyond its share waits, and the requests of others pass it."""
         monkeypatch.setattr(ptth, "MAX_AT_WORK", 2)
-        waiting = bare_relay.registered.waiting
         clients = []
         for number in range(3):
             clients.append(Client(bare_relay.port, f"/{number}", "X-Forwarded-For: 192.0.2.1"))
-            eventually(lambda number=number: len(waiting) == number + 1)
+            eventually(lambda number=number: len(bare_relay.registered.waiting) == number + 1)
         hand.listen()
         held = hand.requests()
         assert [target for _, target in held] == ["/0", "/1"]
         hand.listen()
-        clients.append(Client(bare_relay.port, "/other", "X-Forwarded-For: 198.51.100.1"))
+        other = Client(bare_relay.port, "/other", "X-Forwarded-For: 198.51.100.1")
         ((identity, target),) = hand.requests()
         assert target == "/other"
-        assert hand.reply(identity, OK) == 200
+        hand.complete(identity, other)
         listener = Hand(bare_relay.port)
         listener.listen()
-        assert hand.reply(held[0][0], OK) == 200
+        hand.complete(held[0][0], clients[0])
         ((identity, target),) = listener.requests()
         assert target == "/2"
-        for request_id in (held[1][0], identity):
-            assert hand.reply(request_id, OK) == 200
-        assert [client.answer()[0] for client in clients] == [200] * 4
+        hand.complete(held[1][0], clients[1])
+        hand.complete(identity, clients[2])
         listener.close()
 
     def test_what_waits_is_handed_over_together(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -4509,10 +4513,8 @@ class TestRelay:
         new = Hand(bare_relay.port)
         new.listen(0)
         assert new.requests() == []
-        client = Client(bare_relay.port)
-        new.listen()
-        ((identity, _),) = new.requests()
-        assert (new.reply(identity, OK), client.answer()[2]) == (200, b"hi")
+        (client,), (identity,) = self.hand_over(bare_relay, new)
+        new.complete(identity, client)
         assert hand.requests() == []
 
     def test_the_oldest_of_too_many_p1_is_answered(self, bare_relay: Tunnel, monkeypatch: Patch) -> None:
@@ -4524,7 +4526,7 @@ class TestRelay:
         assert hands[0].requests() == []
         client = Client(bare_relay.port)
         ((identity, _),) = hands[1].requests()
-        assert (hands[1].reply(identity, OK), client.answer()[0]) == (200, 200)
+        hands[1].complete(identity, client)
         for hand in hands:
             hand.close()
 
@@ -4548,11 +4550,7 @@ class TestRelay:
     def test_a_response_that_was_lost_on_its_way_is_502_at_once(self, bare_relay: Tunnel, hand: Hand) -> None:
         (waiting, begun, other), ids = self.hand_over(bare_relay, hand, (), (), ())
         post = Hand(bare_relay.port)
-        post.send(
-            "POST", f"http_response/{ids[1]}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
-        )
-        begin = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
-        post.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
+        post.begin(ids[1], b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
         eventually(lambda: len(bare_relay.relay.state.exchanges) == 2)
         many = ", ".join(f"{i:032}" for i in range(ptth.MAX_LOST - 2))
         hand.listen(0, f"PTTH-Lost: {ids[0]}, {ids[1]}, {many}, {ids[2]}")
@@ -4560,24 +4558,18 @@ class TestRelay:
         raw = begun.raw()
         assert b" 200 OK" in raw and raw.endswith(b"\r\n\r\n")
         assert hand.requests() == []
-        assert hand.reply(ids[2], OK) == 200  # its id was after MAX_LOST others, and is ignored
-        assert other.answer()[0] == 200
+        hand.complete(ids[2], other)  # its id was after MAX_LOST others, and is ignored
         assert not bare_relay.registered.exchanges
 
     def test_a_client_that_resets_while_it_waits_frees_its_place(self, bare_relay: Tunnel, hand: Hand) -> None:
         server = bare_relay.registered
-        socks = []
-        for handed_over in (True, False):
-            if handed_over:
-                hand.listen()
-            socks.append(connect(bare_relay.port))
-            socks[-1].sendall(get("/frontend/servers/n/x"))
-            if handed_over:
-                ((identity, _),) = hand.requests()
+        hand.listen()
+        socks = [connect(bare_relay.port, get("/frontend/servers/n/x"))]
+        ((identity, _),) = hand.requests()
+        socks.append(connect(bare_relay.port, get("/frontend/servers/n/x")))  # this one is not handed over
         eventually(lambda: len(server.exchanges) == 2 and len(server.waiting) == 1)
         for sock in socks:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            sock.close()
+            reset(sock)
         eventually(lambda: not (server.exchanges or server.waiting or server.offered or server.addresses))
         assert not bare_relay.relay.state.exchanges
         assert hand.reply(identity, OK) == 410
@@ -4596,7 +4588,7 @@ class TestRelay:
         other = Hand(bare_relay.port, "m", key)
         other.listen(0, f"PTTH-Lost: {identity}")
         assert other.requests() == []
-        assert (hand.reply(identity, OK), client.answer()[0]) == (200, 200)
+        hand.complete(identity, client)
 
     def test_responses_that_are_being_sent_are_bounded(
         self, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch
@@ -4604,30 +4596,23 @@ class TestRelay:
         monkeypatch.setattr(ptth, "MAX_SENDING", 3)
         monkeypatch.setattr(ptth, "MAX_FROM_ADDRESS", 2)
         slow = []
-        for i, address in enumerate(("192.0.2.1", "192.0.2.1", "")):
+        for address in ("192.0.2.1", "192.0.2.1", ""):
             hand.listen()
-            sock = connect(bare_relay.port)
-            sock.sendall(
-                get(f"/frontend/servers/n/{i}", *([f"X-Forwarded-For: 6.6.6.6, {address}"] if address else []))
-            )
+            fields = [f"X-Forwarded-For: 6.6.6.6, {address}"] if address else []
+            sock, post = connect(bare_relay.port, get("/frontend/servers/n/", *fields)), Hand(bare_relay.port)
             ((identity, _),) = hand.requests()
-            post = Hand(bare_relay.port)
-            post.send(
-                "POST", f"http_response/{identity}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
-            )
-            begin = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
-            post.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
+            post.begin(identity, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
             slow += [(sock, post)]
         server = bare_relay.registered
         eventually(lambda: len(server.exchanges) == 3 and not server.offered)
         for fields in ((), ("X-Forwarded-For: 192.0.2.9",)):
             status, headers, _ = one(bare_relay.fetch(get("/frontend/servers/n/", *fields)))
             assert (status, "retry-after" in headers) == (503, True)
-        slow[2][1].sock.close()
+        slow[2][1].close()
         eventually(lambda: len(server.exchanges) == 2)
         assert one(bare_relay.fetch(get("/frontend/servers/n/", "X-Forwarded-For: 192.0.2.1")))[0] == 503
         (client,), (identity,) = self.hand_over(bare_relay, hand, ("X-Forwarded-For: 192.0.2.9",))
-        assert (hand.reply(identity, OK), client.answer()[0]) == (200, 200)
+        hand.complete(identity, client)
         for sock, post in slow:
             sock.close()
             post.close()
@@ -4653,35 +4638,25 @@ class TestRelay:
     @pytest.mark.parametrize("told", [b"", b"Content-Length: 4\r\n"])
     def test_a_chunked_response_arrives_as_it_comes(self, told: bytes, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand)
-        hand.respond(
-            identity, b"%x\r\nHTTP/1.1 200 OK\r\n%b\r\n\r\n" % (19 + len(told), told), "Transfer-Encoding: chunked"
-        )
+        hand.begin(identity, b"HTTP/1.1 200 OK\r\n%b\r\n" % told)
         for piece in (b"2\r\nhi\r\n", b"2\r\n!!\r\n", b"0\r\n\r\n"):
             hand.sock.sendall(piece)
         assert hand.answer()[0] == 200
         _, fields, body = client.answer()
-        assert (fields.get("content-length") or fields["transfer-encoding"], body) == (
-            "4" if told else "chunked",
-            b"hi!!",
-        )
+        framing = fields.get("content-length") or fields["transfer-encoding"]
+        assert (framing, body) == ("4" if told else "chunked", b"hi!!")
 
     def test_large_chunks_arrive_whole_also_without_chunks(self, bare_relay: Tunnel, hand: Hand) -> None:
         data = os.urandom(1 << 20)
-        client = Client(bare_relay.port, version="1.0")
-        hand.listen()
-        ((identity, _),) = hand.requests()
-        chunk = b"%x\r\n%b\r\n" % (len(data), data)
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
-        hand.respond(
-            identity, b"%x\r\n%b\r\n" % (len(head), head) + chunk + chunk + b"0\r\n\r\n", "Transfer-Encoding: chunked"
-        )
+        (client,), (identity,) = self.hand_over(bare_relay, hand, version="1.0")
+        hand.begin(identity, b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n", data, data)
+        hand.sock.sendall(b"0\r\n\r\n")
         assert client.raw().partition(b"\r\n\r\n")[2] == data + data
         assert hand.answer()[0] == 200
 
     def test_a_chunked_body_that_breaks_off_has_no_last_chunk(self, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand)
-        begin = b"HTTP/1.1 200 OK\r\n\r\n"
-        hand.respond(identity, b"%x\r\n%b\r\n2\r\nhi\r\n" % (len(begin), begin), "Transfer-Encoding: chunked")
+        hand.begin(identity, b"HTTP/1.1 200 OK\r\n\r\n", b"hi")
         hand.close()
         raw = client.raw()
         assert b"chunked" in raw and not raw.endswith(b"0\r\n\r\n")
@@ -4690,22 +4665,16 @@ class TestRelay:
         hand.listen()
         with connect(bare_relay.port, b"GET /frontend/servers/n/ HTTP/1.0\r\n\r\n") as client:
             ((identity, _),) = hand.requests()
-            begin = b"HTTP/1.1 200 OK\r\n\r\n"
-            hand.respond(identity, b"%x\r\n%b\r\n2\r\nhi\r\n" % (len(begin), begin), "Transfer-Encoding: chunked")
-            data = b""
-            while not data.endswith(b"hi"):
-                data += client.recv(1000)
+            hand.begin(identity, b"HTTP/1.1 200 OK\r\n\r\n", b"hi")
+            read(client, b"\r\n\r\nhi")
             hand.close()
             with pytest.raises(ConnectionResetError):
                 client.recv(1000)
 
     def test_a_short_body_ends_before_its_content_length(self, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand)
-        inner = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
-        hand.send(
-            "POST", f"http_response/{identity}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
-        )
-        hand.sock.sendall(b"%x\r\n%b\r\n2\r\nhi\r\n0\r\n\r\n" % (len(inner), inner))
+        hand.begin(identity, b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", b"hi")
+        hand.sock.sendall(b"0\r\n\r\n")
         raw = client.raw()
         assert b"Content-Length: 100" in raw and raw.endswith(b"\r\n\r\nhi")
 
@@ -4713,11 +4682,7 @@ class TestRelay:
         hand.listen()
         client = connect(bare_relay.port, get("/frontend/servers/n/"))
         ((identity, _),) = hand.requests()
-        hand.send(
-            "POST", f"http_response/{identity}", b"", "Content-Type: application/http", "Transfer-Encoding: chunked"
-        )
-        begin = b"HTTP/1.1 200 OK\r\n\r\n"
-        hand.sock.sendall(b"%x\r\n%b\r\n" % (len(begin), begin))
+        hand.begin(identity, b"HTTP/1.1 200 OK\r\n\r\n")
         client.recv(100)
         client.close()
         with contextlib.suppress(ConnectionError):
@@ -4738,8 +4703,7 @@ class TestRelay:
         eventually(lambda: not bare_relay.relay.backend._offered_on)
         last.listen(0)
         assert last.requests() == []
-        assert last.reply(identity, OK) == 200
-        assert client.answer()[0] == 200
+        last.complete(identity, client)
         last.close()
 
     def test_a_close_that_was_announced_loses_nothing(self, bare_relay: Tunnel) -> None:
@@ -4752,19 +4716,16 @@ class TestRelay:
         hand = Hand(bare_relay.port)
         hand.listen(0)
         assert hand.requests() == []
-        assert hand.reply(identity, OK) == 200
-        assert client.answer()[0] == 200
+        hand.complete(identity, client)
         hand.close()
 
     def test_a_batch_goes_to_its_clients(self, bare_relay: Tunnel, hand: Hand) -> None:
         clients, ids = self.hand_over(bare_relay, hand, (), (), (), ())
-        head = [
-            f"HTTP/1.1 200 OK\r\nPTTH-Request-Id: {identity}\r\nPTTH-Body-Length: 2\r\n".encode() for identity in ids
-        ]
-        foreign = head[0].replace(ids[0].encode(), b"0" * 32) + b"\r\nno"
-        wrong_length = head[1] + b"Content-Length: 3\r\n\r\nhi"
-        broken = head[2].replace(b"200 OK", b"100 OK") + b"\r\nhi"
-        body = foreign + head[0] + b"X-Y: z\r\n\r\nhi" + wrong_length + broken + head[3] + b"\r\n!!"
+        foreign = inner_response("0" * 32, b"no")
+        good = inner_response(ids[0], b"hi", "X-Y: z")
+        wrong_length = inner_response(ids[1], b"hi", "Content-Length: 3")
+        broken = inner_response(ids[2], b"hi").replace(b"200 OK", b"100 OK")
+        body = foreign + good + wrong_length + broken + inner_response(ids[3], b"!!")
         for _ in range(2):  # a repeat does no harm
             hand.send("POST", "http_responses/n", body, "Content-Type: application/http; msgtype=response")
             assert hand.answer()[0] == 200
@@ -4775,14 +4736,14 @@ class TestRelay:
 
     def test_a_batch_that_waits_is_the_next_p1(self, bare_relay: Tunnel, hand: Hand) -> None:
         (client,), (identity,) = self.hand_over(bare_relay, hand)
-        batch = f"HTTP/1.1 200 OK\r\nPTTH-Request-Id: {identity}\r\nPTTH-Body-Length: 2\r\n\r\nhi".encode()
+        batch = inner_response(identity, b"hi")
         fields = ("Content-Type: application/http", "Accept: application/http", "Prefer: wait=20")
         hand.send("POST", "http_responses/n", batch, *fields)
         assert client.answer()[2] == b"hi"  # while the P3 is still to come
         client = Client(bare_relay.port, "/next")
         ((identity, target),) = hand.requests()
         assert target == "/next"
-        assert hand.reply(identity, OK) == 200 and client.answer()[0] == 200
+        hand.complete(identity, client)
         bare_relay.relay.state.stopping = True
         hand.send("POST", "http_responses/n", batch, *fields)
         status, answer, _ = hand.answer()
@@ -4794,8 +4755,7 @@ class TestRelay:
         other.send("POST", "http_responses/n", b"")
         assert other.answer()[0] == 401
         (client,), (identity,) = self.hand_over(bare_relay, hand)
-        good = f"HTTP/1.1 200 OK\r\nPTTH-Request-Id: {identity}\r\nPTTH-Body-Length: 2\r\n\r\nhi".encode()
-        hand.send("POST", "http_responses/n", good + b"HTTP/1.1 200 OK\r\n\r\n")
+        hand.send("POST", "http_responses/n", inner_response(identity, b"hi") + b"HTTP/1.1 200 OK\r\n\r\n")
         assert hand.answer()[0] == 400
         assert client.answer()[2] == b"hi"
 
@@ -4834,15 +4794,12 @@ class TestRelay:
             hand.listen()
             lazy.sendall(b"GET /frontend/servers/n/lazy HTTP/1.1\r\nHost: a\r\n\r\n") if not clients else None
             clients.append(Client(bare_relay.port, "/other"))
-            batch = b""
             requests = hand.requests()
             if len(clients) == 1 and len(requests) == 1:
                 hand.listen()
                 requests += hand.requests()
-            for identity, target in requests:
-                body = b"x" * (60_000 if target == "/lazy" else 2)
-                head = f"HTTP/1.1 200 OK\r\nPTTH-Request-Id: {identity}\r\nPTTH-Body-Length: {len(body)}\r\n\r\n"
-                batch += head.encode() + body
+            sizes = {"/lazy": 60_000, "/other": 2}
+            batch = b"".join(inner_response(identity, b"x" * sizes[target]) for identity, target in requests)
             hand.send("POST", "http_responses/n", batch)
             assert hand.answer()[0] == 200
             assert clients[-1].answer()[2] == b"xx"
@@ -4897,37 +4854,39 @@ class TestRelay:
 
         background.run(work())
 
-    def original(self, port: int) -> Hand:
+    def original(self, relay: Tunnel) -> Hand:
         """Return a server in Rust, which sends Accept: */*, after its first P1."""
-        hand = Hand(port)
+        hand, before = Hand(relay.port), len(relay.registered.parked)
         hand.send("GET", "http_listen/n", b"", "Accept: */*")
+        eventually(lambda: len(relay.registered.parked) == before + 1)
         return hand
 
-    def test_a_server_of_the_original(self, bare_relay: Tunnel) -> None:
-        for method, target, field, body, expected in (
-            ("GET", "/a?b", "koEAwIGuY29udGVudC1sZW5ndGiRMg==", b"hi", (200, b"hi")),
-            ("GET", "/b", "koEAwIA=", b"hi", (200, b"hi")),
-            ("HEAD", "/c", "koEBwIA=", b"", (204, b"")),
-            ("GET", "/d", "koEDwIA=", b"its mistake", (304, b"")),
-            ("GET", "/e", "koEAwIGuY29udGVudC1sZW5ndGiRMg==", b"too long", (502, None)),
-        ):
-            hand = self.original(bare_relay.port)
-            eventually(lambda: bare_relay.registered.parked)
-            client = Client(bare_relay.port, target, method=method)
-            status, fields, packed = hand.answer()
-            assert status == 200 and "content-type" not in fields
-            ((identity, request),) = ptth.unpack_rust_requests(packed)
-            assert (request.method, request.target) == (method, target)
-            hand.send("POST", f"http_response/{identity}", body, f"X-PTTH-2LJYXWC4: {field}")
-            assert hand.answer()[0] == (200 if expected[0] != 502 else 400)
-            answer = parse_answer(client.raw(), method)
-            assert answer[0] == expected[0] and expected[1] in (None, answer[2])
-            hand.close()
+    @pytest.mark.parametrize(
+        ("method", "field", "body", "expected"),
+        [
+            ("GET", "koEAwIGuY29udGVudC1sZW5ndGiRMg==", b"hi", (200, b"hi")), ("GET", "koEAwIA=", b"hi", (200, b"hi")),
+            ("HEAD", "koEBwIA=", b"", (204, b"")), ("GET", "koEDwIA=", b"its mistake", (304, b"")),
+            ("GET", "koEAwIGuY29udGVudC1sZW5ndGiRMg==", b"too long", (502, None)),
+        ],
+    )  # fmt: skip
+    def test_a_server_of_the_original(
+        self, method: str, field: str, body: bytes, expected: tuple[int, bytes | None], bare_relay: Tunnel
+    ) -> None:
+        hand = self.original(bare_relay)
+        client = Client(bare_relay.port, "/a?b", method=method)
+        status, fields, packed = hand.answer()
+        assert status == 200 and "content-type" not in fields
+        ((identity, request),) = ptth.unpack_rust_requests(packed)
+        assert (request.method, request.target) == (method, "/a?b")
+        hand.send("POST", f"http_response/{identity}", body, f"X-PTTH-2LJYXWC4: {field}")
+        assert hand.answer()[0] == (200 if expected[0] != 502 else 400)
+        answer = parse_answer(client.raw(), method)
+        assert answer[0] == expected[0] and expected[1] in (None, answer[2])
+        hand.close()
 
     @pytest.mark.parametrize("client_waits", [True, False])
     def test_an_original_server_gets_p7_when_its_body_was_read(self, client_waits: bool, bare_relay: Tunnel) -> None:
-        hand = self.original(bare_relay.port)
-        eventually(lambda: bare_relay.registered.parked)
+        hand = self.original(bare_relay)
         client = Client(bare_relay.port)
         ((identity, _),) = ptth.unpack_rust_requests(hand.answer()[2])
         head = f"POST /7ZSFUKGV/http_response/{identity if client_waits else 'x' * 32} HTTP/1.1\r\nHost: r\r\nX-ApiKey: {KEY}\r\n"
@@ -4950,20 +4909,18 @@ class TestRelay:
         hand.close()
 
     def test_a_server_of_the_original_beside_ours(self, bare_relay: Tunnel) -> None:
-        theirs, ours = self.original(bare_relay.port), Hand(bare_relay.port)
-        eventually(lambda: len(bare_relay.registered.parked) == 1)
+        theirs, ours = self.original(bare_relay), Hand(bare_relay.port)
         ours.listen()
         eventually(lambda: len(bare_relay.registered.parked) == 2)
-        clients = [Client(bare_relay.port, "/1")]
-        ((identity, request),) = ptth.unpack_rust_requests(theirs.answer()[2]) or [("", None)]
+        client = Client(bare_relay.port, "/1")
+        ((identity, _),) = ptth.unpack_rust_requests(theirs.answer()[2])
         hand = Hand(bare_relay.port)
         hand.send("POST", f"http_response/{identity}", b"", "X-PTTH-2LJYXWC4: koEAwIA=")
         assert hand.answer()[0] == 200
-        assert clients[0].answer()[0] == 200
+        assert client.answer()[0] == 200
         client = Client(bare_relay.port, "/2", method="OPTIONS")
         ((identity, _),) = ours.requests()
-        assert ours.reply(identity, OK) == 200
-        assert client.answer()[0] == 200
+        ours.complete(identity, client)
 
     def test_an_original_server_gets_204_when_the_wait_is_over(self, bare_relay: Tunnel) -> None:
         hand = Hand(bare_relay.port)
@@ -4973,8 +4930,7 @@ class TestRelay:
         hand.close()
 
     def test_what_the_original_cannot_take_is_405(self, bare_relay: Tunnel) -> None:
-        hand = self.original(bare_relay.port)
-        eventually(lambda: bare_relay.registered.parked)
+        hand = self.original(bare_relay)
         assert Client(bare_relay.port, method="DELETE").answer()[0] == 405
         hand.close()
 
@@ -4982,13 +4938,11 @@ class TestRelay:
         leaving, staying = Hand(bare_relay.port), Hand(bare_relay.port)
         leaving.listen()
         leaving.sock.shutdown(socket.SHUT_WR)
-        eventually(lambda: [parked.connection.at_eof() for parked in bare_relay.registered.parked] in ([True], []))
-        staying.listen()
-        client = Client(bare_relay.port)
-        ((identity, _),) = staying.requests()
+        parked = bare_relay.registered.parked
+        eventually(lambda: [poll.connection.at_eof() for poll in parked] in ([True], []))
+        (client,), (identity,) = self.hand_over(bare_relay, staying)
         assert leaving.requests() == []
-        assert staying.reply(identity, OK) == 200
-        assert client.answer()[0] == 200
+        staying.complete(identity, client)
 
     @pytest.mark.parametrize(
         ("name", "key"),
@@ -5005,8 +4959,7 @@ class TestRelay:
         (client,), (identity,) = self.hand_over(bare_relay, hand)
         other = Hand(bare_relay.port, key="another-key-than-the-right-one")
         assert other.reply(identity, OK) == 401
-        assert hand.reply(identity, OK) == 200
-        assert client.answer()[0] == 200
+        hand.complete(identity, client)
 
     STATUSES = [
         ("/frontend/servers/unknown/", 404), ("/frontend/servers/n", 301), ("/frontend/servers/../n/", 404), ("/frontend/servers//n/", 404),
@@ -5025,14 +4978,13 @@ class TestRelay:
         assert one(bare_relay.fetch(get("/frontend/servers/n?a=b/c")))[1]["location"] == "./n/?a=b/c"
         assert one(bare_relay.fetch(get("/")))[1]["location"] == "./frontend/servers/"
 
-    def test_what_follows_the_name_is_forwarded_untouched(self, bare_relay: Tunnel, hand: Hand) -> None:
-        for path in ("/", "/a/../%2e//b?c=%20/../d", "/\xff", "/a%2Fb\\c;d=e/..?/../.."):
-            hand.listen()
-            client = Client(bare_relay.port, path)
-            ((identity, target),) = hand.requests()
-            assert target == path
-            assert hand.reply(identity, OK) == 200
-            assert client.answer()[0] == 200
+    @pytest.mark.parametrize("path", ["/", "/a/../%2e//b?c=%20/../d", "/\xff", "/a%2Fb\\c;d=e/..?/../.."])
+    def test_what_follows_the_name_is_forwarded_untouched(self, path: str, bare_relay: Tunnel, hand: Hand) -> None:
+        hand.listen()
+        client = Client(bare_relay.port, path)
+        ((identity, target),) = hand.requests()
+        assert target == path
+        hand.complete(identity, client)
 
     UP = [
         "..", "../", "../x", "a/../..", "a/b/../../../x", "./..", "/..", "//../x", "a//../../x", "a/./../..", "a///..//../x",
@@ -5063,22 +5015,17 @@ class TestRelay:
         assert not bare_relay.relay.state.exchanges and not bare_relay.registered.exchanges
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
-        head = b"POST /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n"
-        for rest in (b"Content-Length: 2\r\n\r\nhi", b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"):
-            for request in (head + rest, head.replace(b"POST", b"PUT") + rest):
-                status, fields, _ = one(bare_relay.fetch(request))
+        for method in ("POST", "PUT"):
+            head = f"{method} /frontend/servers/n/ HTTP/1.1\r\nHost: a\r\n".encode()
+            for rest in (b"Content-Length: 2\r\n\r\nhi", b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"):
+                status, fields, _ = one(bare_relay.fetch(head + rest))
                 assert (status, fields["connection"]) == (501, "close")
         hand.listen()
-        result: queue.Queue[bytes] = queue.Queue()
-        request = (
-            get("/frontend/servers/n/", "Content-Length: 2").replace(b"Connection: close\r\n", b"")
-            + b"hi"
-            + get("/nothing")
-        )
-        threading.Thread(target=lambda: result.put(bare_relay.fetch(request)), daemon=True).start()
-        ((identity, _),) = hand.requests()
-        assert hand.reply(identity, OK) == 200
-        assert [status for status, _, _ in split(result.get(timeout=20))] == [200, 404]
+        head = get("/frontend/servers/n/", "Content-Length: 2").replace(b"Connection: close\r\n", b"")
+        with connect(bare_relay.port, head + b"hi" + get("/nothing")) as sock:
+            ((identity, _),) = hand.requests()
+            assert hand.reply(identity, OK) == 200
+            assert [status for status, _, _ in split(read(sock))] == [200, 404]
 
     def test_a_server_that_is_away_is_503(self, bare_relay: Tunnel) -> None:
         bare_relay.relay.state.started -= 100
@@ -5093,12 +5040,12 @@ class TestRelay:
         assert hand.reply(identity, OK) == 410
 
     def test_a_thousand_requests_may_wait(self, bare_relay: Tunnel) -> None:
-        server = bare_relay.registered
-        server.waiting.update({str(i): None for i in range(ptth.MAX_WAITING)})
+        waiting = bare_relay.registered.waiting
+        waiting.update({str(i): None for i in range(ptth.MAX_WAITING)})
         try:
             assert one(bare_relay.fetch(get("/frontend/servers/n/")))[0] == 503
         finally:
-            server.waiting.clear()
+            waiting.clear()
 
     def test_unregistered_servers_are_shown_with_what_would_register_them(self, bare_relay: Tunnel) -> None:
         for name, key in (("stranger", KEY), ("n", "wrong-key-that-is-long-enough"), ("<script>", KEY)):
