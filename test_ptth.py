@@ -251,6 +251,13 @@ async def client_to(serve: object, path: str = "") -> object:
         server.close()
 
 
+async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Read a request; return its head, and its body if that has a Content-Length."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    size = re.search(rb"Content-Length: (\d+)", head)
+    return head, await reader.readexactly(int(size[1])) if size else b""
+
+
 @contextlib.asynccontextmanager
 async def attending(server: ptth.TunnelServer) -> object:
     """Run a tunnel's server until the block ends."""
@@ -479,6 +486,14 @@ class Tunnel:
             self.server = ptth.TunnelServer(client_of(self.port), "n", KEY, handler)
             self.running = asyncio.create_task(self.server.run())
             await self.server.connected.wait()
+
+    def configure(self, config: ptth.RelayConfig) -> None:
+        """Let the relay have another configuration."""
+
+        async def apply() -> None:
+            self.relay.configure(config)
+
+        self.background.run(apply())
 
     @property
     def registered(self) -> ptth.RegisteredServer:
@@ -4149,20 +4164,14 @@ class Hand:
         while True:
             head, end, rest = self.data.partition(b"\r\n\r\n")
             if end:
-                length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])
-                if len(rest) >= length:
-                    self.data = rest[length:]
-                    return one(head + end + rest[:length])
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                size = int(length[1]) if length else 0
+                if len(rest) >= size:
+                    self.data = rest[size:]
+                    return one(head + end + rest[:size])
             piece = self.sock.recv(1 << 16)
             assert piece, f"the connection ended: {self.data!r}"
             self.data += piece
-
-    def answer_without_length(self) -> tuple[int, dict[str, str], bytes]:
-        """Return a response whose status has no body."""
-        while b"\r\n\r\n" not in self.data:
-            self.data += self.sock.recv(1 << 16)
-        data, self.data = self.data, b""
-        return one(data)
 
     def listen(self, wait: int = 20, *fields: str) -> None:
         """Send a P1."""
@@ -4173,6 +4182,11 @@ class Hand:
         status, fields, body = self.answer()
         assert (status, fields["content-type"], fields["cache-control"]) == (200, ptth.REQUESTS_TYPE, "no-store")
         return [(identity, request.target) for identity, request in ptth.unpack_requests(body)]
+
+    def request_id(self) -> str:
+        """Read a P3 with one request, whose body is elsewhere; return its id."""
+        (identity,) = re.findall(rb"PTTH-Request-Id: (\w+)", self.answer()[2])
+        return identity.decode()
 
     def respond(self, identity: str, inner: bytes, *fields: str) -> None:
         """Send a P5."""
@@ -4925,7 +4939,7 @@ class TestRelay:
     def test_an_original_server_gets_204_when_the_wait_is_over(self, bare_relay: Tunnel) -> None:
         hand = Hand(bare_relay.port)
         hand.send("GET", "http_listen/n", b"", "Accept: */*", "Prefer: wait=0")
-        status, _, body = hand.answer_without_length()
+        status, _, body = hand.answer()
         assert (status, body) == (204, b"")
         hand.close()
 
@@ -5164,15 +5178,11 @@ class TestKeys:
 
     def test_a_weak_key_of_an_original_peer_is_told_once(self, bare_relay: Tunnel, capfd: Output) -> None:
         weak = "abcdefghabcdefgh"
-
-        async def apply() -> None:
-            bare_relay.relay.configure(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(weak))]))
-
-        bare_relay.background.run(apply())
+        bare_relay.configure(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(weak))]))
         hand = Hand(bare_relay.port, key=weak)
         for _ in range(2):
             hand.send("GET", "http_listen/n", b"", "Accept: */*", "Prefer: wait=0")
-            assert hand.answer_without_length()[0] == 204
+            assert hand.answer()[0] == 204
         told = capfd.readouterr().err
         assert told.count("warning") == 1 and "'n'" in told and "guessed" in told and weak not in told
 
@@ -5194,40 +5204,34 @@ def app_tunnel(background: Background) -> object:
                 await asyncio.wrap_future(made.hold)
         made.complete = True
         fields = [
-            ("Set-Cookie", "a=b; Domain=example.com; Path=/"),
-            ("Strict-Transport-Security", "x"),
-            ("X-Accel-Redirect", "/"),
-        ]
+            ("Set-Cookie", "a=b; Domain=example.com; Path=/"), ("Strict-Transport-Security", "x"), ("X-Accel-Redirect", "/"),
+        ]  # fmt: skip
         told = {"method": request.method, "target": request.target, "size": size, "digest": digest.hexdigest()}
         told["fields"] = dict(request.headers)
         return ptth.Response(200, fields, ptth.BytesBody(json.dumps(told).encode()))
 
-    server = ptth.HTTPServer(app, takes_bodies=True)
-    sock = ptth.open_socket("127.0.0.1", 0)
-    background.run(server.listen(sock))
-    handler = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{sock.getsockname()[1]}")), "public")
-    made = Tunnel(background, handler.handle)
-    made.app_port = sock.getsockname()[1]
-    yield made
-    made.close()
-    background.run(server.stop(0.1))
+    with background.serve(app, takes_bodies=True) as port:
+        made = Tunnel(background, ptth.App(client_of(port), "public").handle)
+        made.app_port = port
+        yield made
+        made.close()
 
 
 class TestBodies:
     """Requests with bodies through relay and server to an app, and the same without a tunnel."""
 
-    HEAD = "Host: n.example.com\r\nConnection: close"
+    def begin(self, port: int, framing: str, body: bytes = b"", method: str = "PUT", path: str = "/") -> socket.socket:
+        """Return a connection on which a request, or its beginning, was sent."""
+        head = f"{method} {path} HTTP/1.1\r\nHost: n.example.com\r\nConnection: close\r\n{framing}\r\n\r\n"
+        return connect(port, head.encode() + body)
 
     def send(
         self, port: int, method: str, framing: str, *pieces: bytes, path: str = "/x?y"
     ) -> tuple[int, dict[str, str], bytes]:
-        with connect(port, f"{method} {path} HTTP/1.1\r\n{self.HEAD}\r\n{framing}\r\n\r\n".encode()) as sock:
+        with self.begin(port, framing, method=method, path=path) as sock:
             for piece in pieces:
                 sock.sendall(piece)
-            answer = b""
-            while piece := sock.recv(1 << 20):
-                answer += piece
-        return one(answer)
+            return one(read(sock))
 
     @staticmethod
     def chunks(data: bytes, size: int) -> list[bytes]:
@@ -5267,38 +5271,25 @@ class TestBodies:
 
     def test_expect_is_answered_when_the_app_reads_and_not_when_it_refuses(self, app_tunnel: Tunnel) -> None:
         for path, first in (("/x", b"HTTP/1.1 100 "), ("/refuse", b"HTTP/1.1 413 ")):
-            with connect(app_tunnel.port) as sock:
-                head = f"PUT {path} HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
-                sock.sendall(head.encode())
-                answer = sock.recv(13)
-                assert answer == first
+            with self.begin(app_tunnel.port, "Content-Length: 5\r\nExpect: 100-continue", path=path) as sock:
+                assert sock.recv(13) == first
                 if b"100" in first:
                     sock.sendall(b"hello")
-                    while piece := sock.recv(1 << 16):
-                        answer += piece
-                    assert b'"size": 5' in answer
+                    assert b'"size": 5' in read(sock)
 
     def test_a_body_is_not_asked_for_inside_the_response(self, hand: Hand, bare_relay: Tunnel) -> None:
         """100 Continue would be read as bytes of the response."""
         hand.listen(20, "PTTH-Features: body")
-        with connect(bare_relay.port) as sock:
-            head = b"PUT /frontend/servers/n/x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
-            sock.sendall(head)
-            (identity, _), *_ = re.findall(rb"PTTH-Request-Id: (\w+)()", hand.answer()[2])
-            inner = b"HTTP/1.1 413 No\r\nContent-Length: 5\r\n\r\n"
-            hand.respond(identity.decode(), b"", "Transfer-Encoding: chunked")
-            hand.sock.sendall(ptth.format_chunk(inner))
-            answer = b""
-            while b"\r\n\r\n" not in answer:
-                answer += sock.recv(1 << 16)
+        with self.begin(bare_relay.port, "Content-Length: 5\r\nExpect: 100-continue") as sock:
+            identity = hand.request_id()
+            hand.begin(identity, b"HTTP/1.1 413 No\r\nContent-Length: 5\r\n\r\n")
+            answer = read(sock, b"\r\n\r\n")
             other = Hand(bare_relay.port)
-            other.send("GET", f"http_request/{identity.decode()}")
+            other.send("GET", f"http_request/{identity}")
             assert other.answer()[0] == 410
             other.close()
             hand.sock.sendall(ptth.format_chunk(b"large") + b"0\r\n\r\n")
-            while piece := sock.recv(1 << 16):
-                answer += piece
-            assert one(answer)[::2] == (413, b"large")
+            assert one(answer + read(sock))[::2] == (413, b"large")
 
     @pytest.mark.parametrize("framing", ["Content-Length: 30000000", "Transfer-Encoding: chunked"])
     def test_an_early_refusal_reaches_a_client_that_sends_all_first(self, framing: str, app_tunnel: Tunnel) -> None:
@@ -5308,51 +5299,30 @@ class TestBodies:
 
     def test_a_client_that_leaves_never_looks_complete(self, app_tunnel: Tunnel) -> None:
         app_tunnel.complete, app_tunnel.got = False, 0
-        with connect(app_tunnel.port) as sock:
-            sock.sendall(
-                f"PUT /leave HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 1000000\r\n\r\n".encode() + bytes(500_000)
-            )
+        with self.begin(app_tunnel.port, "Content-Length: 1000000", bytes(500_000), path="/leave"):
             eventually(lambda: app_tunnel.got == 500_000)
-        relay = app_tunnel.relay
-        eventually(
-            lambda: (
-                not (
-                    relay.state.exchanges
-                    or relay.state.uploads
-                    or relay.state.servers["n"].exchanges
-                    or self.server_busy(app_tunnel)
-                )
-            )
-        )
+        state = app_tunnel.relay.state
+        eventually(lambda: not (state.exchanges or state.uploads or app_tunnel.registered.exchanges))
+        eventually(lambda: not app_tunnel.server.workers.request_ids)
         assert not app_tunnel.complete
-
-    @staticmethod
-    def server_busy(tunnel: Tunnel) -> bool:
-        return bool(tunnel.server.workers.request_ids)
 
     def test_an_app_that_does_not_read_stops_the_client(self, app_tunnel: Tunnel) -> None:
         app_tunnel.hold = concurrent.futures.Future()
-        with connect(app_tunnel.port) as sock:
-            size = 1 << 27
-            sock.sendall(f"PUT /wait HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: {size}\r\n\r\n".encode())
+        size = 1 << 27
+        with self.begin(app_tunnel.port, f"Content-Length: {size}", path="/wait") as sock:
             sent = fill(sock, bytes(1 << 20), size)
             assert sent < size // 2  # the kernels' buffers on the way, and no more
             app_tunnel.hold.set_result(None)
             sock.settimeout(20)
             sock.sendall(bytes(size - sent))
-            answer = b""
-            while piece := sock.recv(1 << 16):
-                answer += piece
-            assert f'"size": {size}'.encode() in answer
+            assert f'"size": {size}'.encode() in read(sock)
 
     def test_each_byte_of_a_body_gives_more_time(self, open_tunnel: object) -> None:
-        async def read(request: ptth.Request) -> ptth.Response:
+        async def count(request: ptth.Request) -> ptth.Response:
             return ptth.text_response(200, str(len(await request.body.read_all(1 << 20))))
 
-        tunnel = open_tunnel(read, response_timeout=1)
-        with connect(
-            tunnel.port, f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-        ) as sock:
+        tunnel = open_tunnel(count, response_timeout=1)
+        with self.begin(tunnel.port, "Transfer-Encoding: chunked") as sock:
             begin = time.monotonic()
             while time.monotonic() < begin + 1.6:
                 sock.sendall(b"1\r\nx\r\n")
@@ -5366,11 +5336,8 @@ class TestBodies:
         hand.listen(0, "PTTH-Features: body")
         hand.answer()
         hand.listen(20, "PTTH-Features: body")
-        with connect(
-            relay.port, f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 100000\r\n\r\n".encode() + bytes(100_000)
-        ) as client:
-            identity = re.search(rb"PTTH-Request-Id: (\w+)", hand.answer()[2])[1].decode()
-            hand.send("GET", f"http_request/{identity}")
+        with self.begin(relay.port, "Content-Length: 100000", bytes(100_000)) as client:
+            hand.send("GET", f"http_request/{hand.request_id()}")
             assert hand.answer()[2] == bytes(100_000)
             client.setblocking(False)
             begin, answer = time.monotonic(), b""
@@ -5387,23 +5354,17 @@ class TestBodies:
     ) -> None:
         monkeypatch.setattr(ptth, "FETCH_GRACE", 0.1)
         hand.listen(20, "PTTH-Features: body")
-        with connect(bare_relay.port) as client:
-            client.sendall(
-                f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 1000000\r\n\r\n".encode() + bytes(200_000)
-            )
-            status, fields, body = hand.answer()
-            assert b"\r\nPTTH-Body-Length: 1000000\r\n" in body and b"Content-Length: " not in body.replace(
-                b"Body-Length", b""
-            )
+        with self.begin(bare_relay.port, "Content-Length: 1000000", bytes(200_000)) as client:
+            body = hand.answer()[2]
+            assert re.findall(rb"\r\n(.*-Length: .*)\r\n", body) == [b"PTTH-Body-Length: 1000000"]
             identity = re.search(rb"PTTH-Request-Id: (\w+)", body)[1].decode()
-            other = Hand(bare_relay.port)
+            other, again = Hand(bare_relay.port), Hand(bare_relay.port)
             other.send("GET", f"http_request/{identity}")
             other.sock.recv(1000)
-            again = Hand(bare_relay.port)
             again.send("GET", f"http_request/{identity}")
             assert again.answer()[0] == 410
-            other.sock.close()
-            hand.sock.close()
+            other.close()
+            hand.close()
             assert client.recv(100).startswith(b"HTTP/1.1 502")
         new = Hand(bare_relay.port)
         new.listen(0, "PTTH-Features: body")
@@ -5411,10 +5372,9 @@ class TestBodies:
 
     def test_a_wrong_key_gets_no_body(self, bare_relay: Tunnel, hand: Hand) -> None:
         hand.listen(20, "PTTH-Features: body")
-        with connect(bare_relay.port, f"PUT / HTTP/1.1\r\n{self.HEAD}\r\nContent-Length: 1000000\r\n\r\n".encode()):
-            identity = re.search(rb"PTTH-Request-Id: (\w+)", hand.answer()[2])[1].decode()
+        with self.begin(bare_relay.port, "Content-Length: 1000000"):
             thief = Hand(bare_relay.port, key="wrong-key-that-is-long-enough")
-            thief.send("GET", f"http_request/{identity}")
+            thief.send("GET", f"http_request/{hand.request_id()}")
             assert thief.answer()[0] == 401
 
     def test_a_server_without_the_feature_gets_no_body(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -5484,14 +5444,9 @@ class StreamApp:
 def streams(background: Background) -> object:
     """A StreamApp behind an HTTP server, and behind relay and server: `ports` has both."""
     app = StreamApp()
-
-    def make() -> ptth.App:
-        return ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{port}")), "public")
-
-    port = background.run(app.start())
-    tunnel = Tunnel(background, make().handle)
-    with background.serve(make().handle) as direct:
-        app.port, app.loop = port, background.loop
+    app.port, app.loop = background.run(app.start()), background.loop
+    tunnel = Tunnel(background, ptth.App(client_of(app.port), "public").handle)
+    with background.serve(ptth.App(client_of(app.port), "public").handle) as direct:
         app.tunnel, app.ports = tunnel, {"direct": direct, "tunnel": tunnel.port}
         yield app
     tunnel.close()
@@ -5502,22 +5457,14 @@ class Visitor:
     """A client of a stream, on a raw socket."""
 
     ASKS = (
-        "Upgrade: websocket",
-        "Connection: keep-alive, Upgrade",
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-        "Sec-WebSocket-Version: 13",
-    )
+        "Upgrade: websocket", "Connection: keep-alive, Upgrade", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13",
+    )  # fmt: skip
 
     def __init__(self, port: int, path: str, *fields: str, early: bytes = b"", host: str = "n.example.com") -> None:
-        self.sock = connect(port)
         lines = [f"GET {path} HTTP/1.1", f"Host: {host}", *(fields or self.ASKS), "", ""]
-        self.sock.sendall("\r\n".join(lines).encode() + early)
-        self.data = b""
-        while b"\r\n\r\n" not in self.data:
-            piece = self.sock.recv(1 << 16)
-            assert piece, self.data
-            self.data += piece
-        head, _, self.data = self.data.partition(b"\r\n\r\n")
+        self.sock = connect(port, "\r\n".join(lines).encode() + early)
+        head, end, self.data = read(self.sock, b"\r\n\r\n").partition(b"\r\n\r\n")
+        assert end, head
         self.status = int(head.split()[1])
         self.fields = {name.lower(): value for name, value in re.findall(r"\r\n([^:]+): ([^\r]*)", head.decode())}
 
@@ -5530,6 +5477,15 @@ class Visitor:
 
     def close(self) -> None:
         self.sock.close()
+
+
+def event_stream(generate: object) -> ptth.Handler:
+    """Return a handler whose responses are streams of events, which an asynchronous generator yields."""
+
+    async def handler(request: ptth.Request) -> ptth.Response:
+        return ptth.Response(200, [("Content-Type", "text/event-stream")], Stream(generate))
+
+    return handler
 
 
 WAYS = pytest.mark.parametrize("way", ["direct", "tunnel"])
@@ -5560,12 +5516,8 @@ class TestUpgrades:
     @WAYS
     @pytest.mark.parametrize(
         ("path", "ends", "answer"),
-        [
-            ("/speak", False, bytes(range(256)) * 8000),
-            ("/last-word", True, b"you said 100000"),
-            ("/echo", True, b"x" * 100_000),
-        ],
-    )
+        [("/speak", False, bytes(range(256)) * 8000), ("/last-word", True, b"you said 100000"), ("/echo", True, b"x" * 100_000)],
+    )  # fmt: skip
     def test_the_end_of_one_side_ends_the_other_when_all_has_passed(
         self, path: str, ends: bool, answer: bytes, way: str, streams: StreamApp
     ) -> None:
@@ -5592,15 +5544,13 @@ class TestUpgrades:
         visitor.close()
 
     @WAYS
-    @pytest.mark.parametrize("reset", [False, True])
-    def test_the_app_notices_that_its_visitor_has_left(self, reset: bool, way: str, streams: StreamApp) -> None:
+    @pytest.mark.parametrize("leave", [socket.socket.close, reset])
+    def test_the_app_notices_that_its_visitor_has_left(self, leave: object, way: str, streams: StreamApp) -> None:
         visitor = Visitor(streams.ports[way], "/echo")
         visitor.sock.sendall(b"hello")
         assert visitor.read(5) == b"hello"
         writer = streams.writers[-1]
-        if reset:
-            visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        visitor.close()
+        leave(visitor.sock)
         eventually(lambda: writer in streams.left)
 
     @WAYS
@@ -5666,9 +5616,8 @@ class Parts:
         self.port = relay.port
         self.hand = Hand(relay.port)
         self.hand.listen(20, f"PTTH-Features: {features}")
-        self.client = connect(relay.port)
         lines = ["GET /x HTTP/1.1", "Host: n.example.com", *(fields or ["Connection: close"]), "", ""]
-        self.client.sendall("\r\n".join(lines).encode())
+        self.client = connect(relay.port, "\r\n".join(lines).encode())
         self.p3 = self.hand.answer()[2]
         self.identity = re.search(rb"PTTH-Request-Id: (\w+)", self.p3)[1].decode()
         self.head, self.data = b"", b""
@@ -5677,9 +5626,8 @@ class Parts:
         self, data: bytes, offset: int, *, more: bool = True, first: bool = False, hand: Hand | None = None
     ) -> None:
         fields = [f"PTTH-Offset: {offset}", f"Content-Type: application/{'http' if first else 'octet-stream'}"]
-        (hand or self.hand).send(
-            "POST", f"http_response/{self.identity}", data, *fields, *(["PTTH-More: 1"] if more else [])
-        )
+        fields += ["PTTH-More: 1"] if more else []
+        (hand or self.hand).send("POST", f"http_response/{self.identity}", data, *fields)
 
     def post(self, data: bytes, offset: int, **options: bool) -> int:
         """Send a part; return the status of its response."""
@@ -5693,10 +5641,6 @@ class Parts:
     def poll(self, offset: int, wait: int = 20) -> tuple[int, bytes]:
         """Poll for the bytes that the client sent."""
         self.hand.send("GET", f"http_request/{self.identity}", b"", f"PTTH-Offset: {offset}", f"Prefer: wait={wait}")
-        while b"\r\n\r\n" not in self.hand.data:
-            self.hand.data += self.hand.sock.recv(1 << 16)
-        if self.hand.data.startswith(b"HTTP/1.1 204"):
-            return self.hand.answer_without_length()[0], b""
         status, _, body = self.hand.answer()
         return status, body if status == 200 else b""
 
@@ -5734,6 +5678,14 @@ def parts(bare_relay: Tunnel) -> object:
         one_of.close()
 
 
+@pytest.fixture
+def websocket(parts: object) -> Parts:
+    """A stream after its 101."""
+    stream = parts("Upgrade: websocket", "Connection: Upgrade")
+    assert stream.post(Parts.SWITCH, 0, first=True) == 200
+    return stream
+
+
 class TestParts:
     """Responses in parts and polls for what a client sends, at the relay."""
 
@@ -5745,18 +5697,14 @@ class TestParts:
         stream.client.close()
         assert stream.hand.answer()[0] == 410
 
-    def test_a_body_that_is_received_is_cut_into_parts_up_to_its_end(self) -> None:
+    @in_loop
+    async def test_a_body_that_is_received_is_cut_into_parts_up_to_its_end(self) -> None:
         """Its `length` is what is still to come, and becomes smaller while it is read."""
-
-        async def cut() -> list[bytes]:
-            connection = ptth.Connection(reader_of(b"0123456789" * 100), FakeWriter())
-            parts = ptth.PartReader(ptth.IncomingBody(connection, 1000))
-            pieces = []
-            while not parts.ended:
-                pieces.append((await parts.next(300)).data)
-            return pieces
-
-        pieces = asyncio.run(cut())
+        connection = ptth.Connection(reader_of(b"0123456789" * 100), FakeWriter())
+        parts = ptth.PartReader(ptth.IncomingBody(connection, 1000))
+        pieces = []
+        while not parts.ended:
+            pieces.append((await parts.next(300)).data)
         assert b"".join(pieces) == b"0123456789" * 100 and len(pieces) == 4
 
     def test_each_part_is_with_the_client_before_the_next(self, parts: object) -> None:
@@ -5800,29 +5748,25 @@ class TestParts:
         assert b"missing" in stream.read() or offset != "3"
         assert stream.head.startswith(b"HTTP/1.1 502 ")
 
-    def test_a_part_that_breaks_off_is_repeated_and_each_byte_arrives_once(self, parts: object) -> None:
-        stream = parts("Upgrade: websocket", "Connection: Upgrade")
-        assert stream.post(Parts.SWITCH, 0, first=True) == 200
-        for reset in (False, True):
-            broken = Hand(stream.port)
-            begin = f"POST /7ZSFUKGV/http_response/{stream.identity} HTTP/1.1\r\nHost: r\r\nX-ApiKey: {KEY}\r\nPTTH-More: 1\r\n"
-            broken.sock.sendall(f"{begin}PTTH-Offset: {10 * reset}\r\nContent-Length: 10\r\n\r\n12345".encode())
-            assert stream.read(5) == b"12345"
-            if not reset:
+    def test_a_part_that_breaks_off_is_repeated_and_each_byte_arrives_once(self, websocket: Parts) -> None:
+        for reset_ in (False, True):
+            broken = Hand(websocket.port)
+            begin = f"POST /7ZSFUKGV/http_response/{websocket.identity} HTTP/1.1\r\nHost: r\r\nX-ApiKey: {KEY}\r\nPTTH-More: 1\r\n"
+            broken.sock.sendall(f"{begin}PTTH-Offset: {10 * reset_}\r\nContent-Length: 10\r\n\r\n12345".encode())
+            assert websocket.read(5) == b"12345"
+            if not reset_:
                 broken.close()  # the other one stays open, without a further byte
-            assert stream.post(b"1234567890", 10 * reset) == 200
-            assert stream.read(5) == b"67890"
+            assert websocket.post(b"1234567890", 10 * reset_) == 200
+            assert websocket.read(5) == b"67890"
             broken.close()
 
-    def test_a_silent_stream_lives_by_its_empty_parts(self, parts: object, monkeypatch: Patch) -> None:
+    def test_a_silent_stream_lives_by_its_empty_parts(self, monkeypatch: Patch, websocket: Parts) -> None:
         monkeypatch.setattr(ptth, "PART_TIMEOUT", 0.5)
-        stream = parts("Upgrade: websocket", "Connection: Upgrade")
-        assert stream.post(Parts.SWITCH, 0, first=True) == 200
         begin = time.monotonic()
         while time.monotonic() < begin + 0.7:
-            assert stream.post(b"", 0) == 200
-        assert stream.read() == b""
-        assert stream.post(b"", 0) == 410
+            assert websocket.post(b"", 0) == 200
+        assert websocket.read() == b""
+        assert websocket.post(b"", 0) == 410
 
     @pytest.mark.parametrize("data", [b"", b"event"])
     def test_a_client_that_has_left_is_410(self, data: bytes, parts: object) -> None:
@@ -5842,31 +5786,26 @@ class TestParts:
         assert b"\r\nContent-Length: 9\r\n" in stream.head
         assert stream.hand.answer()[0] == (200 if sent == 9 else 410)
 
-    @pytest.mark.parametrize("reset", [False, True])
-    def test_a_response_that_broke_off_goes_on_in_parts(self, reset: bool, parts: object) -> None:
+    @pytest.mark.parametrize("is_chunked", [True, False])
+    def test_a_response_that_broke_off_goes_on_in_parts(self, is_chunked: bool, parts: object) -> None:
         data = random.Random(5).randbytes(600_000)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 600000\r\n\r\n"
-        for framing in ("Transfer-Encoding: chunked", f"Content-Length: {600_000 + len(head)}"):
-            stream = parts()
-            broken = Hand(stream.port)
-            begin = [f"POST /7ZSFUKGV/http_response/{stream.identity} HTTP/1.1", "Host: r", f"X-ApiKey: {KEY}"]
-            begin += ["Content-Type: application/http", framing, "", ""]
-            sent = head + data[:400_000]
-            broken.sock.sendall(
-                "\r\n".join(begin).encode() + (ptth.format_chunk(sent) if "chunked" in framing else sent)
-            )
-            got = stream.read(300_000)
-            if reset:
-                broken.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            broken.close()
-            time.sleep(3 * ptth.SWEEP_INTERVAL)
-            for offset in range(0, 600_000, 150_000):
-                first = head if not offset else b""
-                more = offset < 450_000
-                stream.send(first + data[offset : offset + 150_000], offset, more=more, first=not offset)
-                got += stream.read(offset + 150_000 - len(got))
-                assert stream.hand.answer()[0] == 200
-            assert got == data
+        stream = parts()
+        broken = Hand(stream.port)
+        lines = [f"POST /7ZSFUKGV/http_response/{stream.identity} HTTP/1.1", "Host: r", f"X-ApiKey: {KEY}"]
+        lines.append("Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(head + data)}")
+        sent = head + data[:400_000]
+        begin = "\r\n".join([*lines, "Content-Type: application/http", "", ""]).encode()
+        broken.sock.sendall(begin + (ptth.format_chunk(sent) if is_chunked else sent))
+        got = stream.read(300_000)
+        broken.close()
+        for offset in range(0, 600_000, 150_000):
+            first = head if not offset else b""
+            more = offset < 450_000
+            stream.send(first + data[offset : offset + 150_000], offset, more=more, first=not offset)
+            got += stream.read(offset + 150_000 - len(got))
+            assert stream.hand.answer()[0] == 200
+        assert got == data
 
     @pytest.mark.parametrize(("features", "patience"), [("body", 0), ("parts", 0.2)])
     def test_a_response_that_does_not_go_on_breaks_off(
@@ -5874,7 +5813,7 @@ class TestParts:
     ) -> None:
         monkeypatch.setattr(ptth, "FETCH_GRACE", 0.2 if patience else 20)
         stream = parts(features=features)
-        stream.hand.respond(stream.identity, ptth.format_chunk(Parts.EVENTS + b"x"), "Transfer-Encoding: chunked")
+        stream.hand.begin(stream.identity, Parts.EVENTS + b"x")
         assert stream.read(6) == b"1\r\nx\r\n"
         stream.hand.close()
         begin = time.monotonic()
@@ -5891,13 +5830,11 @@ class TestParts:
         assert streams[0].hand.answer()[0] == 200
         assert parts().post(Parts.EVENTS, 0, first=True) == 200
 
-    def test_a_wrong_key_adds_no_part_and_gets_nothing(self, parts: object) -> None:
-        stream = parts("Upgrade: websocket", "Connection: Upgrade")
-        stream.post(Parts.SWITCH, 0, first=True)
-        stream.hand.key = "a-wrong-key-of-some-length"
-        assert stream.post(b"forged", 0) == 401
-        stream.hand.key = "a-wrong-key-of-some-length"
-        assert stream.poll(0)[0] == 401
+    def test_a_wrong_key_adds_no_part_and_gets_nothing(self, websocket: Parts) -> None:
+        websocket.hand.key = "a-wrong-key-of-some-length"
+        assert websocket.post(b"forged", 0) == 401
+        websocket.hand.key = "a-wrong-key-of-some-length"
+        assert websocket.poll(0)[0] == 401
 
     # what a client sends after a 101
 
@@ -5917,28 +5854,24 @@ class TestParts:
         assert stream.read() == b"last word"
 
     @pytest.mark.parametrize("offset", [0, 4, 6, 999])
-    def test_lost_bytes_close_the_stream(self, offset: int, parts: object) -> None:
-        stream = parts("Upgrade: websocket", "Connection: Upgrade")
-        stream.post(Parts.SWITCH, 0, first=True)
-        stream.client.sendall(b"hello")
-        assert stream.poll(0) == (200, b"hello")
-        assert stream.poll(offset)[0] == 410
-        assert stream.read() == b""
-        assert stream.post(b"x", 0) == 410
+    def test_lost_bytes_close_the_stream(self, offset: int, websocket: Parts) -> None:
+        websocket.client.sendall(b"hello")
+        assert websocket.poll(0) == (200, b"hello")
+        assert websocket.poll(offset)[0] == 410
+        assert websocket.read() == b""
+        assert websocket.post(b"x", 0) == 410
 
-    def test_the_latest_poll_gets_what_comes(self, parts: object) -> None:
-        stream = parts("Upgrade: websocket", "Connection: Upgrade")
-        stream.post(Parts.SWITCH, 0, first=True)
-        old, stream.hand = stream.hand, Hand(stream.port)
-        old.send("GET", f"http_request/{stream.identity}", b"", "PTTH-Offset: 0", "Prefer: wait=20")
+    def test_the_latest_poll_gets_what_comes(self, websocket: Parts) -> None:
+        old, websocket.hand = websocket.hand, Hand(websocket.port)
+        old.send("GET", f"http_request/{websocket.identity}", b"", "PTTH-Offset: 0", "Prefer: wait=20")
         old.sock.settimeout(0.1)
         with pytest.raises(TimeoutError):
             old.sock.recv(1)
-        later = threading.Timer(0.1, stream.client.sendall, (b"hello",))
+        later = threading.Timer(0.1, websocket.client.sendall, (b"hello",))
         later.start()
-        assert stream.poll(0) == (200, b"hello")
+        assert websocket.poll(0) == (200, b"hello")
         old.sock.settimeout(20)
-        assert old.answer_without_length()[0] == 204
+        assert old.answer()[0] == 204
 
     NO_SWITCH = [
         b"HTTP/1.1 101 X\r\n\r\n", b"HTTP/1.1 101 X\r\nUpgrade: h2c\r\n\r\n", b"HTTP/1.1 100 X\r\nUpgrade: websocket\r\n\r\n",
@@ -6002,24 +5935,12 @@ class Cutter:
 
 
 @contextlib.contextmanager
-def tunnel_behind(background: Background, relay: Tunnel, port: int, handler: ptth.Handler) -> object:
+def tunnel_behind(background: Background, port: int, handler: ptth.Handler) -> object:
     """A tunnel's server that reaches its relay by another port."""
-
-    async def begin() -> tuple[ptth.TunnelServer, object]:
-        server = ptth.TunnelServer(client_of(port), "n", KEY, handler)
-        running = asyncio.create_task(server.run())
-        await server.connected.wait()
-        return server, running
-
-    async def end() -> None:
-        await server.stop(0.02)
-        await running
-
-    server, running = background.run(begin())
-    try:
+    server = ptth.TunnelServer(client_of(port), "n", KEY, handler)
+    with background.inside(attending(server)):
+        background.run(server.connected.wait())
         yield server
-    finally:
-        background.run(end())
 
 
 class TestCutConnections:
@@ -6038,9 +5959,8 @@ class TestCutConnections:
         rng = random.Random(seed)
         cutter = Cutter(bare_relay.port, rng)
         port = background.run(cutter.start())
-        app = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{streams.port}")), "public")
         data = rng.randbytes(400_000)
-        with tunnel_behind(background, bare_relay, port, app.handle):
+        with tunnel_behind(background, port, ptth.App(client_of(streams.port), "public").handle):
             whole = 0
             for _ in range(8):
                 visitor = Visitor(bare_relay.port, "/echo")
@@ -6069,17 +5989,13 @@ class TestCutConnections:
         port = background.run(cutter.start())
         events = [rng.randbytes(rng.randrange(1, 40_000)) for _ in range(60)]
 
-        class Events(ptth.Body):
-            async def __aiter__(self) -> object:
-                cutter.arm(100_000)
-                for event in events:
-                    yield event
-                cutter.arm(0)
+        async def generate() -> object:
+            cutter.arm(100_000)
+            for event in events:
+                yield event
+            cutter.arm(0)
 
-        async def handler(request: ptth.Request) -> ptth.Response:
-            return ptth.Response(200, [("Content-Type", "text/event-stream")], Events())
-
-        with tunnel_behind(background, bare_relay, port, handler):
+        with tunnel_behind(background, port, event_stream(generate)):
             assert one(bare_relay.fetch(get("/", host="n.example.com")))[2] == b"".join(events)
             assert cutter.cut
         background.loop.call_soon_threadsafe(cutter.server.close)
@@ -6127,17 +6043,12 @@ class TestEventStreams:
     def test_a_visitor_that_does_not_read_stops_the_app(self, open_tunnel: object) -> None:
         made = []
 
-        class Flood(ptth.Body):
-            async def __aiter__(self) -> object:
-                while len(made) < 10_000:
-                    made.append(1)
-                    yield bytes(1 << 16)
+        async def flood() -> object:
+            while len(made) < 10_000:
+                made.append(1)
+                yield bytes(1 << 16)
 
-        async def handler(request: ptth.Request) -> ptth.Response:
-            return ptth.Response(200, [("Content-Type", "text/event-stream")], Flood())
-
-        tunnel = open_tunnel(handler)
-        visitor = Visitor(tunnel.port, "/", "Connection: close")
+        visitor = Visitor(open_tunnel(event_stream(flood)).port, "/", "Connection: close")
         before = -1
         while len(made) != before:
             before = len(made)
@@ -6149,44 +6060,36 @@ class TestEventStreams:
 
     @pytest.mark.parametrize("kind", ["text/event-stream", "101"])
     def test_a_stop_waits_for_no_stream(self, kind: str, background: Background, open_tunnel: object) -> None:
-        class Silent(ptth.Body):
-            async def __aiter__(self) -> object:
-                yield b"begun"
-                await asyncio.sleep(60)
+        async def silence() -> object:
+            yield b"begun"
+            await asyncio.sleep(60)
 
-        async def handler(request: ptth.Request) -> ptth.Response:
-            if kind == "101":
-                return ptth.Response(101, [("Upgrade", "websocket")], Silent())
-            return ptth.Response(200, [("Content-Type", kind)], Silent())
+        async def switch(request: ptth.Request) -> ptth.Response:
+            return ptth.Response(101, [("Upgrade", "websocket")], Stream(silence))
 
-        tunnel = open_tunnel(handler)
-        visitors = [
-            Visitor(tunnel.port, "/", *(Visitor.ASKS if kind == "101" else ["Connection: close"])) for _ in range(2)
-        ]
-        assert [visitor.read(10 if kind != "101" else 5) for visitor in visitors] == [
-            b"begun" if kind == "101" else b"5\r\nbegun\r\n"
-        ] * 2
+        tunnel = open_tunnel(switch if kind == "101" else event_stream(silence))
+        asks = Visitor.ASKS if kind == "101" else ["Connection: close"]
+        visitors = [Visitor(tunnel.port, "/", *asks) for _ in range(2)]
+        begun, ended = (b"begun", b"") if kind == "101" else (b"5\r\nbegun\r\n", b"0\r\n\r\n")
+        assert [visitor.read(len(begun)) for visitor in visitors] == [begun] * 2
         begin = time.monotonic()
         background.run(tunnel.server.stop(20))
         assert time.monotonic() - begin < 10
-        assert [visitor.read() for visitor in visitors] == [b"" if kind == "101" else b"0\r\n\r\n"] * 2
+        assert [visitor.read() for visitor in visitors] == [ended] * 2
 
     def test_streams_keep_no_handler(self, open_tunnel: object, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
 
-        class Silent(ptth.Body):
-            async def __aiter__(self) -> object:
-                await asyncio.sleep(60)
-                yield b""
+        async def silence() -> object:
+            await asyncio.sleep(60)
+            yield b""
 
         async def handler(request: ptth.Request) -> ptth.Response:
-            if request.target == "/other":
-                return ptth.text_response(200, "here")
-            return ptth.Response(200, [("Content-Type", "text/event-stream")], Silent())
+            return await (echo if request.target == "/other" else event_stream(silence))(request)
 
         tunnel = open_tunnel(handler)
         visitors = [Visitor(tunnel.port, "/", "Accept: */*") for _ in range(5)]
-        assert one(tunnel.fetch(get("/other", host="n.example.com")))[2] == b"here"
+        assert one(tunnel.fetch(get("/other", host="n.example.com")))[2] == b"GET /other\n"
         for visitor in visitors:
             visitor.close()
 
@@ -6228,19 +6131,6 @@ class TestLimits:
 
     DATA = random.Random(7).randbytes(3_000_000)
 
-    class Once(ptth.Body):
-        """A body that can be read only once."""
-
-        complete = False
-
-        def __init__(self, data: bytes) -> None:
-            self.rest, self.length = data, len(data)
-
-        async def __aiter__(self) -> object:
-            while self.rest:
-                piece, self.rest = self.rest[:100_000], self.rest[100_000:]
-                yield piece
-
     ROWS = [  # limit in KiB, whether it is noticed late, kind of body
         (1024, False, "bytes"), (1024, True, "bytes"), (1024, False, "file"), (1024, True, "file"), (1024, False, "ranges"), (1024, False, "once"),
         (300, False, "bytes"), (70, False, "file"), (70, True, "ranges"),
@@ -6256,12 +6146,22 @@ class TestLimits:
         async def handler(request: ptth.Request) -> ptth.Response:
             if kind in ("file", "ranges"):
                 return await files(request)
-            return ptth.Response(200, [], ptth.BytesBody(self.DATA) if kind == "bytes" else self.Once(self.DATA))
+            if kind == "bytes":
+                return ptth.Response(200, [], ptth.BytesBody(self.DATA))
+            left = iter(range(0, len(self.DATA), 100_000))  # so that the body can be read only once
+
+            async def pieces() -> object:
+                for i in left:
+                    yield self.DATA[i : i + 100_000]
+
+            once = Stream(pieces, len(self.DATA))
+            once.complete = False
+            return ptth.Response(200, [], once)
 
         front = LimitedFront(bare_relay.port, limit * 1024, late)
         with (
             background.serve(front.handle, takes_bodies=True) as port,
-            tunnel_behind(background, bare_relay, port, handler),
+            tunnel_behind(background, port, handler),
         ):
             fields = ["Range: bytes=0-1499999,1500001-2999999"] if kind == "ranges" else []
             for _ in range(2):
@@ -6273,11 +6173,7 @@ class TestLimits:
                     assert (status, body) == (200, self.DATA)
             if kind in ("bytes", "file"):
                 assert max(size for size in front.sizes if size <= limit * 1024) > limit * 1024 // 4
-        background.run(self.close(front.client))
-
-    @staticmethod
-    async def close(client: ptth.HTTPClient) -> None:
-        client.close()
+        background.loop.call_soon_threadsafe(front.client.close)
 
     def test_a_batch_that_is_too_large_goes_in_smaller_ones(self, background: Background, bare_relay: Tunnel) -> None:
         async def handler(request: ptth.Request) -> ptth.Response:
@@ -6287,11 +6183,11 @@ class TestLimits:
         front = LimitedFront(bare_relay.port, 70 * 1024, False)
         with (
             background.serve(front.handle, takes_bodies=True) as port,
-            tunnel_behind(background, bare_relay, port, handler),
+            tunnel_behind(background, port, handler),
         ):
             clients = [Client(bare_relay.port) for _ in range(12)]
             assert [client.answer()[2] for client in clients] == [self.DATA[:60_000]] * 12
-        background.run(self.close(front.client))
+        background.loop.call_soon_threadsafe(front.client.close)
 
 
 class TestHosts:
@@ -6343,24 +6239,14 @@ class TestHosts:
             return ptth.Response(200, fields, ptth.BytesBody(b"page"))
 
         tunnel = open_tunnel(page)
-        answer = tunnel.fetch(
-            b"GET / HTTP/1.1\r\nHost: n.example.com\r\nCookie: a=b\r\nX-ApiKey: mine\r\nConnection: close\r\n\r\n"
-        )
+        answer = tunnel.fetch(get("/", "Cookie: a=b", "X-ApiKey: mine", host="n.example.com"))
         assert re.findall(rb"\r\nSet-Cookie: ([^\r]*)", answer) == [b"a=b; Path=/", b"c=d;Secure"]
         assert (seen["cookie"], seen["x-apikey"], seen["x-forwarded-host"]) == ("a=b", "mine", "n.example.com")
         status, got, body = one(answer)
-        assert (status, body, got["content-security-policy"], got["service-worker-allowed"]) == (
-            200,
-            b"page",
-            "own",
-            "/",
-        )
-        assert "strict-transport-security" in got and not {
-            "clear-site-data",
-            "x-accel-redirect",
-            "alt-svc",
-            "nel",
-        } & set(got)
+        assert (status, body) == (200, b"page")
+        assert (got["content-security-policy"], got["service-worker-allowed"]) == ("own", "/")
+        assert "strict-transport-security" in got
+        assert not {"clear-site-data", "x-accel-redirect", "alt-svc", "nel"} & set(got)
         below = one(tunnel.fetch(get("/frontend/servers/n/", "Cookie: a=b")))[1]
         assert "set-cookie" not in below and "sandbox" in below["content-security-policy"]
 
@@ -6396,51 +6282,36 @@ class TestLastRelease:
             expected = self.P3_BODY.replace(b"0123456789abcdef0123456789abcdef", request_id)
             assert body == expected + b"X-Forwarded-Prefix: /frontend/servers/n\r\n\r\n"
             server.sendall(self.P5 % request_id)
-            answer = b""
-            while not answer.endswith(b"\r\n\r\nhello"):
-                answer += client.recv(1 << 16)
+            assert read(client, b"\r\n\r\nhello").endswith(b"\r\n\r\nhello")
             client.close()
             server.sendall(self.P1)
             eventually(lambda: bare_relay.registered.parked)
             put = b"PUT /frontend/servers/n/files/a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
             assert one(bare_relay.fetch(put))[0] == 501
 
-    def test_its_relay_is_served_by_the_server(self) -> None:
-        async def talk() -> bytes:
-            posts: asyncio.Queue[bytes] = asyncio.Queue()
-            polls = itertools.count()
+    @in_loop
+    async def test_its_relay_is_served_by_the_server(self) -> None:
+        posts: asyncio.Queue[bytes] = asyncio.Queue()
+        polls = itertools.count()
 
-            async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-                    while head := await reader.readuntil(b"\r\n\r\n"):
-                        body = self.P3_BODY + b"\r\n"
-                        if head.startswith(b"GET "):
-                            number = next(polls)
-                            if number > 1:
-                                await asyncio.sleep(60)
-                            body = body if number else b""  # the first P1 is the hello
-                            fields = b"Content-Type: application/http; msgtype=request\r\nCache-Control: no-store\r\n"
-                            writer.write(
-                                b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (fields, len(body), body)
-                            )
-                            continue
-                        size = int(re.search(rb"Content-Length: (\d+)", head)[1])
-                        if content := await reader.readexactly(size):  # not the empty batch behind the hello
-                            posts.put_nowait(head + content)
-                        writer.write(b"HTTP/1.1 200 OK\r\nCache-Control: no-store\r\nContent-Length: 0\r\n\r\n")
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    head, content = await read_request(reader)
+                    if head.startswith(b"GET "):
+                        number = next(polls)
+                        if number > 1:
+                            await asyncio.sleep(60)
+                        body = self.P3_BODY + b"\r\n" if number else b""  # the first P1 is the hello
+                        fields = b"Content-Type: application/http; msgtype=request\r\nCache-Control: no-store\r\n"
+                        writer.write(b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (fields, len(body), body))
+                        continue
+                    if content:  # not the empty batch behind the hello
+                        posts.put_nowait(head + content)
+                    writer.write(b"HTTP/1.1 200 OK\r\nCache-Control: no-store\r\nContent-Length: 0\r\n\r\n")
 
-            listening = await asyncio.start_server(relay, "127.0.0.1", 0)
-            client = ptth.HTTPClient(ptth.BaseURL(False, *listening.sockets[0].getsockname(), ""))
-            server = ptth.TunnelServer(client, "n", KEY, echo)
-            running = asyncio.create_task(server.run())
-            async with asyncio.timeout(20):
-                post = await posts.get()
-            await server.stop(0.1)
-            await running
-            listening.close()
-            return post
-
-        post = asyncio.run(talk())
+        async with client_to(relay) as client, attending(ptth.TunnelServer(client, "n", KEY, echo)):
+            post = await posts.get()
         assert post.startswith(b"POST /7ZSFUKGV/http_responses/n HTTP/1.1\r\n")
         (batched,) = ptth.unpack_responses(post.partition(b"\r\n\r\n")[2])
         assert (batched.request_id, batched.status, batched.body) == (
@@ -6454,21 +6325,12 @@ class TestOperator:
     SCRAPER = "scraper-key-that-is-long-enough"
 
     @pytest.fixture
-    def tunnel(self, background: Background) -> object:
-        made = Tunnel(background, echo)
-        yield made
-        made.close()
+    def tunnel(self, open_tunnel: object) -> Tunnel:
+        return open_tunnel(echo)
 
     def configure(self, tunnel: Tunnel, *keys: ptth.ScraperKey, **more: object) -> None:
-        server = ptth.ServerEntry("n", ptth.tripcode(KEY))
-        config = ptth.RelayConfig(
-            **{"servers": [server], "enable_scraper_api": True, "scraper_keys": list(keys), **more}
-        )
-
-        async def apply() -> None:
-            tunnel.relay.configure(config)
-
-        tunnel.background.run(apply())
+        own = {"servers": [ptth.ServerEntry("n", ptth.tripcode(KEY))], "enable_scraper_api": True}
+        tunnel.configure(ptth.RelayConfig(**{**own, "scraper_keys": list(keys), **more}))
 
     def key(self, begin: float = -10, end: float = 10, name: str = "s", key: str = SCRAPER) -> ptth.ScraperKey:
         now = time.time()
@@ -6486,18 +6348,13 @@ class TestOperator:
             assert (server["name"], server["display_name"], server["connected"]) == ("n", None, True)
             assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", server["last_seen"])
             assert one(tunnel.fetch(get(base + "server/n/x?y", field)))[2] == b"GET /x?y\n"
-            assert [one(tunnel.fetch(get(base + path, field)))[0] for path in ("nothing", "server/m/", "server/n")] == [
-                404
-            ] * 3
+            for path in ("nothing", "server/m/", "server/n"):
+                assert one(tunnel.fetch(get(base + path, field)))[0] == 404, path
         assert one(tunnel.fetch(get("/scraper/v2/test", field)))[0] == 404
 
     REFUSED = [
-        ([], []),
-        ([(-20, -10)], []),
-        ([(10, 20)], []),
-        ([(-10, 10)], ["X-ApiKey: another-key"]),
-        ([(-10, 10)], ["X-ApiKey: " + "k" * 200]),
-    ]
+        ([], []), ([(-20, -10)], []), ([(10, 20)], []), ([(-10, 10)], ["X-ApiKey: another-key"]), ([(-10, 10)], ["X-ApiKey: " + "k" * 200]),
+    ]  # fmt: skip
 
     @pytest.mark.parametrize(("spans", "fields"), REFUSED)
     def test_every_refusal_is_the_same_403(
@@ -6547,23 +6404,18 @@ class TestOperator:
         assert len(one(tunnel.fetch(get("/frontend/audit_log")))[2]) < 150_000
 
     ELSEWHERE = [
-        "X-Forwarded-For: 192.0.2.7",
-        "Forwarded: for=192.0.2.7",
-        "X-Real-IP: 192.0.2.7",
-        "Via: 1.1 front",
-        "X-Forwarded-Proto: https",
-    ]
+        "X-Forwarded-For: 192.0.2.7", "Forwarded: for=192.0.2.7", "X-Real-IP: 192.0.2.7", "Via: 1.1 front", "X-Forwarded-Proto: https",
+    ]  # fmt: skip
 
     @pytest.mark.parametrize("field", ELSEWHERE)
     def test_strangers_see_counts_of_the_audit_log_only(self, field: str, tunnel: Tunnel) -> None:
         self.configure(tunnel, self.key(), self.key(-20, -10, "old", "old-key-that-is-long-enough"))
 
         def look(*fields: str) -> tuple[object, str]:
-            answers = [
-                tunnel.fetch(get("/frontend/audit_log", *fields, *more)) for more in (["Accept: application/json"], [])
-            ]
-            assert all(one(answer)[0] == 200 for answer in answers)
-            return json.loads(one(answers[0])[2]), one(answers[1])[2].decode()
+            data = tunnel.fetch(get("/frontend/audit_log", *fields, "Accept: application/json"))
+            page = tunnel.fetch(get("/frontend/audit_log", *fields))
+            assert one(data)[0] == one(page)[0] == 200
+            return json.loads(one(data)[2]), one(page)[2].decode()
 
         for _ in range(2):
             assert one(tunnel.fetch(get("/frontend/servers/n/private", "X-Forwarded-For: 192.0.2.1")))[0] == 200
@@ -6611,9 +6463,8 @@ class TestOperator:
                 assert one(tunnel.fetch(get(target)))[0] == 200, target
 
     def test_servers_come_and_go_without_touching_the_others(self, tunnel: Tunnel) -> None:
-        self.configure(
-            tunnel, servers=[ptth.ServerEntry("n", ptth.tripcode(KEY), "En"), ptth.ServerEntry("m", ptth.tripcode(KEY))]
-        )
+        trip = ptth.tripcode(KEY)
+        self.configure(tunnel, servers=[ptth.ServerEntry("n", trip, "En"), ptth.ServerEntry("m", trip)])
         hand = Hand(tunnel.port, "m")
         hand.listen()
         eventually(lambda: tunnel.relay.state.servers["m"].parked)
@@ -9023,7 +8874,7 @@ class TestRealPrograms:
         process = subprocess.Popen([program, *arguments], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
         try:
             eventually(lambda: listens(front) and listens(visitors))
-            with tunnel_behind(background, bare_relay, front, handler):
+            with tunnel_behind(background, front, handler):
                 body = one(fetch(visitors, get("/files/big", host="n.example.com"), half_close=False))[2]
                 assert body == (tmp_path / "big").read_bytes()
                 asked = bare_relay.port if LONG else visitors  # a silence of the visitor's own ends at that proxy
