@@ -2520,9 +2520,10 @@ class HTTPClient:
 # Fields for one connection, which a proxy never forwards (RFC 9110, 7.6.1), and fields that this program sets itself.
 _HOP_BY_HOP = frozenset({
     "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
-    "proxy-authenticate", "proxy-authorization", "expect", "x-apikey",
+    "proxy-authenticate", "proxy-authorization", "expect",
 })  # fmt: skip
-_NOT_TO_HOST = _HOP_BY_HOP - {"x-apikey"} | {
+# Fields of a request that do not reach a server with a host of its own, and those that do not reach one below a path.
+_NOT_TO_HOST = _HOP_BY_HOP | {
     "via", "max-forwards", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix",
     "proxy",  # CGI turns it into the variable HTTP_PROXY
@@ -2561,7 +2562,7 @@ _PROXY_COMMANDS = (
 _NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the relay itself sets the last two
 # Fields that also a server with a host of its own may not send: they stay valid when the host has another owner, or
 # affect other ports.
-_NOT_TO_OWN_CLIENT = _HOP_BY_HOP - {"x-apikey"} | {
+_NOT_TO_OWN_CLIENT = _HOP_BY_HOP | {
     "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
 }  # fmt: skip
 SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
@@ -2607,7 +2608,7 @@ def forwardable(headers: Headers, dropped: frozenset[str]) -> Fields:
 def _name_to_client(name: str) -> str:
     """Return a field's name in lower case, or "" if it may not go from a server to a client."""
     name = name.lower()
-    if name in _HOP_BY_HOP or name.startswith(_NOT_TO_CLIENT):
+    if name in ("content-length", "x-apikey") or name.startswith(_NOT_TO_CLIENT):
         return ""
     return name if name in _TO_CLIENT or name.startswith(_TO_CLIENT_PREFIXES) else ""
 
@@ -5017,6 +5018,7 @@ _MEMBERS = {"array": 1, "map": 2}  # values of each member
 MAX_DEPTH = 6  # levels of nested arrays and maps; the messages have five
 MAX_UNPACKED = 100_000  # members of all arrays and maps in a message, except ASCII bytes: at most 0.1 s of work
 RUST_FIELD = "X-PTTH-2LJYXWC4"
+_NOT_FROM_RUST = _HOP_BY_HOP | {"x-apikey"}  # such a relay may pass on a scraper's key
 RUST_METHODS = ("GET", "HEAD")  # the index is the number in the message; there are no others
 RUST_STATUSES = (200, 204, 206, 304, 307, 400, 403, 404, 405, 416, 500)  # the same for statuses
 
@@ -5155,7 +5157,7 @@ def unpack_rust_requests(data: bytes) -> Iterator[tuple[str, Request | ProtocolE
         try:
             if not isinstance(parts, list) or len(parts) != 3 or not isinstance(parts[1], str):
                 raise ProtocolError(400, "not a request in Rust form")
-            fields = forwardable(Headers(_unpack_fields(parts[2])), _HOP_BY_HOP)
+            fields = forwardable(Headers(_unpack_fields(parts[2])), _NOT_FROM_RUST)
             # Formatted and parsed again, so that it is checked like every other head.
             head = format_request_head(_unpack_choice(parts[0], RUST_METHODS), parts[1], fields)
             yield request_id, parse_request_head(head, MAX_INNER_FIELDS)

@@ -4278,15 +4278,17 @@ class TestApp:
         more = [
             ("Origin", "https://n.example.com"),
             ("Cookie", "a=b"),
+            ("X-ApiKey", "mine"),
             ("Connection", "x"),
             ("X", "hop"),
             ("TE", "trailers"),
         ]
-        ((status, _, got),) = self.ask([("POST", more, b"12345")], "public")
+        ((status, fields, got),) = self.ask([("POST", more, b"12345")], "public", [("X-ApiKey", "new")])
+        assert fields["X-ApiKey"] == "new"
         assert (status, got["method"], got["target"], got["body"]) == (200, "POST", "/x?y", 5)
         assert got["fields"] == {
             "host": "n.example.com", "x-forwarded-host": "n.example.com", "x-forwarded-proto": "https",
-            "origin": "https://n.example.com", "cookie": "a=b", "content-length": "5",
+            "origin": "https://n.example.com", "cookie": "a=b", "x-apikey": "mine", "content-length": "5",
         }  # fmt: skip
 
     @pytest.mark.parametrize(
