@@ -105,7 +105,7 @@ MAX_DRAIN = 64 * 1024  # bytes of an unwanted body that are read to keep the con
 IDLE_TIMEOUT = 75.0  # seconds that a connection stays open without a request; as nginx
 HEAD_TIMEOUT = 10.0  # seconds from a head's first byte to its last
 STALL_TIMEOUT = 60.0  # seconds without a byte moving after which a connection is aborted; as nginx
-RELAY_STALL_TIMEOUT = 240.0  # the same for a server that sends P5: the relay aborts a stalled client itself, earlier
+RELAY_STALL_TIMEOUT = 240.0  # the same for a request that is sent, such as P5: a relay aborts a stalled client earlier
 P7_TIMEOUT = 3600.0  # seconds to wait for P7: it comes after the client has read also what kernels had buffered
 LINGER_TIMEOUT = 2.0  # seconds without a byte after which a half-closed connection is closed (RFC 9112, 9.6)
 MAX_LINGER_TIMEOUT = 30.0  # seconds after which it is closed in any case
@@ -113,11 +113,11 @@ MAX_LINGER = 64 * 1024 * 1024  # bytes discarded from it after which it is close
 EXPECT_TIMEOUT = 1.0  # seconds that a client waits for 100 Continue before it sends a body (RFC 9110, 10.1.1)
 GRACE_PERIOD = 30.0  # seconds that requests in flight have to finish at a stop
 SWEEP_INTERVAL = 0.25  # seconds between two checks of all deadlines
-SMALL_BODY = 128 * 1024  # bytes; a body up to this size is read at once and sent in one write with its head
+SMALL_BODY = 128 * 1024  # bytes; up to this size a file is read at once and sent in one write with the head
 WRITE_HIGH_WATER = 64 * 1024  # bytes; with more in a connection's buffer, `send` waits for the peer
 READ_SIZE = 256 * 1024  # bytes moved at a time: large enough to be cheap, small enough to be fair
-MAX_PART_HEAD = 8 * 1024  # bytes of the head of one part of a form; a name has 255
-MAX_PARTS = 1000  # parts of one form
+MAX_FORM_PART_HEAD = 8 * 1024  # bytes of the head of one part of a form; a file's name has 255
+MAX_FORM_PARTS = 1000  # parts of one form
 WRITE_SIZE = 1024 * 1024  # bytes of an upload that a thread writes at a time: 256 KiB take a third more CPU time
 SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload between two calls of fsync, so that the last one is short
 SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
@@ -126,7 +126,7 @@ MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.
 MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashed
 MAX_SCRAPER_DAYS = 30  # days that a scraper's key may be valid
 MAX_P3_REQUESTS = 64  # requests in one P3
-MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
+MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3, and of responses in one batch to an older relay
 MAX_RESPONSES_BYTES = 512 * 1024  # bytes of responses in one batch; relays of version 1.0.0 read only 432 KiB
 MAX_BATCHES_BYTES = 8 * 1024 * 1024  # bytes of one name's batches that the relay reads at the same time
 MAX_INLINE = 64 * 1024  # bytes of a request's body that is sent inside P3; the server fetches a longer one
@@ -166,23 +166,21 @@ RENEWAL_TIME = 2.0  # seconds that a P1 stays open at least; a server treats a q
 DISCONNECTED_AFTER = 2.0  # seconds without a connection before a server is shown as disconnected
 MAX_CHECK_AGE = 10.0  # seconds; three health checks within them mean that a balancer checks this relay
 DRAIN_TIME = 7.0  # seconds that such a relay still serves at a stop; HAProxy needs 3 failed checks, one every 2 s
-UNAVAILABLE_AFTER = 60.0  # seconds without a connection after which new requests get 503 at once
+UNAVAILABLE_AFTER = 60.0  # seconds without a connection after which new requests do not wait, but get 503 at once
 MAX_IDLE_AGE = 20.0  # seconds; an idle connection older than this is not reused: a NAT may have dropped it
 APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response, then 504
 APP_WAIT = 2.0  # seconds in which a connection to an app is tried again, because it may be restarting
 CONNECT_TIMEOUT = 10.0  # seconds to open a connection
 CONNECT_DELAY = 0.25  # seconds before the next address of a name is tried, too (RFC 8305, 5)
-BACKOFF_MIN, BACKOFF_MAX = (
-    0.1,
-    3.0,
-)  # seconds before the second attempt to reach the relay, and before any other, at most
+BACKOFF_MIN = 0.1  # seconds before the second attempt to reach the relay
+BACKOFF_MAX = 3.0  # seconds before any later attempt, at most
 REFUSED_DELAY = 5.0  # seconds before the next attempt when a key or a proxy's settings must be changed first
 NEAR_ROUND_TRIP = 0.005  # seconds; with a shorter round trip to the relay one P1 is best, otherwise FAR_P1
 SAMPLES = 3  # round trips measured; the shortest counts
 MEASURE_INTERVAL = 300.0  # seconds after which the server measures again
 FAR_P1 = 8  # P1 open at the same time
 MAX_BATCHES = 4  # batches of responses in flight at the same time; a near relay gets several only while they are full
-BACKEND = "/7ZSFUKGV/"  # with this the paths of P1 and P5 begin
+BACKEND = "/7ZSFUKGV/"  # the beginning of the paths of P1 and P5
 
 
 class ProtocolError(Exception):
@@ -251,18 +249,18 @@ def log_fault() -> None:
 # The tripcode of an API key: the relay knows only that. Does not use HTTP.
 
 _IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
-_PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)  # of a message's words, after each round
+_PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)  # of a block's words, after each round
 _MIXES = (  # the eight quarter rounds: four columns, then four diagonals
     (0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15),
     (0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14),
 )  # fmt: skip
-_CHUNK_START, _CHUNK_END, _PARENT, _ROOT = 1, 2, 4, 8
-_CHUNK = 1024
-_BLOCK = 64
+_CHUNK_START, _CHUNK_END, _PARENT, _ROOT = 1, 2, 4, 8  # flags of a block
+_CHUNK = 1024  # bytes
+_BLOCK = 64  # bytes
 
 
 def _compress(chain: tuple[int, ...], block: bytes, counter: int, flags: int) -> tuple[int, ...]:
-    """Return the chaining value after one block of at most 64 bytes (BLAKE3, section 2.2)."""
+    """Return the chaining value after one block of at most 64 bytes (BLAKE3, 2.2)."""
     message = struct.unpack("<16I", block.ljust(_BLOCK, b"\0"))
     v = [*chain, *_IV[:4], counter & 0xFFFFFFFF, counter >> 32, len(block), flags]
     for _ in range(7):
@@ -279,16 +277,16 @@ def _compress(chain: tuple[int, ...], block: bytes, counter: int, flags: int) ->
 
 
 def _subtree(data: bytes, index: int, root: int) -> tuple[int, ...]:
-    """Return the chaining value of `data`, whose first chunk is number `index` (BLAKE3, section 2.1)."""
+    """Return the chaining value of `data`, whose first chunk is number `index`; `root` is a flag (BLAKE3, 2.1)."""
     if len(data) <= _CHUNK:
         chain: tuple[int, ...] = _IV
         blocks = [data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK)] or [b""]
         for number, block in enumerate(blocks):
             flags = _CHUNK_START if number == 0 else 0
-            flags |= _CHUNK_END | root if number == len(blocks) - 1 else 0
+            flags |= (_CHUNK_END | root) if number == len(blocks) - 1 else 0
             chain = _compress(chain, block, index, flags)
         return chain
-    left_chunks = 1 << ((len(data) - 1) // _CHUNK).bit_length() - 1  # the largest power of two that leaves a rest
+    left_chunks = 1 << ((len(data) - 1) // _CHUNK).bit_length() - 1  # the largest power of two that leaves some data
     left = _subtree(data[: left_chunks * _CHUNK], index, 0)
     right = _subtree(data[left_chunks * _CHUNK :], index + left_chunks, 0)
     return _compress(_IV, struct.pack("<16I", *left, *right), 0, _PARENT | root)
@@ -330,16 +328,17 @@ _WORDS = ("password", "passwort", "secret", "admin", "letmein", "welcome", "ilov
 
 
 def _go_round(line: str, step: int) -> str:
-    """Return what a line gives when it is read round and round in steps of this size, four rounds from each start."""
-    step %= len(line)  # a negative one goes back
+    """Return the sequences of every `step`-th character of a line that is read as a ring, each four rounds long."""
+    step %= len(line)  # a negative step reads backward
     return "\n".join((line * 4 * step)[start::step] for start in range(math.gcd(step, len(line))))
 
 
+# Patterns, all in one text: words and lines in short steps count from three characters on, in longer steps from four.
 _NEAR = "\n".join((*_WORDS, *(_go_round(line, step) for line in _LINES for step in (1, 2, -2, -1))))
 _FAR = "\n".join(_go_round(line, step) for line in _LINES for step in range(3, len(line) - 2))
 _UNSHIFTED = str.maketrans('!@#$%^&*()_+{}:"<>?', "1234567890-=[];',./")
 _PATTERN_BITS = 8  # bits of chance in which pattern comes next, and in its length
-MIN_KEY_BITS = 56  # a tripcode may become public, and a graphics card tries 2**33 keys a second
+MIN_KEY_BITS = 56  # bits; a tripcode may become public, and a graphics card tries 2**33 keys a second: for 97 days
 
 
 def _pattern_length(text: str, at: int) -> int:
@@ -348,14 +347,14 @@ def _pattern_length(text: str, at: int) -> int:
     for end in range(at + 1, len(text) + 1):
         part = text[at:end]
         known = part in _NEAR or part in text[: end - 1] or part[::-1] in text[:at]
-        if known or end - at > 3 and part in _FAR:  # three characters with a larger step are chance
+        if known or end - at > 3 and part in _FAR:
             length = end - at
         elif end - at > 3:
             break
     return length
 
 
-def _pattern_bits(text: str) -> float:
+def _estimate_bits(text: str) -> float:
     """Estimate a text's bits of chance, up to MIN_KEY_BITS: few for a pattern, all for each other character."""
     kinds = ((26, str.isalpha), (10, str.isdigit), (33, lambda c: not c.isalnum()))
     single = math.log2(sum(size for size, is_kind in kinds if any(map(is_kind, text))))
@@ -371,13 +370,14 @@ def is_guessable(key: str) -> bool:
     """Estimate whether a key has less than MIN_KEY_BITS of chance.
 
     The key is also read by columns, 2 to 4 of them, to find patterns as in a1b2c3d4 or 1qaz2wsx. A shifted character
-    counts as the same key without shift; each change between shifted and not adds two bits.
+    counts as the same one without shift; each change between shifted and not adds two bits, but at most one bit per
+    character.
     """
     plain = key.translate(_UNSHIFTED).lower()
     for width in range(1, 5):
         text, typed = ("".join(row[i::width] for i in range(width)) for row in (plain, key))
         changes = sum(one != other for one, other in itertools.pairwise(map(str.__ne__, text, typed)))
-        if _pattern_bits(text) + min(2 * changes, len(key)) < MIN_KEY_BITS:
+        if _estimate_bits(text) + min(2 * changes, len(key)) < MIN_KEY_BITS:
             return True
     return False
 
@@ -4429,12 +4429,12 @@ class FormReader:
 
     async def _read_head(self, at: int) -> dict[str, str]:
         """Read a part's head, which begins at `at`, and return its parameters."""
-        while (end := self._data.find(b"\r\n\r\n", at)) < 0 and len(self._data) < MAX_PART_HEAD:
+        while (end := self._data.find(b"\r\n\r\n", at)) < 0 and len(self._data) < MAX_FORM_PART_HEAD:
             await self._more()
         head = _PART_HEAD.fullmatch(self._data[at : end + 2].decode("latin-1"))
         self._parts += 1
-        if not head or not 0 < end < MAX_PART_HEAD or self._parts > MAX_PARTS:
-            raise ProtocolError(400, f"not a form, or one of more than {MAX_PARTS:,} parts", close=True)
+        if not head or not 0 < end < MAX_FORM_PART_HEAD or self._parts > MAX_FORM_PARTS:
+            raise ProtocolError(400, f"not a form, or one of more than {MAX_FORM_PARTS:,} parts", close=True)
         self._data = self._data[end + 4 :]
         found = _PARAMETER.findall(parse_fields(head[1]).get("content-disposition", ""))
         return {name.lower(): quoted or token for name, quoted, token in found}
