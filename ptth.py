@@ -401,6 +401,7 @@ def key_weakness(key: str) -> str | None:
 # Request and Response as values, and the type of a handler. No parsing, no sockets.
 
 Fields = list[tuple[str, str]]
+T = TypeVar("T")
 
 
 class Headers(dict[str, str]):
@@ -416,7 +417,7 @@ class Headers(dict[str, str]):
         self.pairs: Fields = pairs if isinstance(pairs, list) else list(pairs)
         for name, value in self.pairs:  # twice as fast as dict()
             self[name.lower()] = value
-        if len(self) < len(self.pairs):  # several have one name
+        if len(self) < len(self.pairs):  # some have the same name
             self.clear()
             for name, value in self.pairs:
                 key = name.lower()
@@ -484,7 +485,7 @@ class Body:
     complete = True  # False while the peer has not sent all of it
     expects = False  # the peer waits for 100 Continue before it sends the body
     replayable = False  # `write_to` may be called again, and starts from the beginning
-    begun = False  # reading has begun; only PrefixedBody sets it
+    begun = False  # sending has begun; only PrefixedBody tells it
     _pieces: AsyncIterator[bytes] | None = None
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -560,7 +561,7 @@ class BytesBody(Body):
 
 
 class PrefixedBody(Body):
-    """A body with some bytes before it. Sets `begun` when reading begins."""
+    """A body with some bytes before it, for `write_to` only. It does not own the body, so `aclose` does nothing."""
 
     def __init__(self, prefix: bytes, body: Body) -> None:
         self._prefix = prefix
@@ -584,7 +585,7 @@ class AbsentBody(BytesBody):
         self.length = length
 
 
-EMPTY = BytesBody()
+EMPTY = BytesBody()  # the body of a message without one, so `is EMPTY` tells that from an empty body
 
 
 @dataclass(slots=True)
@@ -629,7 +630,6 @@ class Response:
 # the list of the response's fields. The receiver of the response closes its body, exactly once, whether it was sent
 # or not. The HTTP server cancels a handler when its client resets the connection.
 Handler = Callable[[Request], Awaitable[Response]]
-T = TypeVar("T")
 
 
 # -- 4. Syntax --
@@ -640,7 +640,7 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _FIELD_LINES = rf"(?:{TOKEN}+:[\t\x20-\x7e\x80-\xff]*+\r\n)*+"
 _REQUEST_HEAD = re.compile(rf"({TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n({_FIELD_LINES})\r\n")
 _RESPONSE_HEAD = re.compile(rf"HTTP/1\.[0-9] ([0-9]{{3}})(?: [\t\x20-\x7e\x80-\xff]*)?\r\n({_FIELD_LINES})\r\n")
-_FORMATTED = re.compile(rf"[!-~\x80-\xff][\x20-\x7e\x80-\xff]*\r\n{_FIELD_LINES}\r\n")
+_HEAD_TO_SEND = re.compile(rf"[!-~\x80-\xff][\x20-\x7e\x80-\xff]*\r\n{_FIELD_LINES}\r\n")
 _FIELD = re.compile(r"([^:]+):[ \t]*+(.*[^ \t\r\n]|)[ \t]*+\r\n")  # of lines that _FIELD_LINES has matched
 # Bytes that no head may contain. They are searched in partial heads, too: a bad head is refused as soon as it arrives.
 _NEVER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
@@ -691,7 +691,7 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
     text = data.decode("latin-1")
     match = _REQUEST_HEAD.fullmatch(text)
     if match is None or match.end(4) > MAX_REQUEST_LINE:
-        check_partial_head(data)
+        check_partial_head(data)  # a line that is too long gets 414 here
         raise _why_no_request(text)
     method, target, major, minor, lines = match.groups()
     if method == "PRI":  # RFC 9113, 3.4: the preface of HTTP/2
@@ -723,13 +723,13 @@ def _why_no_request(text: str) -> ProtocolError:
 
 
 def _parse_odd_target(request: Request) -> None:
-    """Change a target from absolute to origin form (RFC 9112, 3.2). ProtocolError for others, except `OPTIONS *`."""
+    """Change a target in absolute form to origin form (RFC 9112, 3.2). ProtocolError for others but `OPTIONS *`."""
     target = request.target
     if target == "*" and request.method == "OPTIONS":
         return
-    absolute = _ABSOLUTE.fullmatch(target)
     if request.method == "CONNECT":
         raise ProtocolError(405, "this is not a forward proxy", close=True, headers=[("Allow", "GET, HEAD, OPTIONS")])
+    absolute = _ABSOLUTE.fullmatch(target)
     if not absolute or absolute[1][:1] in ("", ":") or not is_host(absolute[1]) or "#" in target:
         raise ProtocolError(400, "the request target is neither a path nor a URL", close=True)
     path = absolute[2]
@@ -771,7 +771,7 @@ def format_head(start: str, fields: Fields, *, parsed: bool = False) -> bytes:
     """
     lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
     text = f"{start}\r\n{lines}\r\n"
-    if text.count("\n") != len(fields) + 2 or not (parsed or _FORMATTED.fullmatch(text)):
+    if text.count("\n") != len(fields) + 2 or not (parsed or _HEAD_TO_SEND.fullmatch(text)):
         raise ProtocolError(500, "a header field that cannot be sent")
     return text.encode("latin-1")
 
@@ -851,7 +851,7 @@ def quote(name: bytes) -> str:
 
 
 def redirect_below(segment: bytes, target: str) -> str:
-    """Return a Location that adds a slash to the path.
+    """Return a Location that adds a slash to a path: `segment` is the path's last one, the query is that of `target`.
 
     It is relative, so it is right under any URL prefix and cannot name another host.
     """
@@ -891,10 +891,10 @@ class Connection:
         self.silence_timeout = STALL_TIMEOUT  # seconds without a byte after which reading a body raises TimeoutError
         self.stalled = False  # no byte was sent for `stall_timeout` seconds, though some were waiting
         self._unsent = 0  # bytes in the transport's buffer when the write deadline was set
-        self.must_close = False
+        self.must_close = False  # it will not be used for another request
         self.written = 0  # bytes given to the connection
         self.on_close: list[Callable[[], None]] = []
-        self.on_continue: Callable[[], None] | None = None  # called when 100 Continue has arrived
+        self.on_continue: Callable[[], None] | None = None  # called when 100 Continue has arrived; set while expected
         self.task: asyncio.Task[object] | None = None  # serves its requests
         self.waiting = False  # the peer waits for its response; `task` is cancelled when it resets
 
@@ -1021,16 +1021,16 @@ class Connection:
         """
         await self.flush()
         try:
-            twin = os.dup(self.sock.fileno())  # add_writer refuses the descriptor of a transport, so use a duplicate
+            duplicate = os.dup(self.sock.fileno())  # add_writer refuses the descriptor of a transport itself
         except OSError:  # no descriptor left
             await send_by_reading(self, fd, offset, count)
             return
         try:
             while count:
                 try:
-                    sent = os.sendfile(twin, fd, offset, min(count, SENDFILE_SIZE))
+                    sent = os.sendfile(duplicate, fd, offset, min(count, SENDFILE_SIZE))
                 except BlockingIOError:
-                    await wait_ready(self, twin, self.loop.add_writer, self.loop.remove_writer)
+                    await wait_ready(self, duplicate, self.loop.add_writer, self.loop.remove_writer)
                     continue
                 if not sent:
                     raise IncompleteBody("the file became shorter")
@@ -1039,7 +1039,7 @@ class Connection:
                 self.written += sent
                 await asyncio.sleep(0)  # let other connections run, however fast this peer reads
         finally:
-            os.close(twin)  # at once: while a duplicate is open, an aborted connection stays open
+            os.close(duplicate)  # at once: while it is open, an aborted connection stays open
 
     async def splice(self, source: Connection, count: int) -> bool:
         """Send the next `count` bytes that `source` receives by os.splice, without copying them (Linux).
@@ -1083,7 +1083,7 @@ class Connection:
     def reset(self) -> None:
         """Close with a TCP reset. For a body that ends with the connection: a normal close would look like its end."""
         with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # on, 0 seconds
         self.abort()
 
     def close(self) -> None:
@@ -1244,8 +1244,8 @@ async def linger(connection: Connection) -> None:
                 connection.buffer = b""
 
 
-def due(items: Collection[T], turn: int) -> list[T]:
-    """Return the connections that a sweep checks in this turn: of many, only a part, so that a turn stays short."""
+def share_of_turn(items: Collection[T], turn: int) -> list[T]:
+    """Return the items that a sweep checks in this turn: of a thousand or more, only a part: a turn must be short."""
     parts = min(1 + len(items) // 1000, 4)
     return list(itertools.islice(items, turn % parts, None, parts))
 
@@ -1257,7 +1257,7 @@ async def sweep(connections: set[Connection]) -> NoReturn:
     while True:
         await asyncio.sleep(SWEEP_INTERVAL)
         now = loop.time()
-        for connection in due(connections, next(turns)):
+        for connection in share_of_turn(connections, next(turns)):
             connection.sweep(now)
 
 
@@ -1310,17 +1310,17 @@ class IncomingBody(Body):
         self.on_end: Callable[[], Awaitable[None]] | None = None  # called by `aclose`, once
         self.chunked = framing == CHUNKED
         self.until_close = framing is None
-        self.remaining = 0 if self.chunked else framing or 0  # bytes left of the body, or of the current chunk
+        self.remaining = 0 if self.chunked else framing or 0  # bytes to receive of the body, or of the current chunk
         self.complete = framing == 0
         self.expects = expects
         self.unread_data = b""  # bytes that `unread` has given back
         self.overhead = 0  # bytes of chunk extensions and trailers so far
-        self._expected = "size"  # the next line of the chunked framing: "size", "end" or "trailer"
-        self._trailers = 0
+        self._expected = "size"  # the next line of the chunked framing: "size", "end" or "trailer"; "" inside a chunk
+        self._trailers = 0  # number of trailer fields so far
 
     @property
     def length(self) -> int | None:  # type: ignore[override]  # read only
-        """The bytes left, or None if that is not known before the end."""
+        """The bytes not read yet, or None if that is not known before the end."""
         return None if self.chunked or self.until_close else self.remaining + len(self.unread_data)
 
     @property
@@ -1441,7 +1441,7 @@ class IncomingBody(Body):
 
     async def write_to(self, sink: Sink) -> None:
         if self.expects:
-            await sink.send(await self.read())
+            await sink.send(await self.read())  # sends 100 Continue, without which nothing could be spliced
         worth_it = self.remaining >= SPLICE_MIN and not self.chunked
         if worth_it and self.connection.can_splice and sink.can_splice:
             await self._splice_to(sink)
@@ -1555,7 +1555,7 @@ _ENTITIES = (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"), ("'"
 
 def escape(text: str) -> str:
     """Escape text for HTML, in an element or a quoted attribute."""
-    for character, entity in _ENTITIES:  # four times as fast as str.translate
+    for character, entity in _ENTITIES:  # four times as fast as str.translate; the module html is slow to import
         text = text.replace(character, entity)
     return text
 
@@ -1570,14 +1570,14 @@ def page(title: str, content: str) -> bytes:
 
 
 def html_table(columns: dict[str, str], rows: Iterable[Iterable[str]]) -> str:
-    """Make a table. `columns` maps each heading to the CSS class of its cells; headings and cells are HTML."""
+    """Make a table. `columns` maps each heading to the CSS class of its cells; headings and `rows` are HTML."""
     top = "".join(f'<th scope="col" class="{kind}">{heading}</th>' for heading, kind in columns.items())
     cells = "".join(f'<td class="{kind}">{{}}</td>' for kind in columns.values())
     lines = "".join(f"<tr>{cells.format(*row)}</tr>\n" for row in rows)
     return f"<table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{lines}</tbody>\n</table>"
 
 
-VERSION_LINE = f'PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">source</a>'
+VERSION_LINE = f'PTTH {__version__}, AGPL-3.0-or-later, <a href="{{}}ptth.py">source</a>'  # {}: the root's URL
 
 
 def error_page(status: int, reason: str) -> bytes:
@@ -1614,7 +1614,7 @@ def format_count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def clamp(nanoseconds: int) -> int:
+def clamped_seconds(nanoseconds: int) -> int:
     """Return a file's time in whole seconds, limited to years 1970 to 9999: some file systems hold any 64 bits."""
     return max(0, min(nanoseconds // 1_000_000_000, 253402300799))  # the last second of 9999
 
@@ -3327,7 +3327,7 @@ def _entry_row(entry: ListingEntry) -> str:
         size = f' title="{escape(entry.error)}">not readable'
     else:
         link = f'<a href="{entry_link(entry)}">{name}</a>'
-        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamp(entry.mtime)))
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(clamped_seconds(entry.mtime)))
         size = ">" if entry.is_dir else f' title="{format_count(entry.size, "byte")}">{format_size(entry.size)}'
     return f'<tr>{column}{link}</td><td class="n w">{when}</td><td class="n"{size}</td></tr>\n'
 
@@ -3970,7 +3970,7 @@ class ZipWriter:
         stamp = struct.pack("<2HBi", 0x5455, 5, 1, seconds) if -(2**31) <= seconds < 2**31 else b""
         # Programs that do not know the stamp read this one as local time, and are usually in the server's time zone.
         year, month, day, hour, minute, second = max(
-            time.localtime(min(clamp(mtime), 2**32 - 1))[:6], (1980, 1, 1, 0, 0, 0)
+            time.localtime(min(clamped_seconds(mtime), 2**32 - 1))[:6], (1980, 1, 1, 0, 0, 0)
         )
         form = (hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day)
         # Flag 0x800: the name is UTF-8.
@@ -4632,7 +4632,7 @@ def _property_row(path: str, entry: ListingEntry) -> str:
     return (
         f"<D:response><D:href>{escape(path)}</D:href><D:propstat><D:prop><D:resourcetype>{kind}</D:resourcetype>"
         f"<D:getcontentlength>{entry.size}</D:getcontentlength>"
-        f"<D:getlastmodified>{format_date(clamp(entry.mtime))}</D:getlastmodified></D:prop>"
+        f"<D:getlastmodified>{format_date(clamped_seconds(entry.mtime))}</D:getlastmodified></D:prop>"
         "<D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response>\n"
     )
 
@@ -6686,7 +6686,7 @@ class Relay:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL)
             now = self.state.loop.time()
-            for server in due(self.state.servers.values(), next(turns)):
+            for server in share_of_turn(self.state.servers.values(), next(turns)):
                 self._sweep_server(server, now)
             for exchange in list(self.state.exchanges.values()):
                 if exchange.is_late(now, self.state.config.response_timeout):

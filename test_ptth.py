@@ -3162,7 +3162,7 @@ class TestFileServer:
         status, fields, _ = one(say(self.site(tmp_path), get("/f")))
         assert (status, ptth.parse_date(fields["last-modified"], 1.8e9) <= time.time()) == (200, True)
         assert one(say(self.site(tmp_path), get("/")))[0] == 200
-        assert ptth.clamp(2**62 * 10**9) == 253402300799
+        assert ptth.clamped_seconds(2**62 * 10**9) == 253402300799
 
     def test_no_descriptor_stays_open(self, root: str) -> None:
         handler = self.site(root)
@@ -7360,7 +7360,7 @@ class TestSeveralRelays:
 
     def test_a_sweep_checks_few_each_time_and_thousands_each_second(self) -> None:
         for count, turns in ((0, 1), (1, 1), (999, 1), (1500, 2), (5000, 4), (100_000, 4)):
-            parts = [ptth.due(range(count), turn) for turn in range(7, 7 + turns)]
+            parts = [ptth.share_of_turn(range(count), turn) for turn in range(7, 7 + turns)]
             assert sorted(itertools.chain(*parts)) == list(range(count))
             assert max(map(len, parts)) <= count / turns + 1
 
