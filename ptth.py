@@ -4862,30 +4862,28 @@ def unpack_requests(data: bytes, fetch: Fetch = no_fetch) -> Iterator[tuple[str,
             raise ProtocolError(502, "the relay sent a request without an id", close=True)
         request_id = found[1].decode("ascii")
         head = head[: found.start()] + head[found.end() - 2 :]  # the handler does not get the id
-        lengths = _INNER_LENGTH.findall(head)
-        if len(lengths) > 1 or lengths and not re.fullmatch(rb"[0-9]{1,18}|chunked", lengths[0][1]):
+        (name, length), *others = _INNER_LENGTH.findall(head) or [(b"Content-Length", b"0")]
+        is_inline = name.lower() == b"content-length"
+        if others or not re.fullmatch(rb"[0-9]{1,18}" if is_inline else rb"[0-9]{1,18}|chunked", length):
             raise ProtocolError(502, "the relay sent a request with two lengths, or an invalid one", close=True)
-        inline = int(lengths[0][1]) if lengths and lengths[0][0].lower() == b"content-length" else 0
-        position += inline
+        position += int(length) if is_inline else 0
         if position > len(data):
             raise ProtocolError(502, "the relay's requests end inside a body", close=True)
         try:
-            yield request_id, _unpack_request(request_id, head, data[end:position], lengths, fetch)
+            yield request_id, _unpack_request(request_id, head, data[end:position], b"" if is_inline else length, fetch)
         except ProtocolError as error:
             yield request_id, error
 
 
-def _unpack_request(
-    request_id: str, head: bytes, content: bytes, lengths: list[tuple[bytes, bytes]], fetch: Fetch
-) -> Request:
+def _unpack_request(request_id: str, head: bytes, content: bytes, to_fetch: bytes, fetch: Fetch) -> Request:
+    """Return the request with its body: `content`, or one with the length `to_fetch`, which `fetch` makes."""
     if len(head) > MAX_INNER_HEAD:
         raise ProtocolError(431, "the head is too large")
     request = parse_request_head(head, MAX_INNER_FIELDS)
     if content:
         request.body = BytesBody(content)
-    elif lengths and lengths[0][0].lower() != b"content-length":
-        value = lengths[0][1]
-        request.body = fetch(request_id, CHUNKED if value == b"chunked" else int(value))
+    elif to_fetch:
+        request.body = fetch(request_id, CHUNKED if to_fetch == b"chunked" else int(to_fetch))
         request.body.expects = "expect" in request.headers
     elif "websocket" in request.headers.tokens("upgrade"):
         request.upgrade = "websocket"

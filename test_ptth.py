@@ -3852,6 +3852,7 @@ class TestTunnelMessages:
         (b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", OSError), (b"Content-Length: 5\r\n\r\nhell", OSError),
         (b"Content-Length: 5\r\nPTTH-Body-Length: 5\r\n\r\nhello", OSError), (b"Content-Length: +5\r\n\r\nhello", OSError),
         (b"Transfer-Encoding: chunked\r\n\r\n", ptth.CHUNKED), (b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", None), (b"PTTH-Body-Length: x\r\n\r\n", OSError),
+        (b"Content-Length: chunked\r\n\r\n", OSError),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("rest", "expected"), P3)
