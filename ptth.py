@@ -1728,7 +1728,7 @@ def _log_date(seconds: int) -> str:
     return f"{day}/{month}/{year}:{clock} +0000"
 
 
-_LOGGED = {code: f"\\x{code:02x}" for code in (*range(32), *b'"\\', *range(127, 256))}
+_LOG_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *b'"\\', *range(127, 256))}
 # URLs that need a key: a client may send it in the query by mistake.
 _ASKS_FOR_KEY = re.compile(rf"(?:https?://[^/?]*)?/*(?:{BACKEND[1:-1]}|scraper|frontend/audit_log)\b", re.IGNORECASE)
 
@@ -1742,10 +1742,10 @@ def _quoted(text: str) -> str:
     """Shorten a text, and escape characters that would end the quotes or the line, or control a terminal."""
     if len(text) > MAX_LOGGED:
         text = f"{text[:MAX_LOGGED]}..."
-    return text.translate(_LOGGED)
+    return text.translate(_LOG_ESCAPES)
 
 
-def file_limit() -> int:
+def raise_file_limit() -> int:
     """Raise the limit of descriptors as far as the system allows, and return it."""
     try:
         import resource
@@ -1799,7 +1799,7 @@ class HTTPServer:
         self.busy: set[Connection] = set()  # those with a request in flight
         self.stopping = False
         self._last_loop_error = -math.inf  # when a failed accept was last logged, in the loop's time
-        self._most_descriptors = file_limit() - SPARE_DESCRIPTORS
+        self._max_descriptor = raise_file_limit() - SPARE_DESCRIPTORS
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -1843,7 +1843,7 @@ class HTTPServer:
                     await asyncio.sleep(0.02)
         for connection in list(self.connections):
             connection.abort()
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # asyncio closes their sockets in the next turn of the loop
         if self._sweeper:
             self._sweeper.cancel()
         if self.log:
@@ -1856,10 +1856,11 @@ class HTTPServer:
         self.connections.add(connection)
         connection.on_close.append(lambda: self.connections.discard(connection))
         try:
-            # The system assigns the lowest free number: a high one means that few are left.
-            if connection.sock and connection.sock.fileno() > self._most_descriptors:
-                busy = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
-                await self._refuse(connection, b"", busy)
+            # The system assigns the lowest free number: a high one means that few are left. A TLS client that has left
+            # already has no socket.
+            if connection.sock and connection.sock.fileno() > self._max_descriptor:
+                error = ProtocolError(503, "too many connections", close=True, headers=[("Retry-After", "5")])
+                await self._refuse(connection, b"", error)
                 return
             while await self._serve_request(connection):
                 if connection.buffer:
@@ -1886,8 +1887,8 @@ class HTTPServer:
             await self._write_response(connection, request, response)
         finally:
             connection.waiting = False
-        # Under TLS, which has no half-close, linger only while a request's body may still arrive: a client that reads
-        # to the end of the connection would wait LINGER_TIMEOUT for nothing.
+        # More bytes may come of an incomplete body, or after a request without one. Under TLS, which has no half-close,
+        # do not wait for the latter: a client that reads to the end of the connection would wait LINGER_TIMEOUT, too.
         needed = not request.body.complete or request.body is EMPTY and not self.tls
         if connection.must_close and needed:
             await linger(connection)
@@ -1933,8 +1934,8 @@ class HTTPServer:
         """Send an error response to bytes that are not a valid request, and close. HEAD gets no body, as always."""
         connection.must_close = True
         is_head = (data or connection.buffer.lstrip(b"\r\n")).startswith(b"HEAD ")
-        unread = Request("HEAD" if is_head else "-", "-", Headers(), connection=connection)
-        await self._write_response(connection, unread, error_response(unread, error))
+        request = Request("HEAD" if is_head else "-", "-", Headers(), connection=connection)  # what is known of it
+        await self._write_response(connection, request, error_response(request, error))
         await linger(connection)
 
     async def _write_response(self, connection: Connection, request: Request, response: Response) -> None:
@@ -2101,8 +2102,8 @@ def parse_app(text: str) -> BaseURL:
         return BaseURL(False, "localhost", 80, "", unix=path)
     if text.isascii() and text.isdigit():
         text = f"localhost:{text}"  # not 127.0.0.1: an app may listen on ::1 only
-    url = re.sub(r"\A(?i:https\+insecure)://", "https://", text)
-    return parse_base_url(url if "://" in url else f"http://{url}")._replace(verify=url == text)
+    url, insecure = re.subn(r"\A(?i:https\+insecure)://", "https://", text)
+    return parse_base_url(url if "://" in url else f"http://{url}")._replace(verify=not insecure)
 
 
 def parse_host(text: str) -> str:
@@ -2161,8 +2162,8 @@ class ForwardProxy(NamedTuple):
             why = "is it an HTTP proxy that allows CONNECT?"
         return Refused(f"the proxy at {self.origin.place} answers {status}: {why}")
 
-    async def open_way(self, connection: Connection, origin: BaseURL) -> None:
-        """Send CONNECT to the proxy. Raises Refused. A 2xx has no content (RFC 9110, 9.3.6)."""
+    async def send_connect(self, connection: Connection, origin: BaseURL) -> None:
+        """Let the proxy connect to `origin`. Raises Refused if it does not. A 2xx has no content (RFC 9110, 9.3.6)."""
         target = f"{bracket(origin.name)}:{origin.port}"
         place = f"the proxy at {self.origin.place}"
         head = format_request_head("CONNECT", target, [("Host", target), USER_AGENT, *self.fields])
@@ -2277,7 +2278,7 @@ async def open_streams(
         raise Refused(f"the proxy at {first.place} cannot be reached: {format_error(error)}") from None
     try:
         if proxy and tls:
-            await proxy.open_way(Connection(reader, writer), origin)
+            await proxy.send_connect(Connection(reader, writer), origin)
         async with asyncio.timeout(CONNECT_TIMEOUT):
             if tls:
                 await writer.start_tls(tls, server_hostname=origin.name.removesuffix("."))
@@ -2376,7 +2377,7 @@ class HTTPClient:
         self.idle.clear()
 
     async def handle(self, request: Request, *, timeout: float = P7_TIMEOUT, repeatable: bool = False) -> Response:
-        """Send a request; return the response when its head has arrived. It is a `Handler`.
+        """Send a request; return the response when its head has arrived. A `Handler`; for `timeout` see `exchange`.
 
         A `repeatable` request, or a GET or HEAD without a body, may take an idle connection. If that is closed, the
         request is sent once more on a new one. A `repeatable` one in memory is sent once more in any case. Raises what
@@ -2403,6 +2404,7 @@ class HTTPClient:
         sending: asyncio.Task[None] | None = None
         try:
             sending = await self._send_request(connection, request, timeout)
+            # While the body is being sent there is no limit: `_send_body` sets it afterwards.
             status, headers = await read_response_head(connection, math.inf if sending else timeout)
             if connection.on_continue:  # a final response, not 100 Continue: the body is not wanted
                 connection.must_close, connection.on_continue = True, None
@@ -2426,7 +2428,7 @@ class HTTPClient:
             await connection.send(head + body.data)
             return None
         await connection.send(head)
-        if body.complete and not self.limiter and (body.length or READ_SIZE) < READ_SIZE:
+        if body.complete and not self.limiter and 0 < (body.length or 0) < READ_SIZE:
             await body.write_to(connection)  # small: an early response can wait until it was sent
             return None
         return None if request.upgrade else asyncio.create_task(self._send_body(connection, request, timeout))
@@ -2506,7 +2508,7 @@ class HTTPClient:
     async def post(self, path: str, fields: Fields, body: Body) -> tuple[int, Headers]:
         """POST `body`, again if it is replayable; return status and fields of the response, which may come early."""
         request = Request("POST", path, Headers(fields), body=body)
-        response = await self.handle(request, timeout=P7_TIMEOUT, repeatable=body.replayable)
+        response = await self.handle(request, repeatable=body.replayable)
         try:
             await response.body.drain()
         finally:
@@ -6753,7 +6755,7 @@ class Workers:
         self.room.set()
         self.request_ids: dict[str, Sender] = {}  # ids of all requests without a response, and who will send it
         self.sending: Counter[str] = Counter()  # large responses that are being sent, by the client's address
-        self.most_sending = file_limit() // 4  # of them: two descriptors for each, half of all
+        self.most_sending = raise_file_limit() // 4  # of them: two descriptors for each, half of all
         self._queue: deque[tuple[str, Request | ProtocolError, Sender]] = deque()
         self._count = 0  # workers: tasks that handle what is queued
         self._batched = 0  # small responses that wait for their batch
