@@ -2561,7 +2561,7 @@ _PROXY_COMMANDS = (
     "x-accel-", "x-sendfile", "x-lighttpd-",  # nginx, Apache and others, lighttpd
     "x-litespeed-", "x-lscache", "x-reproxy-", "x-perlbal-", "x-cascade", "x-esi",  # LiteSpeed, Perlbal, Rack, Varnish
 )  # fmt: skip
-_NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the relay itself sets the last two
+_NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  # the last is set by the relay itself
 # Fields that also a server with a host of its own may not send: they stay valid when the host has another owner, or
 # affect other ports.
 _NOT_TO_OWN_CLIENT = _HOP_BY_HOP | {
@@ -2596,7 +2596,8 @@ def _passing_name(name: str, dropped: frozenset[str]) -> str:
 def forwardable(headers: Headers, dropped: frozenset[str]) -> Fields:
     """Return the fields of a request to forward: none of `dropped`, PTTH-*, X-Accel-*, or named by Connection.
 
-    An app behind CGI cannot tell X_Forwarded_For from X-Forwarded-For, so underscores count as hyphens.
+    Host stays in any case. An app behind CGI cannot tell X_Forwarded_For from X-Forwarded-For, so underscores count as
+    hyphens.
     """
     named = set(headers.tokens("connection")) if "connection" in headers else ()
     return [
@@ -2668,7 +2669,7 @@ def max_forwards(request: Request) -> int | None:
     return int(min(float(value), 1e9))  # int refuses thousands of digits
 
 
-def _fenced_value(name: str, value: str, headers: Headers, server: str) -> str:
+def _filtered_value(name: str, value: str, headers: Headers, server: str) -> str:
     """Return the value of Link or WWW-Authenticate that the client gets, or "" to drop the field.
 
     A link to a compression dictionary is left out: it could apply to other servers' URLs (RFC 9842).
@@ -2681,7 +2682,7 @@ def _fenced_value(name: str, value: str, headers: Headers, server: str) -> str:
     return name_realms(value, server) if len(headers[name]) <= MAX_CHALLENGES else ""
 
 
-def _add_via(headers: Headers) -> tuple[str, str]:
+def _via(headers: Headers) -> tuple[str, str]:
     """Return the field Via of a message that passes the relay."""
     return "Via", ", ".join(filter(None, (headers.get("via"), "1.1 ptth")))
 
@@ -2698,11 +2699,11 @@ def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True,
     for name, value in headers.pairs:
         lower = _name_to_client(name)
         if lower in ("link", "www-authenticate"):
-            value = _fenced_value(lower, value, headers, server)
+            value = _filtered_value(lower, value, headers, server)
             lower = lower if value else ""
         if lower and lower not in dropped:
             result.append((name, value))
-    result += [_add_via(headers), NOSNIFF]
+    result += [_via(headers), NOSNIFF]
     # Connection may name Content-Type, and then that does not pass. Two types are joined by a comma.
     kind = "" if "content-type" in dropped else headers.get("content-type", "")
     if sandbox and status != 304 and not runs_nothing(kind):
@@ -2721,7 +2722,7 @@ def own_host_fields(headers: Headers) -> Fields:
         lower = name.lower()
         if lower not in dropped and not lower.startswith(("ptth-", *_PROXY_COMMANDS)):
             result.append((name, _COOKIE_DOMAIN.sub("", value) if lower == "set-cookie" else value))
-    return [*result, _add_via(headers)]
+    return [*result, _via(headers)]
 
 
 # A dot and the separators of a path, in every form that a proxy may normalise. nginx decodes %2F; Envoy and programs on
@@ -2814,23 +2815,24 @@ class App:
         client.silence_timeout = math.inf  # an event stream may be silent for hours
         client.retry_time = APP_WAIT
         self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
-        self._local = host_mode not in ("auto", "public")
+        self._local = host_mode not in ("auto", "public")  # whether the app gets `_authority` as its Host
         self._fixed = host_mode != "auto"  # whether `_local` stays as it is
         self._asked = self._fixed  # whether a first request has shown the mode
-        self._logged = ""
+        self._logged = ""  # the failure that was logged last; "" after a response
 
     async def handle(self, request: Request) -> Response:
         """Return the app's response. ProtocolError 502 when there is none, 504 when it comes too late."""
         safe = request.method in ("GET", "HEAD")
         if not self._asked and not safe:
             await self._probe(request)
-        response = await self._send(request, self._local)
-        refused = REFUSALS if safe else (421,)
+        response = await self._send(request, local=self._local)
+        refused = REFUSALS if safe else (421,)  # 400 and 403 may be about what another method sends
         self._asked = self._asked or response.status not in refused
-        if self._fixed or response.status not in refused or request.body.data is None and not request.upgrade:
+        can_repeat = request.body.data is not None or request.upgrade
+        if self._fixed or response.status not in refused or not can_repeat:
             return response
         try:
-            again = await self._send(request, True)
+            again = await self._send(request, local=True)
         except BaseException:
             await response.body.aclose()
             raise
@@ -2846,13 +2848,13 @@ class App:
         # Without Origin and Referer: the app may refuse a page of another site, and not the Host.
         fields = [pair for pair in request.headers.pairs if pair[0].lower() not in ("origin", "referer")]
         first = Request("GET", "/", Headers(fields), connection=request.connection)
-        status = await self._status(first, False)
-        if status in REFUSALS and await self._status(first, True) not in REFUSALS:
+        status = await self._status(first, local=False)
+        if status in REFUSALS and await self._status(first, local=True) not in REFUSALS:
             self._stay_local(status)
         self._asked = True
 
-    async def _status(self, request: Request, local: bool) -> int:
-        response = await self._send(request, local)
+    async def _status(self, request: Request, *, local: bool) -> int:
+        response = await self._send(request, local=local)
         await response.body.aclose()
         return response.status
 
@@ -2863,8 +2865,8 @@ class App:
             f'{self._authority}; to decide that in advance, set app_host = "local" or "public"'
         )
 
-    async def _send(self, request: Request, local: bool) -> Response:
-        """Send the request to the app, with its local or its public host name."""
+    async def _send(self, request: Request, *, local: bool) -> Response:
+        """Send the request to the app, with its local or its public host name; return its response for the client."""
         public = f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', '')}"
         own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
         fields = self._request_fields(request, public, own) if local else forwardable(request.headers, _HOP_BY_HOP)
@@ -2922,13 +2924,14 @@ class App:
     def _response_fields(response: Response, public: str, own: str) -> Fields:
         """Return the fields of the app's response, with the `public` origin in place of its `own` (if not "")."""
         headers = Headers(response.headers)
+        # `forwardable` drops also these: the name of a new protocol, and the sign that tells proxies to stream.
         kept = {"upgrade", "x-accel-buffering"} if response.status in (101, 426) else {"x-accel-buffering"}
         fields = [pair for pair in headers.pairs if pair[0].lower() in kept]
         for name, value in forwardable(headers, _HOP_BY_HOP):
             lower = name.lower()
             if lower == "location" or own and lower == "access-control-allow-origin":
                 value = move_origin(value, own, public)
-                if public.startswith("https:"):
+                if public.startswith("https:"):  # an app that ignores X-Forwarded-Proto
                     value = move_origin(value, f"http{public[5:]}", public)
             fields.append((name, value))
         return fields
