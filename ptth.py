@@ -19,6 +19,9 @@ clients' requests, and the server sends each response to the relay in the body o
     P6  relay -> client    the response, streamed as it arrives
     P7  relay -> server    the answer to P5: 200 when the client has it all, 410 when the client went away
 
+Small responses go together in one POST to http_responses/NAME, a batch; with Prefer: wait=N it is the next P1, too.  A
+request's body that is too large for P3 is fetched by the server, with GET /7ZSFUKGV/http_request/ID.
+
 This file is the whole program.  It reads from top to bottom; each section uses only those above it:
 
     1  Constants and errors    limits with units and reasons, the error that carries a status
@@ -128,6 +131,7 @@ MAX_SCRAPER_DAYS = 30  # days that a scraper's key may be valid
 MAX_P3_REQUESTS = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3, and of responses in one batch to an older relay
 MAX_RESPONSES_BYTES = 512 * 1024  # bytes of responses in one batch; relays of version 1.0.0 read only 432 KiB
+MAX_BATCHED_BODY = 64 * 1024  # bytes of a body in a batch to a far relay; to a near one SMALL_BODY
 MAX_BATCHES_BYTES = 8 * 1024 * 1024  # bytes of one name's batches that the relay reads at the same time
 MAX_INLINE = 64 * 1024  # bytes of a request's body that is sent inside P3; the server fetches a longer one
 MAX_INLINE_TOTAL = 16 * 1024 * 1024  # bytes of all such bodies that wait at the relay
@@ -4779,10 +4783,9 @@ def server_handler(site: Site, name: str) -> Handler:
 
 REQUESTS_TYPE = "application/http; msgtype=request"
 RESPONSE_TYPE = "application/http; msgtype=response"
-# The optional features of this program, sent in P1 and in P3: bodies of requests, WebSockets, responses in parts, and a
-# batch with Prefer: wait that is the next P1, too.
+# The optional features of this program, named in P1 and in P3. body: requests may have bodies; upgrade: WebSockets;
+# parts: a response may come in parts, each in a P5 of its own; listen: a batch with Prefer: wait is a P1, too.
 FEATURES = ("PTTH-Features", "body, upgrade, parts, listen")
-MAX_BATCHED_BODY = 64 * 1024  # bytes of a response's body that may be sent with others in one POST to a far relay
 
 
 def _proxy_fields(request: Request, host: str, trusted: bool) -> Fields:
@@ -4822,7 +4825,7 @@ def pack_request(
         fields.append(("Host", host))
     if left is not None:
         fields.append(("Max-Forwards", str(left - 1)))
-    elif "max-forwards" in headers:
+    elif "max-forwards" in headers:  # of a method that does not use it
         fields.append(("Max-Forwards", headers["max-forwards"]))
     fields += _proxy_fields(request, host, trusted)
     if prefix:
@@ -4940,8 +4943,8 @@ def unpack_responses(data: bytes) -> Iterator[BatchedResponse]:
             head = first[1] + data[first.end() : end]
         else:
             head = data[position:end]
-            found, told = _REQUEST_ID.search(head), _BODY_LENGTH.search(head)
-            request_id, length = (found[1], told[1]) if found and told else (b"", b"0")
+            id_field, length_field = _REQUEST_ID.search(head), _BODY_LENGTH.search(head)
+            request_id, length = (id_field[1], length_field[1]) if id_field and length_field else (b"", b"0")
         position = end + int(length)
         if end < 4 or not request_id or position > len(data):
             raise ProtocolError(400, "a batch with a response that has no id, no length or no end", close=True)
@@ -5015,7 +5018,7 @@ _WIDE = {  # first byte: kind of the value, and width in bytes of its number or 
     0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4), 0xDC: ("array", 2), 0xDD: ("array", 4),
     0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
-# kind: the first byte for 0, and how many numbers or counts have a first byte of their own, one after the other
+# kind: the first byte for the number or count 0, and how many from 0 on have a byte of their own, in this order
 _NARROW = {"number": (0, 128), "map": (0x80, 16), "array": (0x90, 16), "text": (0xA0, 32), "nil": (0xC0, 1)}
 _MEMBERS = {"array": 1, "map": 2}  # values of each member
 MAX_DEPTH = 6  # levels of nested arrays and maps; the messages have five
@@ -5070,14 +5073,14 @@ def _unpack_head(data: bytes, at: int) -> tuple[str, int, int]:
     else:
         found = ((kind, first - least) for kind, (least, size) in _NARROW.items() if least <= first < least + size)
         kind, count = next(found, ("", 0))
-    if not kind or at > len(data) or kind != "number" and count > len(data) - at:  # an announced length costs nothing
+    if not kind or at > len(data) or kind != "number" and count > len(data) - at:  # so a large count costs nothing
         raise ProtocolError(502, "not a message in Rust form", close=True)
     return kind, count, at
 
 
 def _unpack(data: bytes, at: int, depth: int, budget: list[int]) -> tuple[Value, int]:
     """Return the value at `at` and the position after it. `budget` holds how many more members are allowed."""
-    kind, count, at = _unpack_head(data, at if depth else len(data))  # too deep is an error, as no data
+    kind, count, at = _unpack_head(data, at if depth else len(data))  # too deep is an error, as missing data is
     if kind in ("number", "nil"):
         return count if kind == "number" else None, at
     if kind == "text":
@@ -5086,7 +5089,7 @@ def _unpack(data: bytes, at: int, depth: int, budget: list[int]) -> tuple[Value,
         except UnicodeDecodeError:
             raise ProtocolError(502, "a text that is not UTF-8", close=True) from None
     if kind == "array" and depth > 1 and data[at : at + count].isascii():
-        return list(data[at : at + count]), at + count  # fast, for nearly every field's value
+        return list(data[at : at + count]), at + count  # bytes below 128 are numbers: fast, for most fields
     members: list[Value] = []
     for _ in range(count * _MEMBERS[kind]):
         budget[0] -= 1
