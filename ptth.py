@@ -5276,12 +5276,13 @@ class Exchange:
         self.request_id = os.urandom(16).hex()
         self.server = route.server
         self.own_host = not route.prefix
+        self.client_connection = request.connection
+        self.address = address  # of the client, for the limit of requests from one address
         self.method = request.method
-        self.body = request.body if inline is None else None  # the body that the server fetches
-        self.was_fetched = False
-        self.fetching: asyncio.Task[object] | None = None
-        self.broke_at: float | None = None  # when the fetch, or a P5 before the end of its head, broke off
+        self.upgrade = request.upgrade
+        self.client_stream = ClientStream(request.body) if request.upgrade else None
         self.inline_size = len(inline or b"")
+        self.body = request.body if inline is None else None  # the body that the server fetches
         framing: Fields = [("Content-Length", str(len(inline)))] if inline else []
         if self.body:
             framing = [("PTTH-Body-Length", "chunked" if self.body.length is None else str(self.body.length))]
@@ -5289,26 +5290,25 @@ class Exchange:
         trusted = state.trusts(request.peer)
         head = pack_request(self.request_id, request, route.target, framing, prefix=route.prefix, trusted=trusted)
         self.head = head + (inline or b"")  # with the body, if that is sent in P3
-        self.upgrade = request.upgrade
-        self.client_stream = ClientStream(request.body) if request.upgrade else None
-        self.tunnel_body: TunnelBody | None = None  # of a response that has begun
-        self.client = request.connection
-        self.address = address  # of the client, for the limit of requests from one address
         self.waits_since = state.loop.time()  # when the request arrived, or the fetch of its body ended
-        self.offers = 0
-        self.instance = ""  # the server that it was offered to
-        self.connection: Peer | None = None  # of the P5 that has claimed it
+        self.offers = 0  # how many times it was sent in a P3
+        self.instance = ""  # PTTH-Instance of the server that it was offered to
+        self.was_fetched = False  # a fetch of its body has begun
+        self.fetching: asyncio.Task[object] | None = None
+        self.broke_at: float | None = None  # when the fetch, or a P5 before the end of its head, broke off
         self.has_p5 = False  # a P5 for it has begun, and perhaps broken off
+        self.p5_connection: Peer | None = None  # of the P5 that has claimed it
+        self.tunnel_body: TunnelBody | None = None  # of a response that has begun
         self.response: asyncio.Future[Response] = state.loop.create_future()
         self.delivered: asyncio.Future[bool] | None = None  # P5 waits for it: whether the client has the whole response
 
-    def set_delivered(self, whole: bool, size: int = 0) -> None:
+    def set_delivered(self, complete: bool, size: int = 0) -> None:
         """Resolve `delivered`, and free this request's place at the relay and at its server. Later calls do nothing.
 
         `size` is there for the signature of `on_sent`.
         """
         if self.delivered and not self.delivered.done():
-            self.delivered.set_result(whole)
+            self.delivered.set_result(complete)
         self._state.uploads.pop(self.request_id, None)
         self._state.responses.pop(self.request_id, None)
         self.server.streams.discard(self.request_id)
@@ -5329,13 +5329,13 @@ class Exchange:
         if self.client_stream:
             await self.client_stream.end()
 
-    def is_left(self) -> bool:
-        """Return whether the client is at eof, which ends a response that has no data at present, but no WebSocket."""
-        return self.upgrade == "" and self.client is not None and self.client.at_eof()
+    def has_client_left(self) -> bool:
+        """Return whether the client is at eof. Not for a WebSocket, whose end the server gets by its polls."""
+        return not self.upgrade and self.client_connection is not None and self.client_connection.at_eof()
 
-    def suits(self, features: set[str]) -> bool:
-        """Return whether a server with these features can take the request; if not, its client gets the reason."""
-        if self.response.done() or self.client is not None and self.client.is_closed():
+    def adapt_to(self, features: set[str]) -> bool:
+        """Make the request fit for a server with these features; False if it cannot, and its client gets the reason."""
+        if self.response.done() or self.client_connection is not None and self.client_connection.is_closed():
             self.fail(502, "the client is gone")
             return False
         if (self.body or self.inline_size) and "body" not in features:
@@ -5350,8 +5350,8 @@ class Exchange:
         self.fail(502, reason)
         if self.tunnel_body:
             self.tunnel_body.give_up()
-        if self.connection:
-            self.connection.shut_down()
+        if self.p5_connection:
+            self.p5_connection.shut_down()
 
     def fail(self, status: int, reason: str) -> None:
         """Answer the client with an error, if there is no response yet."""
@@ -5477,17 +5477,17 @@ class RegisteredServer:
         self.name = entry.name
         self.hosts: list[str] = []  # its own hosts
         self.waiting: dict[str, Exchange] = {}
-        self.offered: dict[str, Exchange] = {}  # sent in a P3, not yet claimed
-        self.exchanges: dict[str, Exchange] = {}  # all whose clients do not have the whole response yet
+        self.offered: dict[str, Exchange] = {}  # sent in a P3, and without a response
+        self.exchanges: dict[str, Exchange] = {}  # all in flight: the client does not have the whole response yet
         self.addresses: Counter[str] = Counter()  # how many of these each client address has
         self.parked: deque[ParkedPoll] = deque()
         self.streams: set[str] = set()  # ids of the exchanges whose responses have no end
-        self.responding = 0  # P5 in flight
+        self.responding = 0  # P5 in flight, without batches
         self.batch_bytes = 0  # bytes of batches that are being read
         self.statuses: Counter[int] = Counter()  # number of responses by status
         self.body_bytes = 0
         self.last_seen: float | None = None  # in the loop's time
-        self.features = {"body"}  # PTTH-Features of its last P1
+        self.features = {"body"}  # PTTH-Features of its last P1; before the first, bodies are assumed to be possible
         self.instances: dict[str, float] = {}  # when each server of this name was last seen
         self.connected = False  # as pages and the log show it: stays True for DISCONNECTED_AFTER between two P1
         self.dispatch_scheduled = False
@@ -5501,7 +5501,7 @@ class RegisteredServer:
         """Add a request. ProtocolError 503 if the server or the client's address has too many."""
         being_sent = len(self.exchanges) - len(self.waiting) - len(self.offered) - len(self.streams)
         why = ""
-        if max(len(self.waiting), len(self.offered)) >= MAX_WAITING:
+        if max(len(self.waiting), len(self.offered)) >= MAX_WAITING:  # the limit of each
             why = f"too many requests wait for {self.name}"
         elif being_sent >= MAX_SENDING:
             why = f"too many responses of {self.name} are being sent"
@@ -5545,7 +5545,7 @@ class RegisteredServer:
             if len(batch) == MAX_P3_REQUESTS or batch and size > MAX_BATCH_BYTES:
                 break
             del self.waiting[exchange.request_id]
-            if not exchange.suits(features):
+            if not exchange.adapt_to(features):
                 continue
             exchange.offers += 1
             exchange.instance = instance
@@ -5573,7 +5573,7 @@ class RegisteredServer:
             parked.answer_empty()
 
     def renew_polls(self, now: float) -> None:
-        """End all waiting P1, because a server has just connected (`wait=0`): living servers poll again.
+        """End all waiting P1, because a server has just connected (its P1 has `wait=0`): living servers poll again.
 
         A proxy may hold open a P1 of a dead predecessor, and requests sent there would be lost.
         """
@@ -5585,6 +5585,7 @@ class RegisteredServer:
         """Remove those servers of this name that have not polled for DISCONNECTED_AFTER."""
         parked_now = {parked.instance for parked in self.parked}
         for instance, seen in list(self.instances.items()):
+            # A P5 does not name its instance, so it may be from any of them.
             if instance not in parked_now and now - seen > DISCONNECTED_AFTER and not self.responding:
                 del self.instances[instance]
 
@@ -5692,13 +5693,13 @@ class Part(NamedTuple):
 class TunnelBody(Body):
     """The body of a response from one P5, or in parts from several. Nothing is stored: a slow client slows the server.
 
-    After each part, also an incomplete one, the next may arrive within `patience` seconds. Bytes that the client has
+    After each part, also an incomplete one, the next may arrive within `timeout` seconds. Bytes that the client has
     already are skipped. `aclose` does nothing: the HTTP server closes the connection of each P5.
     """
 
-    def __init__(self, part: Part, length: int | None, patience: float) -> None:
+    def __init__(self, part: Part, length: int | None, timeout: float) -> None:
         self.length = length
-        self._patience = patience
+        self._timeout = timeout
         self._position = 0  # bytes that were sent to the client
         self._more = True  # the response goes on
         self._current = part  # the last one that has arrived
@@ -5710,7 +5711,7 @@ class TunnelBody(Body):
         if part is not self._current and not self._current.taken.done() and self._current.connection:
             self._current.connection.abort()
         if part.more:
-            self._patience = PART_TIMEOUT
+            self._timeout = PART_TIMEOUT
         self._current = part
         self._parts.put_nowait(part)
 
@@ -5721,7 +5722,7 @@ class TunnelBody(Body):
     async def _next_part(self) -> Part:
         """Wait for the next part. IncompleteBody if it does not arrive in time, or bytes before it are missing."""
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._timeout):
                 part = await self._parts.get()
         except TimeoutError:
             part = None
@@ -5757,12 +5758,12 @@ class TunnelBody(Body):
             raise IncompleteBody("the server sent less than it announced")
 
     async def write_to(self, sink: Sink) -> None:
-        whole = self._current
-        if self.length is not None and whole.body.length == self.length and not whole.more:
+        part = self._current
+        if self.length is not None and part.body.length == self.length and not part.more:  # one P5 has the whole body
             self._parts.get_nowait()
             begun = sink.written
             try:
-                await whole.body.write_to(sink)  # if possible, by splice
+                await part.body.write_to(sink)  # if possible, by splice
                 return
             except IncompleteBody:
                 self._position = sink.written - begun
@@ -5785,7 +5786,7 @@ class RelayState:
         self.started = self.loop.time()
         self.servers: dict[str, RegisteredServer] = {}  # sorted by name
         self.hosts: dict[str, RegisteredServer] = {}  # servers by their own hosts
-        self.exchanges: dict[str, Exchange] = {}  # requests that no P5 has claimed, by id
+        self.unclaimed: dict[str, Exchange] = {}  # requests that no P5 has claimed, by id
         self.uploads: dict[str, Exchange] = {}  # requests whose body can be fetched, by id
         self.responses: dict[str, Exchange] = {}  # requests whose response has begun, by id; it may go on in parts
         self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
@@ -5836,7 +5837,7 @@ class RelayState:
     def client_address(self, request: Request) -> str:
         """Return the client's address: the peer's, or the last one in X-Forwarded-For that is not a trusted proxy."""
         address = request.peer
-        for said in request.headers.get("x-forwarded-for", "").rsplit(",", 8)[:-9:-1]:
+        for said in request.headers.get("x-forwarded-for", "").rsplit(",", 8)[:-9:-1]:  # the last eight, backwards
             if not said or not self.trusts(address):
                 break
             address = said.strip()[:MAX_AUDIT_TEXT]
@@ -5863,7 +5864,7 @@ class RelayState:
     def forget(self, exchange: Exchange) -> None:
         """Remove a request from the lists of those without a response."""
         request_id = exchange.request_id
-        self.exchanges.pop(request_id, None)
+        self.unclaimed.pop(request_id, None)
         exchange.server.waiting.pop(request_id, None)
         exchange.server.offered.pop(request_id, None)
         exchange.server.schedule_dispatch()  # a request of the same address may have waited for this one
@@ -6140,7 +6141,7 @@ class Desk:
             "System": sys.platform,
             "Up": format_age(self.state.loop.time() - self.state.started).removesuffix(" ago"),
             "Connections": str(self.state.connection_count()),
-            "Requests not answered": str(len(self.state.exchanges)),
+            "Requests not answered": str(len(self.state.unclaimed)),
         }
         rows = [(name, escape(value)) for name, value in values.items()]
         return self._page("Debug", html_table({"Name": "", "Value": "b"}, rows), "../../")
@@ -6167,12 +6168,15 @@ _BACKEND_ACTIONS = {
     "http_response": ("POST", _ID),
     "http_responses": ("POST", _NAME),
 }
-_GONE = (410, "no client waits for this response")
 _UPLOAD_FIELDS = [("Content-Type", "application/octet-stream"), ("Cache-Control", "no-store, no-transform")]
 
 
 def _bad_key() -> ProtocolError:
     return ProtocolError(401, "Bad X-ApiKey", headers=[NO_STORE, ("WWW-Authenticate", 'X-ApiKey realm="ptth"')])
+
+
+def _gone(*, close: bool = False) -> ProtocolError:
+    return ProtocolError(410, "no client waits for this response", headers=[NO_STORE], close=close)
 
 
 class Backend:
@@ -6192,15 +6196,15 @@ class Backend:
             raise ProtocolError(404, "not found")
         if request.method != method:
             raise ProtocolError(405, f"{request.method} is not possible here", headers=[("Allow", method)])
-        if form is _NAME:
+        if form is _NAME:  # about a server; the other two actions are about one request
             server = await self._verified_server(request, rest)
             return await (self._listen if method == "GET" else self._receive_batch)(request, server)
         if method == "GET":
             exchange = self.state.uploads.get(rest)
         else:
-            exchange = self.state.exchanges.get(rest) or self.state.responses.get(rest)
+            exchange = self.state.unclaimed.get(rest) or self.state.responses.get(rest)
         if exchange is None:
-            raise ProtocolError(*_GONE, headers=[NO_STORE], close=not await self.responses.settle(request))
+            raise _gone(close=not await self.responses.drain_rust(request))
         if not await self.gate.is_server(request, exchange.server, exchange.server.name):
             raise _bad_key()
         if method == "POST":
@@ -6212,7 +6216,7 @@ class Backend:
         """Return the server of this name, if the request has its key. ProtocolError 401."""
         server = self.state.servers.get(name)
         verified = await self.gate.is_server(request, server, name)
-        if server is None or not verified or server is not self.state.servers.get(name):  # a reload has changed it
+        if server is None or not verified or server is not self.state.servers.get(name):  # a reload has removed it
             raise _bad_key()
         return server
 
@@ -6227,8 +6231,8 @@ class Backend:
         server.see(instance, now)
         wait = parse_wait(request.headers.get("prefer", ""))
         self._take_losses(server, request.headers)
-        if instance and not wait:
-            self._renew(server, instance, request.headers)
+        if instance and not wait:  # a hello: the server has just connected
+            self._offer_all_again(server, instance, request.headers)
         features = set(request.headers.tokens("ptth-features"))
         batch = server.next_requests(instance, features)
         if not batch and self.state.stopping:
@@ -6251,7 +6255,7 @@ class Backend:
             return await parked.batch
         except asyncio.CancelledError:
             if not parked.batch.cancelled():  # a reset in the same turn of the loop: the requests are not sent
-                self._p3_sent(parked.connection, parked.batch.result(), whole=False)
+                self._p3_sent(parked.connection, parked.batch.result(), complete=False)
             raise
         finally:
             server.see(parked.instance, self.state.loop.time())
@@ -6259,7 +6263,7 @@ class Backend:
                 server.parked.remove(parked)
 
     def _make_p3(self, request: Request, server: RegisteredServer, batch: list[Exchange]) -> Response:
-        sent = (lambda whole, size: self._p3_sent(request.connection, batch, whole)) if batch else None
+        sent = (lambda complete, size: self._p3_sent(request.connection, batch, complete)) if batch else None
         if "application/http" not in request.headers.get("accept", ""):  # a server in Rust sends */*
             data = self._pack_for_rust(batch)
             return Response(200 if batch else 204, [NO_STORE], BytesBody(data), sent, close=self.state.stopping)
@@ -6294,7 +6298,7 @@ class Backend:
             except IncompleteBody as error:
                 exchange.break_off(format_error(error))
         if data == b"":
-            raise ProtocolError(*_GONE, headers=[NO_STORE])
+            raise _gone()
         return Response(200, _UPLOAD_FIELDS, BytesBody(data)) if data else Response(204, [NO_STORE])
 
     @staticmethod
@@ -6304,10 +6308,10 @@ class Backend:
             if exchange := server.exchanges.get(request_id):
                 exchange.break_off("the server's response did not get through; the server's log says why")
 
-    def _renew(self, server: RegisteredServer, instance: str, headers: Headers) -> None:
-        """Offer a server's requests again when it connects again, except those in PTTH-At-Work.
+    def _offer_all_again(self, server: RegisteredServer, instance: str, headers: Headers) -> None:
+        """Offer again all requests that were offered to a server which connects again, except those in PTTH-At-Work.
 
-        Requests that were sent on its old connections may not have arrived.
+        They may not have arrived, because its old connections may be dead.
         """
         at_work = set(parse_ids(headers.get("ptth-at-work", "")))
         for exchange in list(server.offered.values()):
@@ -6325,19 +6329,19 @@ class Backend:
                 exchange.fail_with(error)
         return pack_value(requests)
 
-    def _p3_sent(self, connection: Peer | None, batch: list[Exchange], whole: bool) -> None:
+    def _p3_sent(self, connection: Peer | None, batch: list[Exchange], complete: bool) -> None:
         """After a P3 was written: if it is incomplete, offer its requests again; else remember its connection."""
-        if not whole or connection is None:
+        if not complete or connection is None:
             for exchange in batch:
                 self._offer_again(exchange, "the connection to the server broke")
             return
         if connection not in self._offered_on:
             connection.on_close.append(lambda: self._on_connection_close(connection))
         under_way = (*self._offered_on.get(connection, ()), *batch)
-        self._offered_on[connection] = [one for one in under_way if one.request_id in self.state.exchanges]
+        self._offered_on[connection] = [one for one in under_way if one.request_id in self.state.unclaimed]
 
     def _on_connection_close(self, connection: Peer) -> None:
-        """Offer the requests of a connection's last P3 again, unless it ended after `Connection: close`."""
+        """Offer the requests that were sent on a connection again, unless it ended after `Connection: close`."""
         for exchange in self._offered_on.pop(connection, ()):
             if not connection.must_close:
                 self._offer_again(exchange, "")
@@ -6345,7 +6349,7 @@ class Backend:
     def _offer_again(self, exchange: Exchange, reason: str) -> None:
         """Offer a GET or HEAD again, once. Other requests may have had their effect: with a `reason` they get 502."""
         if exchange.has_p5 or exchange.server.offered.pop(exchange.request_id, None) is None:
-            return  # its P5 has begun, or it has its response
+            return  # its P5 has begun, or it is not offered any more
         if exchange.method in ("GET", "HEAD") and exchange.offers < 2 and not exchange.was_fetched:
             exchange.server.offer(exchange)
         elif reason:
@@ -6379,8 +6383,8 @@ class Responses:
         self.state = state
 
     @staticmethod
-    async def settle(request: Request) -> bool:
-        """Before P7, discard the rest of a P5 in Rust form. Return whether its connection can be reused.
+    async def drain_rust(request: Request) -> bool:
+        """Before P7, discard the rest of a P5, if it is in Rust form. Return whether its connection can be reused.
 
         After an early P7 the server in Rust sends no more of the body, but reuses the connection for its next P5. The
         relay would take the first bytes of that for the body.
@@ -6401,11 +6405,11 @@ class Responses:
         except ProtocolError as error:
             response = error_response(request, error)
         finally:
-            if exchange.connection is request.connection:
-                exchange.connection = None  # it may go on with other responses
+            if exchange.p5_connection is request.connection:
+                exchange.p5_connection = None  # it may go on with other responses
             server.responding -= 1
             server.last_seen = self.state.loop.time()
-        response.close = response.close or not await self.settle(request)
+        response.close = response.close or not await self.drain_rust(request)
         return response
 
     async def _begin(self, request: Request, exchange: Exchange) -> None:
@@ -6417,13 +6421,13 @@ class Responses:
             status, headers, content = await self._read_response(request, exchange)
             if parse_offset(request.headers):
                 raise ProtocolError(502, "its first bytes are missing")
-            if self.state.exchanges.pop(exchange.request_id, None) is None or exchange.response.done():
-                raise ProtocolError(*_GONE, headers=[NO_STORE])  # another P5 was first, or the client got 504
+            if self.state.unclaimed.pop(exchange.request_id, None) is None or exchange.response.done():
+                raise _gone()  # another P5 was first, or the client got 504
             exchange.server.offered.pop(exchange.request_id, None)
             part = Part(content, request.connection, 0, "ptth-more" in request.headers, self.state.loop.create_future())
             response = self._make_response(exchange, status, headers, content, part)
             exchange.delivered = self.state.loop.create_future()
-            exchange.connection = request.connection
+            exchange.p5_connection = request.connection
             exchange.response.set_result(response)
         except (ConnectionError, TimeoutError) as error:
             if "parts" in exchange.server.features:
@@ -6439,24 +6443,24 @@ class Responses:
         if part.more:
             await self._wait_for_client(exchange, part)
         elif not await exchange.delivered:
-            raise ProtocolError(*_GONE, headers=[NO_STORE])
+            raise _gone()
 
     async def _go_on(self, request: Request, exchange: Exchange) -> None:
         """Continue a response with a further or repeated part, and wait until the client has it. ProtocolError 410."""
         body, headers = exchange.tunnel_body, request.headers
         if body is None or not {"ptth-offset", "ptth-more"} & set(headers):
-            raise ProtocolError(*_GONE, headers=[NO_STORE])  # the whole P5 was repeated
+            raise _gone()  # the whole P5 was repeated
         content = request.body
         if content_kind(headers) == "application/http":  # it begins with the response's head
             _, _, content = await self._read_response(request, exchange)
         part = Part(
             content, request.connection, parse_offset(headers), "ptth-more" in headers, self.state.loop.create_future()
         )
-        if exchange.delivered and exchange.delivered.cancelled():  # with the P5 before, by a reset
+        if exchange.delivered and exchange.delivered.cancelled():  # by a reset of the P5 that waited for it
             exchange.delivered = self.state.loop.create_future()
-        if part.more and content is EMPTY and exchange.is_left():
+        if part.more and content is EMPTY and exchange.has_client_left():
             exchange.break_off("the client has left")
-        exchange.connection = request.connection
+        exchange.p5_connection = request.connection
         body.add(part)
         await self._wait_for_client(exchange, part)
 
@@ -6466,15 +6470,15 @@ class Responses:
         assert exchange.delivered
         await asyncio.wait({exchange.delivered, part.taken}, return_when=asyncio.FIRST_COMPLETED)
         if not (part.taken if part.taken.done() else exchange.delivered).result():
-            raise ProtocolError(*_GONE, headers=[NO_STORE])
+            raise _gone()
 
     async def _read_response(self, request: Request, exchange: Exchange) -> tuple[int, Headers, Body]:
         """Read the inner head of P5; return status, fields and body. ProtocolError 502."""
-        original, content = request.headers.get(RUST_FIELD.lower()), request.body
-        if original is not None:
+        rust_head, content = request.headers.get(RUST_FIELD.lower()), request.body
+        if rust_head is not None:
             # Faults of the server in Rust are forwarded, such as an ETag without quotes, which it wants back in
             # If-None-Match. Its body after 304 is discarded.
-            status, headers = unpack_rust_response(original)
+            status, headers = unpack_rust_response(rust_head)
             return status, headers, content if has_body(exchange.method, status) else EMPTY
         if content_kind(request.headers) != "application/http":
             raise ProtocolError(502, "the response is not application/http")
@@ -6496,23 +6500,23 @@ class Responses:
         fields = _client_fields(exchange, status, headers)
         if more:
             fields.append(("X-Accel-Buffering", "no"))  # nginx in front forwards each piece at once
-        told, length = parse_framing(headers), None if more else content.length
+        announced, length = parse_framing(headers), None if more else content.length
         if not has_body(exchange.method, status):
             if length:
                 raise ProtocolError(502, "a body where none may be")
-            return Response(status, fields, AbsentBody(told), exchange.set_delivered)
-        if told is not None and length not in (None, told):
+            return Response(status, fields, AbsentBody(announced), exchange.set_delivered)
+        if announced is not None and length not in (None, announced):
             raise ProtocolError(502, "its Content-Length is not the length of its body")
         if part:
-            content = self._tunnel_body(exchange, part, length if told is None else told)
+            content = self._tunnel_body(exchange, part, length if announced is None else announced)
         return Response(status, fields, content, exchange.set_delivered)
 
     def _tunnel_body(self, exchange: Exchange, part: Part, length: int | None) -> TunnelBody:
         """Make the body of a response that begins with this part. ProtocolError 410 for too many without an end."""
         if part.more and length is None:
             exchange.server.add_stream(exchange)
-        patience = FETCH_GRACE if "parts" in exchange.server.features else 0
-        exchange.tunnel_body = TunnelBody(part, length, patience)
+        timeout = FETCH_GRACE if "parts" in exchange.server.features else 0
+        exchange.tunnel_body = TunnelBody(part, length, timeout)
         self.state.responses[exchange.request_id] = exchange
         return exchange.tunnel_body
 
@@ -6523,7 +6527,7 @@ class Responses:
         """
         data = await self._read_batch(request.body, server)
         for request_id, status, headers, content, error in unpack_responses(data):
-            exchange = self.state.exchanges.get(request_id)
+            exchange = self.state.unclaimed.get(request_id)
             if exchange is None or exchange.server is not server or exchange.response.done():
                 continue
             try:
@@ -6561,7 +6565,7 @@ class Relay:
         self.gate = Gate(self.state)
         self.desk = Desk(self.state, self.gate)
         self.backend = Backend(self.state, self.gate)
-        self._inline = 0  # bytes of requests' bodies in memory
+        self._inline = 0  # bytes of requests' bodies that are to be sent inside P3
         self._sweeper = self.state.loop.create_task(self._sweep())
 
     def configure(self, config: RelayConfig) -> None:
@@ -6614,9 +6618,9 @@ class Relay:
             response = error_response(request, error)
         set_delivered = response.on_sent
 
-        def sent(whole: bool, size: int) -> None:
+        def sent(complete: bool, size: int) -> None:
             if set_delivered:
-                set_delivered(whole, size)
+                set_delivered(complete, size)
             server.body_bytes += size
             server.statuses[response.status] += 1
             method, path = request.method[:MAX_AUDIT_TEXT], target.partition("?")[0][:MAX_AUDIT_TEXT]
@@ -6637,7 +6641,7 @@ class Relay:
         inline = b"" if request.body is EMPTY else await self._read_inline(request, server)
         exchange = Exchange(self.state, route, request, inline, outer_address(client))
         server.admit(exchange)
-        self.state.exchanges[exchange.request_id] = exchange
+        self.state.unclaimed[exchange.request_id] = exchange
         self._inline += exchange.inline_size
         if exchange.body or exchange.upgrade:
             self.state.uploads[exchange.request_id] = exchange
@@ -6694,7 +6698,7 @@ class Relay:
             now = self.state.loop.time()
             for server in share_of_turn(self.state.servers.values(), next(turns)):
                 self._sweep_server(server, now)
-            for exchange in list(self.state.exchanges.values()):
+            for exchange in list(self.state.unclaimed.values()):
                 if exchange.is_late(now, self.state.config.response_timeout):
                     exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
                 elif exchange.broke_at and now - exchange.broke_at > FETCH_GRACE:
@@ -6732,10 +6736,11 @@ class Relay:
             server.answer_empty()
         try:
             async with asyncio.timeout(grace):
-                while state.exchanges or len(state.responses) > sum(len(server.streams) for server in servers):
+                # A stream has no end to wait for.
+                while state.unclaimed or len(state.responses) > sum(len(server.streams) for server in servers):
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            for exchange in state.exchanges.values():
+            for exchange in state.unclaimed.values():
                 exchange.fail(503, "the relay is stopping")
         for exchange in list(state.responses.values()):
             exchange.break_off("the relay is stopping")

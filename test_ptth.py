@@ -4568,7 +4568,7 @@ class TestRelay:
         (waiting, begun, other), ids = self.hand_over(bare_relay, hand, (), (), ())
         post = Hand(bare_relay.port)
         post.begin(ids[1], b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-        eventually(lambda: len(bare_relay.relay.state.exchanges) == 2)
+        eventually(lambda: len(bare_relay.relay.state.unclaimed) == 2)
         many = ", ".join(f"{i:032}" for i in range(ptth.MAX_LOST - 2))
         hand.listen(0, f"PTTH-Lost: {ids[0]}, {ids[1]}, {many}, {ids[2]}")
         assert waiting.answer()[0] == 502
@@ -4588,7 +4588,7 @@ class TestRelay:
         for sock in socks:
             reset(sock)
         eventually(lambda: not (server.exchanges or server.waiting or server.offered or server.addresses))
-        assert not bare_relay.relay.state.exchanges
+        assert not bare_relay.relay.state.unclaimed
         assert hand.reply(identity, OK) == 410
 
     def test_thousands_of_instances_are_bounded(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -5029,7 +5029,7 @@ class TestRelay:
     def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
         answer = one(bare_relay.fetch(get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)))
         assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
-        assert not bare_relay.relay.state.exchanges and not bare_relay.registered.exchanges
+        assert not bare_relay.relay.state.unclaimed and not bare_relay.registered.exchanges
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         for method in ("POST", "PUT"):
@@ -5305,7 +5305,7 @@ class TestBodies:
         with self.begin(app_tunnel.port, "Content-Length: 1000000", bytes(500_000), path="/leave"):
             eventually(lambda: app_tunnel.got == 500_000)
         state = app_tunnel.relay.state
-        eventually(lambda: not (state.exchanges or state.uploads or app_tunnel.registered.exchanges))
+        eventually(lambda: not (state.unclaimed or state.uploads or app_tunnel.registered.exchanges))
         eventually(lambda: not app_tunnel.server.workers.request_ids)
         assert not app_tunnel.complete
 
@@ -8708,7 +8708,7 @@ class TestFaults:
                     or len(body) < int(fields["content-length"])
                 )
         assert len(served) - len(set(served)) <= len(served) * 0.2  # a GET may be offered again after a break, once
-        eventually(lambda: not tunnel.relay.state.exchanges)
+        eventually(lambda: not tunnel.relay.state.unclaimed)
         kept = tunnel.server.links[0].client.connections  # each is a task at the relay's end
         eventually(lambda: len(background.run(self.all_tasks())) <= tasks + len(kept))
 
