@@ -2957,7 +2957,9 @@ def normal_origin(origin: str) -> str:
 
 
 # -- 10. File server --
-# From a path to a file, a listing or a zip, and from an upload to a file. Does not use sockets or the tunnel.
+# From a path to a file, a listing or a zip, and from an upload to a file. Does not use sockets or the tunnel. In this
+# order: dates, ranges, tags, paths; bodies; the page of a listing; content types; preconditions; names that are not
+# served; `Site`; zips; responses with a file; uploads; handlers.
 
 _TIME = r"(?P<hour>[01][0-9]|2[0-3]):(?P<minute>[0-5][0-9]):(?P<second>[0-5][0-9]|60)"
 _DAY, _MONTH = "|".join(_DAYS), f"(?P<month>{'|'.join(_MONTHS)})"
@@ -3117,7 +3119,7 @@ class FileBody(Body):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         offset = self._offset
-        while self.length is None and (data := read_at(self._file.fd, offset, WRITE_HIGH_WATER)):
+        while self.length is None and (data := read_at(self._file.fd, offset, WRITE_HIGH_WATER)):  # then no slices
             offset += len(data)
             yield data
         for offset, count in self.slices(READ_SIZE):
@@ -3283,6 +3285,14 @@ def _sum_up(entries: list[ListingEntry]) -> str:
     return ", ".join(facts)
 
 
+# The value of sort, the label and the attributes of each column.
+_SORT_KEYS = (("name", "Name", ""), ("time", "Modified (UTC)", ' class="n w"'), ("size", "Size", ' class="n"'))
+_PARENT_ROW = (
+    '<tr class="up"><td class="d"><a href="../" aria-label="Folder above">..</a></td>'
+    '<td class="n w"></td><td class="n"></td></tr>\n'
+)
+
+
 def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: str, form: str, script: str) -> bytes:
     """Make the page of a directory: `path` is below the root, `order` the sort order, `form` the HTML for uploads.
 
@@ -3308,13 +3318,6 @@ def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: st
         f"<tbody>\n{rows}</tbody>\n</table>\n</form>\n</main>\n"
         f"{f'<script>{script}</script>' if entries or form else ''}",
     )
-
-
-_SORT_KEYS = (("name", "Name", ""), ("time", "Modified (UTC)", ' class="n w"'), ("size", "Size", ' class="n"'))
-_PARENT_ROW = (
-    '<tr class="up"><td class="d"><a href="../" aria-label="Folder above">..</a></td>'
-    '<td class="n w"></td><td class="n"></td></tr>\n'
-)
 
 
 def _sort_heading(key: str, label: str, kind: str, order: str) -> str:
@@ -3398,7 +3401,7 @@ Outcome = tuple[int, list[tuple[int, int]]]  # of preconditions: a status; for 2
 _WHOLE: Outcome = (200, [])
 _CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "range"}
 # Times of files, in POSIX seconds, that have no meaning: Nix, container images and reproducible archives set them.
-_NO_TIMES = {0, 1, 315532800}
+_PLACEHOLDER_TIMES = {0, 1, 315532800}
 
 
 def evaluate_preconditions(method: str, headers: Headers, tag: str, modified: int, size: int, now: float) -> Outcome:
@@ -3419,7 +3422,7 @@ def evaluate_preconditions(method: str, headers: Headers, tag: str, modified: in
         unchanged = tag_matches(headers["if-none-match"], tag, weak=True)
     else:
         since = parse_date(headers.get("if-modified-since", ""), now)
-        unchanged = since is not None and modified <= since and modified not in _NO_TIMES
+        unchanged = since is not None and modified <= since and modified not in _PLACEHOLDER_TIMES
     if unchanged:
         return 304, []
     usable = "range" in headers and method == "GET" and tag
@@ -3429,7 +3432,7 @@ def evaluate_preconditions(method: str, headers: Headers, tag: str, modified: in
 def _evaluate_range(headers: Headers, tag: str, modified: int, size: int, now: float) -> Outcome:
     """Decide between 200, 206 and 416, by If-Range and Range."""
     condition = headers.get("if-range", tag)
-    if condition != tag and (modified in _NO_TIMES or parse_date(condition, now) != modified):
+    if condition != tag and (modified in _PLACEHOLDER_TIMES or parse_date(condition, now) != modified):
         return _WHOLE
     ranges = parse_ranges(headers["range"], size)
     if ranges is None:
@@ -3445,7 +3448,7 @@ def entity_tag(facts: os.stat_result, encoding: str = "") -> str:
 METHODS = ("GET", "HEAD", "OPTIONS")
 UPLOAD_METHODS = ("PUT", "POST", "MKCOL", "PROPFIND")
 _ALLOW = ("Allow", ", ".join(METHODS))
-_KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}
+_KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}  # these get 405, unknown ones 501
 ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
 # Characters that HFS+ ignores when it compares names.
 _IGNORED = re.compile("[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]")
@@ -3527,6 +3530,9 @@ def _is_below(place: bytes, root: bytes) -> bool:
     return place == root or place.startswith(root.rstrip(_SLASHES) + os.fsencode(os.sep))
 
 
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
 def _open_place(place: bytes) -> Found:
     """Open a file or a directory, but no link.
 
@@ -3540,9 +3546,6 @@ def _open_place(place: bytes) -> Found:
             return Found(-1, os.stat(place), place)
         raise
     return Found(fd, os.fstat(fd), place)
-
-
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True)
@@ -3651,7 +3654,7 @@ class Site:
         self._private = [_absolute(path) for path in private]
         pattern = secret_names(os.path.basename(path) for path in self._private)
 
-        @functools.lru_cache(1024)
+        @functools.lru_cache(1024)  # of this site only, whose pattern it is
         def is_secret(place: bytes) -> bool:
             return bool(pattern.match(compared_name(os.path.basename(place))))
 
@@ -3662,7 +3665,10 @@ class Site:
     async def respond(
         self, request: Request, segments: tuple[bytes, ...], directory: bool, *, as_json: bool = False
     ) -> Response:
-        """Answer a request for the path `segments` below the root; `directory`: the path ends in a slash."""
+        """Answer a request for the path `segments` below the root; `directory`: the path ends in a slash.
+
+        `as_json`: answer for a directory with its listing as JSON, whatever Accept says, and never with index.html.
+        """
         if self.uploads and request.method in UPLOAD_METHODS:
             return await self.uploads.respond(request, segments, directory)
         if request.method not in METHODS:
@@ -3721,6 +3727,7 @@ class Site:
             raise file_error(error) from None
 
     def _open(self, place: bytes, segments: tuple[bytes, ...]) -> Found:
+        """Open `place`, where `segments` below the root may be links; none if links were resolved. Raises OSError."""
         asked = place
         # Only a path with a link is resolved, as that is slow. O_NOFOLLOW finds a link at the end, lstat one before.
         path = self._inside
@@ -3769,7 +3776,7 @@ class Site:
         """Answer with an open file. It is closed here, unless the response's body has to read it."""
         response = None
         try:
-            kind, beginning, sized = _look_into(found, segments[-1])
+            kind, beginning, sized = _sniff(found, segments[-1])
             if sized:
                 plain = found
                 found, encoding, vary = self._precompressed(request, plain, segments)
@@ -3815,9 +3822,9 @@ class Site:
         except ProtocolError:
             return None
         # It must not be older. But programs that copy the time may round it down to whole seconds or microseconds.
-        time_ = plain.facts.st_mtime_ns
-        rounded = (time_ // 10**9 * 10**9, time_ // 1000 * 1000)
-        is_current = other.facts.st_mtime_ns >= time_ or other.facts.st_mtime_ns in rounded
+        mtime = plain.facts.st_mtime_ns
+        rounded = (mtime // 10**9 * 10**9, mtime // 1000 * 1000)
+        is_current = other.facts.st_mtime_ns >= mtime or other.facts.st_mtime_ns in rounded
         with contextlib.suppress(OSError):
             usable = other.fd >= 0 and other.facts.st_size and is_current
             if usable and (not beginning or read_at(other.fd, 0, len(beginning)) == beginning):
@@ -3887,7 +3894,7 @@ def tell_secrets(site: Site, command: str) -> None:
         log_line(f"ptth {command}: these secret files in the directory are not served: {', '.join(below)}")
 
 
-def _look_at(place: bytes) -> tuple[str, tuple[int, int] | None]:
+def _identify_folder(place: bytes) -> tuple[str, tuple[int, int] | None]:
     """Return why a folder cannot be read, or "" and its device and inode."""
     try:
         facts = os.stat(place)
@@ -3935,6 +3942,7 @@ def distinct(name: str, taken: dict[str, int]) -> str:
 ZIP32_MAX = 0xFFFFFFFF - 1024 * 1024  # bytes; a larger file may need more than 32 bits for its sizes in a zip
 _ZIP_LOCAL = struct.Struct("<4s5H3I2H")
 _ZIP_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_MADE_BY = 3 << 8 | 45  # a program on Unix, so that modes count, of version 4.5, which has sizes of 64 bits
 
 
 class _Member(NamedTuple):
@@ -3974,7 +3982,8 @@ class ZipWriter:
         self.waiting += len(data)
         self._size += len(data)
 
-    def _head(self, name: str, mode: int, mtime: int, version: int, flags: int, method: int) -> _Member:
+    def _begin(self, name: str, mode: int, mtime: int, *, version: int, flags: int, method: int) -> _Member:
+        """Return a member that begins here. Methods: 0 is stored, 8 deflate."""
         seconds = mtime // 1_000_000_000
         stamp = struct.pack("<2HBi", 0x5455, 5, 1, seconds) if -(2**31) <= seconds < 2**31 else b""
         # Programs that do not know the stamp read this one as local time, and are usually in the server's time zone.
@@ -3987,11 +3996,11 @@ class ZipWriter:
 
     def add(self, name: str, mode: int, mtime: int, data: bytes = b"") -> None:
         """Add a member: `mode` is its st_mode, `mtime` in nanoseconds. A folder's name ends in a slash."""
-        member = self._head(name, mode, mtime, 20, 0, 0)
+        member = self._begin(name, mode, mtime, version=20, flags=0, method=0)
         checksum, size = zlib.crc32(data), len(data)
         self._put_local(member, checksum, size)
         self._put(data)
-        self._list(member, checksum, size, size)
+        self._add_to_directory(member, checksum, size, size)
 
     def add_large(self, name: str, mode: int, mtime: int, size: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Add a member of about `size` bytes, in pieces of which none is empty; yield the bytes that are ready.
@@ -3999,7 +4008,8 @@ class ZipWriter:
         When `pieces` raises an error, the member ends there, and the zip can be continued.
         """
         large = size > ZIP32_MAX
-        member = self._head(name, mode, mtime, 45 if large else 20, 0x008, 8)
+        # Flag 8: checksum and sizes follow the data.
+        member = self._begin(name, mode, mtime, version=45 if large else 20, flags=8, method=8)
         self._put_local(member, 0, 0xFFFFFFFF if large else 0, struct.pack("<2H2Q", 1, 16, 0, 0) if large else b"")
         checksum = size = 0
         begin = self._size
@@ -4016,14 +4026,14 @@ class ZipWriter:
             self._put(struct.pack("<BHH", 1, 0, 0xFFFF))  # the last block, empty
             packed = self._size - begin
             self._put(struct.pack("<4sIQQ" if large else "<4sIII", b"PK\7\10", checksum, packed, size))
-            self._list(member, checksum, packed, size)
+            self._add_to_directory(member, checksum, packed, size)
 
     def _put_local(self, member: _Member, checksum: int, size: int, extra: bytes = b"") -> None:
         extra += member.stamp
         lengths = (len(member.name), len(extra))
         self._put(_ZIP_LOCAL.pack(b"PK\3\4", *member.form, checksum, size, size, *lengths) + member.name + extra)
 
-    def _list(self, member: _Member, checksum: int, packed: int, size: int) -> None:
+    def _add_to_directory(self, member: _Member, checksum: int, packed: int, size: int) -> None:
         """Add a member to the central directory."""
         extra = member.stamp
         large = [number for number in (size, packed, member.offset) if number >= 0xFFFFFFFF]
@@ -4033,7 +4043,7 @@ class ZipWriter:
         attributes = member.mode << 16 | (0x10 if stat.S_ISDIR(member.mode) else 0)
         packed, size, offset = (min(number, 0xFFFFFFFF) for number in (packed, size, member.offset))
         self._directory += _ZIP_CENTRAL.pack(
-            b"PK\1\2", 3 << 8 | 45, 45 if large else version, *form, checksum, packed, size,
+            b"PK\1\2", _MADE_BY, 45 if large else version, *form, checksum, packed, size,
             len(member.name), len(extra), 0, 0, 0, attributes, offset,
         )  # fmt: skip
         self._directory += member.name + extra
@@ -4047,7 +4057,7 @@ class ZipWriter:
             yield bytes(self._directory[at : at + SENDFILE_SIZE])
         last = b""
         if count >= 0xFFFF or begin + size >= 0xFFFFFFFF:
-            last = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 3 << 8 | 45, 45, 0, 0, count, count, size, begin)
+            last = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, _MADE_BY, 45, 0, 0, count, count, size, begin)
             last += struct.pack("<4sIQI", b"PK\6\7", 0, begin + size, 1)
         count, size, begin = min(count, 0xFFFF), min(size, 0xFFFFFFFF), min(begin, 0xFFFFFFFF)
         yield last + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, size, begin, 0)
@@ -4130,7 +4140,7 @@ class FolderZip:
                 below, name = os.path.join(place, entry.name), prefix + distinct(member_name(entry.name), names)
                 reason, inode = entry.error, None
                 if entry.is_dir and not reason:
-                    reason, inode = _look_at(below)
+                    reason, inode = _identify_folder(below)
                 if reason:
                     self.failed.append(f"{name}: {reason}")
                 elif inode is None or inode not in above:
@@ -4165,7 +4175,7 @@ def zip_response(site: Site, segments: tuple[bytes, ...], found: Found) -> Respo
 _PAGES = (16 * 1024, 64 * 1024)  # bytes; the size of files in /sys with other processors
 
 
-def _look_into(found: Found, name: bytes) -> tuple[str, bytes, bool]:
+def _sniff(found: Found, name: bytes) -> tuple[str, bytes, bool]:
     """Return the content type of an open file, the bytes read from it, and whether its size is true. Raises OSError.
 
     Files in /proc and /sys are made while they are read; their size is 0, or that of a memory page.
@@ -4563,7 +4573,7 @@ class Uploads:
             raise ProtocolError(403, "a file of this name is not served here")
         return os.path.join(folder, name)
 
-    def _check(self, place: bytes, headers: Headers) -> os.stat_result | None:
+    def _file_to_replace(self, place: bytes, headers: Headers) -> os.stat_result | None:
         """Return the file to replace, or None for a new one. ProtocolError 403, 409 or 412 (RFC 9110, 13.2)."""
         try:
             facts = os.lstat(place)
@@ -4607,14 +4617,14 @@ class Uploads:
     async def _store(
         self, place: bytes, read: Callable[[], Awaitable[bytes]], headers: Headers, length: int
     ) -> tuple[os.stat_result, bool]:
-        """Store a file from the bytes that `read` returns until b"". Return its status, and whether it is new."""
-        created = await in_thread(self._check, place, headers) is None
+        """Store what `read` returns until b"", `length` bytes (0: unknown). Return its status, and if it is new."""
+        created = await in_thread(self._file_to_replace, place, headers) is None
         self._check_size(length)
         partial = PartialFile(place)
         try:
             await in_thread(partial.open, length)
             await self._receive(partial, read)
-            check = functools.partial(self._check, place, headers)
+            check = functools.partial(self._file_to_replace, place, headers)
             return await in_thread(partial.finish, _mtime(headers), check), created
         finally:
             if not partial.ended:
