@@ -6503,7 +6503,6 @@ class Impostor:
     def __init__(self, answer: bytes) -> None:
         self.sock = socket.create_server(("127.0.0.1", 0))
         self.port = self.sock.getsockname()[1]
-        self.asked = 0
         self.polls: list[bytes] = []
         self.posts: list[bytes] = []
         self.answer = answer
@@ -6520,7 +6519,6 @@ class Impostor:
                 while not self.whole(data) and (piece := connection.recv(1 << 16)):
                     data += piece
                 if data.startswith(b"GET"):
-                    self.asked += 1
                     self.polls.append(data)
                     connection.sendall(self.answer)
                 else:
@@ -6535,12 +6533,15 @@ class Impostor:
         return bool(end) and len(body) >= (int(length[1]) if length else 0)
 
 
+def inner_request(identity: str = "aaaaaaaa", target: str = "/") -> bytes:
+    """Return a request as it stands in a P3."""
+    return f"GET {target} HTTP/1.1\r\nPTTH-Request-Id: {identity}\r\nHost: a\r\n\r\n".encode()
+
+
 def p3(*requests: bytes) -> bytes:
     body = b"".join(requests)
-    return b"HTTP/1.1 200 OK\r\nContent-Type: application/http\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (
-        len(body),
-        body,
-    )
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/http\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    return head % len(body) + body
 
 
 class TestServer:
@@ -6558,7 +6559,7 @@ class TestServer:
         write_configs(tmp_path, relay.port)
         server = start("server", cwd=tmp_path)
         server.wait_for(word)
-        assert relay.asked < 20
+        assert len(relay.polls) < 20
         assert KEY not in "".join(server.told)
         assert server.end() == 0
 
@@ -6587,10 +6588,8 @@ class TestServer:
         assert not isinstance(caught.value, ptth.KeyRefused)
 
     OWN_401 = [
-        {"www-authenticate": 'X-ApiKey realm="ptth"', "content-type": "text/html"},
-        {},
-        {"content-type": "text/plain; charset=utf-8"},
-    ]
+        {"www-authenticate": 'X-ApiKey realm="ptth"', "content-type": "text/html"}, {}, {"content-type": "text/plain; charset=utf-8"},
+    ]  # fmt: skip
 
     @pytest.mark.parametrize("fields", OWN_401)
     def test_a_relays_own_401(self, fields: dict[str, str]) -> None:
@@ -6616,40 +6615,32 @@ class TestServer:
     def test_what_somebody_must_change_is_not_tried_again_at_once(
         self, answer: bytes, scheme: str, by_proxy: bool, words: str, monkeypatch: Patch, capfd: Output
     ) -> None:
-        for name in ("BACKOFF_MIN", "BACKOFF_MAX"):
-            monkeypatch.setattr(ptth, name, 0)
-        monkeypatch.setattr(ptth, "REFUSED_DELAY", 3600)
+        for name, value in (("BACKOFF_MIN", 0), ("BACKOFF_MAX", 0), ("REFUSED_DELAY", 3600)):
+            monkeypatch.setattr(ptth, name, value)
         proxy = FakeProxy(answer)
         here = f"127.0.0.1:{proxy.port}"
         origin = ptth.parse_base_url(f"{scheme}://{'r.example' if by_proxy else here}")
         client = ptth.HTTPClient(origin, ptth.parse_proxy(here) if by_proxy else None)
 
         async def attend() -> None:
-            server = ptth.TunnelServer(client, "n", KEY, echo)
-            running = asyncio.create_task(server.run())
-            while not server.links[0]._last_logged:
-                await asyncio.sleep(0.001)
-            for _ in range(100):
-                await asyncio.sleep(0)
-            await server.stop(1)
-            await running
+            async with attending(ptth.TunnelServer(client, "n", KEY, echo)) as server:
+                while not server.links[0]._last_logged:
+                    await asyncio.sleep(0.001)
+                for _ in range(100):
+                    await asyncio.sleep(0)
 
-        asyncio.run(attend())
+        in_time(attend())
         proxy.close()
         told = capfd.readouterr().err
         assert len(proxy.asked) == 1 and told.count("\n") == 1
-        assert (
-            words in told
-            and here in told
-            and "retrying every 3600 seconds" in told
-            and (scheme == "http" or "r.example" not in told.split("CONNECT")[0])
-        )
+        assert words in told and here in told and "retrying every 3600 seconds" in told
+        assert scheme == "http" or "r.example" not in told.split("CONNECT")[0]
 
     def test_a_bad_request_in_a_p3_is_answered_400_and_a_repeated_one_once(
         self, start: object, tmp_path: object
     ) -> None:
-        bad = b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost : a\r\n\r\n"
-        good = b"GET /files/../../etc/passwd HTTP/1.1\r\nPTTH-Request-Id: bbbbbbbb\r\nHost: a\r\n\r\n"
+        bad = inner_request().replace(b"Host:", b"Host :")
+        good = inner_request("bbbbbbbb", "/files/../../etc/passwd")
         relay = Impostor(p3(bad, good, good))
         write_configs(tmp_path, relay.port)
         server = start("server", cwd=tmp_path)
@@ -6662,7 +6653,7 @@ class TestServer:
         assert server.end() == 0
 
     def test_requests_to_the_relay_name_the_program(self, start: object, tmp_path: object) -> None:
-        relay = Impostor(p3(b"GET /missing HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n"))
+        relay = Impostor(p3(inner_request(target="/missing")))
         write_configs(tmp_path, relay.port)
         server = start("server", cwd=tmp_path)
         eventually(lambda: relay.posts)
@@ -6671,7 +6662,8 @@ class TestServer:
         assert all(head.count(line) == 1 for head in (relay.polls[0], relay.posts[0]))
         assert server.end() == 0
 
-    def test_a_batch_that_broke_off_is_sent_again(self) -> None:
+    @in_loop
+    async def test_a_batch_that_broke_off_is_sent_again(self) -> None:
         posts = []
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -6680,13 +6672,9 @@ class TestServer:
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             writer.close()
 
-        async def post() -> None:
-            async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
-                origin = ptth.BaseURL(False, *relay.sockets[0].getsockname(), "")
-                sender = ptth.Sender(ptth.HTTPClient(origin), "n", KEY, ptth.Workers(echo), print)
-                await sender._post(["x"], "x", ptth.BytesBody(b"the end"))
-
-        asyncio.run(post())
+        async with client_to(serve) as client:
+            sender = ptth.Sender(client, "n", KEY, ptth.Workers(echo), print)
+            await sender._post(["x"], "x", ptth.BytesBody(b"the end"))
         assert len(posts) == 2 and posts[0] == posts[1]
 
     def test_what_is_answered_at_once_leaves_with_the_next_p1(self, open_tunnel: object) -> None:
@@ -6723,17 +6711,17 @@ class TestServer:
             (b"HTTP/1.1 413 No\r\nContent-Length: 0\r\n\r\n", b"PTTH-Lost: aaaaaaaa"),
         ],
     )
-    def test_a_batch_whose_answer_is_no_p3(self, answer: bytes, then: bytes) -> None:
+    @in_loop
+    async def test_a_batch_whose_answer_is_no_p3(self, answer: bytes, then: bytes) -> None:
         posts: list[bytes] = []
         features = (b"Connection: close", b"PTTH-Features: body, listen")
-        nothing = p3().replace(*features)
-        request = p3(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n").replace(*features)
+        nothing, request = (p3(*requests).replace(*features) for requests in ([], [inner_request()]))
+        ended = asyncio.Event()
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-                while head := await reader.readuntil(b"\r\n\r\n"):
-                    size = re.search(rb"Content-Length: (\d+)", head)
-                    body = await reader.readexactly(int(size[1])) if size else b""
+                while True:
+                    head, body = await read_request(reader)
                     if posts and then in head and (body or not head.startswith(b"POST")):
                         assert body in (b"", *posts) and (not body or b"Prefer" not in head)
                         ended.set()
@@ -6749,20 +6737,8 @@ class TestServer:
                         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             writer.close()
 
-        async def attend() -> None:
-            nonlocal ended
-            ended = asyncio.Event()
-            async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
-                client = ptth.HTTPClient(ptth.BaseURL(False, *relay.sockets[0].getsockname(), ""))
-                server = ptth.TunnelServer(client, "n", KEY, echo)
-                running = asyncio.create_task(server.run())
-                async with asyncio.timeout(20):
-                    await ended.wait()
-                await server.stop(0)
-                await running
-
-        ended: asyncio.Event
-        asyncio.run(attend())
+        async with client_to(serve) as client, attending(ptth.TunnelServer(client, "n", KEY, echo)):
+            await ended.wait()
         assert len(posts) == 1
 
     def test_a_request_leaves_nothing_to_the_garbage_collector(self, open_tunnel: object) -> None:
@@ -6790,32 +6766,28 @@ class TestServer:
         monkeypatch.setattr(ptth, "LINGER_TIMEOUT", 20)  # after which a stop breaks off what is still open
         background.run(tunnel.server.stop(25), 15)
 
-    def test_a_body_of_unknown_length_arrives_also_behind_nothing(self, background: Background) -> None:
-        class Pieces(ptth.Body):
-            length = None
+    @pytest.mark.parametrize("begin", [b"", b"begin"])  # b"": as it is sent to a relay of the original
+    @in_loop
+    async def test_a_body_of_unknown_length_arrives_also_behind_nothing(self, begin: bytes) -> None:
+        bodies: list[bytes] = []
 
-            async def __aiter__(self) -> object:
-                for piece in (b"one", b"", b"two"):
-                    yield piece
-
-        async def post(begin: bytes) -> bytes:
-            server, sock = ptth.HTTPServer(keep), ptth.open_socket("127.0.0.1", 0)
-            await server.listen(sock)
-            client = ptth.HTTPClient(ptth.BaseURL(False, *sock.getsockname(), ""))
-            status, _ = await client.post("/", [], ptth.PrefixedBody(begin, Pieces()))
-            await server.stop(0.1)
-            return b"%d %b" % (status, bodies.pop())
+        async def pieces() -> object:
+            for piece in (b"one", b"", b"two"):
+                yield piece
 
         async def keep(request: ptth.Request) -> ptth.Response:
             bodies.append(b"".join([piece async for piece in request.body]))
             return ptth.text_response(200, "")
 
-        bodies: list[bytes] = []
-        assert background.run(post(b"")) == b"200 onetwo"  # as it is sent to a relay of the original
-        assert background.run(post(b"begin")) == b"200 beginonetwo"
+        async with listening(ptth.HTTPServer(keep)) as port:
+            client = client_of(port)
+            status, _ = await client.post("/", [], ptth.PrefixedBody(begin, Stream(pieces)))
+            client.close()
+        assert (status, bodies) == (200, [begin + b"onetwo"])
 
     @pytest.mark.parametrize("size", [1, 1_000_000])
-    def test_a_p7_that_never_comes_is_given_up(self, size: int, background: Background, monkeypatch: Patch) -> None:
+    @in_loop
+    async def test_a_p7_that_never_comes_is_given_up(self, size: int, monkeypatch: Patch) -> None:
         release = asyncio.Event()
 
         async def never(request: ptth.Request) -> ptth.Response:
@@ -6823,74 +6795,63 @@ class TestServer:
             await release.wait()
             return ptth.text_response(200, "")
 
-        async def post(port: int) -> None:
+        monkeypatch.setattr(ptth, "P7_TIMEOUT", 0.1)
+        async with listening(ptth.HTTPServer(never)) as port:
             client = client_of(port)
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(client.post("/", [], ptth.BytesBody(bytes(size))), 20)
+                await client.post("/", [], ptth.BytesBody(bytes(size)))
             client.close()
             release.set()
 
-        monkeypatch.setattr(ptth, "P7_TIMEOUT", 0.1)
-        with background.serve(never) as port:
-            begin = time.monotonic()
-            background.run(post(port))
-            assert time.monotonic() - begin < 20
-
-    def test_an_early_p7_ends_the_response(self, background: Background) -> None:
-        class Endless(ptth.Body):
-            async def __aiter__(self) -> object:
-                while True:
-                    yield bytes(10_000)
+    @in_loop
+    async def test_an_early_p7_ends_the_response(self) -> None:
+        async def endless() -> object:
+            while True:
+                yield bytes(10_000)
 
         async def gone(request: ptth.Request) -> ptth.Response:
             return ptth.text_response(410, "the client is gone")
 
-        async def post(port: int) -> int:
+        async with listening(ptth.HTTPServer(gone)) as port:
             client = client_of(port)
-            status, _ = await client.post("/", [], Endless())
-            assert not client.idle  # what was sent of the body would be read as a request
+            status, _ = await client.post("/", [], Stream(endless))
+            assert status == 410 and not client.idle  # what was sent of the body would be read as a request
             client.close()
-            return status
 
-        with background.serve(gone) as port:
-            assert background.run(post(port)) == 410
-
-    def test_no_p1_is_open_while_there_is_no_room(
-        self, background: Background, open_tunnel: object, monkeypatch: Patch
-    ) -> None:
+    def test_no_p1_is_open_while_there_is_no_room(self, open_tunnel: object, monkeypatch: Patch) -> None:
+        """While all handlers are at work the rest waits at the relay."""
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
         monkeypatch.setattr(ptth, "FAR_P1", 1)  # a slow machine looks like a long way
         begun: list[str] = []
-        release = asyncio.Event()
+        release = threading.Event()
 
         async def handler(request: ptth.Request) -> ptth.Response:
             begun.append(request.target)
-            await release.wait()
+            await asyncio.to_thread(release.wait)
             return ptth.text_response(200, request.target)
 
         tunnel = open_tunnel(handler)
-        queue_ = tunnel.registered
+        waiting, parked = tunnel.registered.waiting, tunnel.registered.parked
         clients = []
-        for i in range(2):
-            clients.append(Client(tunnel.port, f"/{i}"))
-            eventually(lambda i=i: len(begun) == i + 1)
-        eventually(lambda: not queue_.parked)
-        clients.append(Client(tunnel.port, "/2"))
-        eventually(lambda: queue_.waiting)
-        for _ in range(20):
-            assert one(fetch(tunnel.port, get("/frontend/relay_up_check")))[0] == 200
-        assert len(queue_.waiting) == 1 and len(begun) == 2
-        background.loop.call_soon_threadsafe(release.set)
+        try:
+            for i in range(2):
+                clients.append(Client(tunnel.port, f"/{i}"))
+                eventually(lambda i=i: len(begun) == i + 1)
+            eventually(lambda: not parked)
+            clients.append(Client(tunnel.port, "/2"))
+            eventually(lambda: waiting)
+            for _ in range(20):
+                assert one(tunnel.fetch(get("/frontend/relay_up_check")))[0] == 200
+            assert len(waiting) == 1 and len(begun) == 2
+        finally:
+            release.set()  # also after a failure, or its thread would keep the tests from ending
         assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
 
     def test_a_relay_of_the_original(self, start: object, tmp_path: object) -> None:
         (tmp_path / "hello.txt").write_bytes(HELLO)
-        requests = [["A" * 26, [{0: None}, "/files/hello.txt", {"host": [97]}]], ["B" * 26, [{1: None}, "/files/hello.txt", {"host": [97]}]],
-                    ["C" * 26, [{0: None}, "/files", {"host": [97]}]]]  # fmt: skip
-        packed = ptth.pack_value(requests)
-        relay = Impostor(
-            b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(packed), packed)
-        )
+        rows = (("A", 0, "/files/hello.txt"), ("B", 1, "/files/hello.txt"), ("C", 0, "/files"))
+        packed = ptth.pack_value([[name * 26, [{method: None}, path, {"host": [97]}]] for name, method, path in rows])
+        relay = Impostor(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(packed) + packed)
         write_configs(tmp_path, relay.port, str(tmp_path))
         server = start("server", cwd=tmp_path)
         eventually(lambda: len(relay.posts) >= 3)
@@ -6906,8 +6867,7 @@ class TestServer:
         assert server.end() == 0
 
     def test_the_requests_before_a_bad_one_are_answered(self, start: object, tmp_path: object) -> None:
-        good = b"GET /missing HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n"
-        relay = Impostor(p3(good, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"))
+        relay = Impostor(p3(inner_request(target="/missing"), b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"))
         write_configs(tmp_path, relay.port)
         start("server", cwd=tmp_path).wait_for("without an id")
         eventually(lambda: relay.posts)
@@ -6919,29 +6879,26 @@ class TestServer:
             silent.accept()[0].recv(1000)
             assert server.end(patience=5) == 0
 
-    def test_no_more_handlers_at_once_than_the_limit(self) -> None:
-        async def measure() -> list[int]:
-            running, most, release = 0, 0, asyncio.Event()
+    @in_loop
+    async def test_no_more_handlers_at_once_than_the_limit(self) -> None:
+        running, most, release = 0, 0, asyncio.Event()
 
-            async def handler(request: ptth.Request) -> ptth.Response:
-                nonlocal running, most
-                running += 1
-                most = max(most, running)
-                await release.wait()
-                running -= 1
-                raise ConnectionAbortedError  # the client is gone
+        async def handler(request: ptth.Request) -> ptth.Response:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await release.wait()
+            running -= 1
+            raise ConnectionAbortedError  # the client is gone
 
-            server = ptth.TunnelServer(client_of(1), "n", KEY, handler)
-            requests = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % i for i in range(600)]
-            async with asyncio.TaskGroup() as server.workers.group:
-                server.links[0].accept(b"".join(requests))
-                for _ in range(1000):
-                    await asyncio.sleep(0)
-                before = most
-                release.set()
-            return [before, most, len(server.workers.request_ids)]
-
-        assert asyncio.run(measure()) == [ptth.MAX_HANDLERS, ptth.MAX_HANDLERS, 0]
+        server = ptth.TunnelServer(client_of(1), "n", KEY, handler)
+        async with asyncio.TaskGroup() as server.workers.group:
+            server.links[0].accept(b"".join(inner_request(f"aaaa{i:04}") for i in range(600)))
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            assert most == ptth.MAX_HANDLERS
+            release.set()
+        assert most == ptth.MAX_HANDLERS and not server.workers.request_ids
 
     @pytest.mark.parametrize(
         ("features", "near", "expected"),
@@ -6951,24 +6908,19 @@ class TestServer:
             (set(), True, [2, 2, 2, 2, 2, 2]),  # release 1.0.0 reads 256 KiB, a head, and a body
         ],
     )
-    def test_a_batch_has_larger_bodies_for_a_near_relay_and_no_more_than_the_relay_reads(
+    @in_loop
+    async def test_a_batch_has_larger_bodies_for_a_near_relay_and_no_more_than_the_relay_reads(
         self, features: set[str], near: bool, expected: list[int]
     ) -> None:
-        async def measure() -> list[int]:
-            sender = ptth.Sender(
-                ptth.HTTPClient(ptth.parse_base_url("http://127.0.0.1:1")), "n", KEY, ptth.Workers(echo), print
-            )
-            sender.features, sender.near = features, near
-            response = ptth.Response(200, [], ptth.BytesBody(b"x" * 100 * 1024))
-            for number in range(12):
-                if sender.can_batch(response):
-                    sender.batch(f"{number:08}", response, "GET")
-            sizes = []
-            while sender.has_batch:
-                sizes.append(len(sender.take_batch().data))
-            return sizes
-
-        sizes = asyncio.run(measure())
+        sender = ptth.Sender(client_of(1), "n", KEY, ptth.Workers(echo), print)
+        sender.features, sender.near = features, near
+        response = ptth.Response(200, [], ptth.BytesBody(b"x" * 100 * 1024))
+        for number in range(12):
+            if sender.can_batch(response):
+                sender.batch(f"{number:08}", response, "GET")
+        sizes = []
+        while sender.has_batch:
+            sizes.append(len(sender.take_batch().data))
         assert [size // (100 * 1024) for size in sizes] == expected
         assert max(sizes, default=0) <= (ptth.MAX_RESPONSES_BYTES if features else (256 + 48 + 128) * 1024)
 
@@ -6976,63 +6928,57 @@ class TestServer:
         ("near", "size", "expected"),
         [(True, 100 * 1024, 4), (True, 100, 1), (False, 60 * 1024, 4), (False, 100, 2)],
     )
-    def test_several_batches_are_in_flight_to_a_far_relay_or_while_they_are_full(
+    @in_loop
+    async def test_several_batches_are_in_flight_to_a_far_relay_or_while_they_are_full(
         self, near: bool, size: int, expected: int
     ) -> None:
-        async def measure() -> int:
-            sender = ptth.Sender(
-                ptth.HTTPClient(ptth.parse_base_url("http://127.0.0.1:1")), "n", KEY, ptth.Workers(echo), print
-            )
-            sender.features, sender.near = {"listen"}, near
-            sent: list[ptth.Batch] = []
-            finish = asyncio.Event()
+        sender = ptth.Sender(client_of(1), "n", KEY, ptth.Workers(echo), print)
+        sender.features, sender.near = {"listen"}, near
+        sent: list[ptth.Batch] = []
+        finish = asyncio.Event()
 
-            async def send_batch(batch: ptth.Batch) -> None:
-                sent.append(batch)
-                await finish.wait()
+        async def send_batch(batch: ptth.Batch) -> None:
+            sent.append(batch)
+            await finish.wait()
 
-            sender.send_batch = send_batch
-            response = ptth.Response(200, [], ptth.BytesBody(b"x" * size))
-            async with asyncio.TaskGroup() as sender._workers.group:
-                for number in range(80):
-                    sender.batch(f"{number:08}", response, "GET")
-                    if number in (39, 79):
-                        for _ in range(20):
-                            await asyncio.sleep(0)
-                in_flight = len(sent)
-                finish.set()
-            assert sum(len(batch.request_ids) for batch in sent) == 80
-            return in_flight
-
-        assert asyncio.run(measure()) == expected
+        sender.send_batch = send_batch
+        response = ptth.Response(200, [], ptth.BytesBody(b"x" * size))
+        async with asyncio.TaskGroup() as sender._workers.group:
+            for number in range(80):
+                sender.batch(f"{number:08}", response, "GET")
+                if number in (39, 79):
+                    for _ in range(20):
+                        await asyncio.sleep(0)
+            assert len(sent) == expected
+            finish.set()
+        assert sum(len(batch.request_ids) for batch in sent) == 80
 
     def test_whatever_a_handler_raises_becomes_a_response(self, open_tunnel: object, capfd: Output) -> None:
-        class Faulty(ptth.Body):
-            length = 300_000
+        async def faulty() -> object:
+            yield b"x" * 100_000
+            raise LookupError("the body has a fault")
 
-            async def __aiter__(self) -> object:
-                yield b"x" * 100_000
-                raise LookupError("the body has a fault")
+        async def cancelled() -> None:
+            raise asyncio.CancelledError
+
+        errors = {
+            "timeout": TimeoutError,
+            "broken": ptth.IncompleteBody,
+            "value": ValueError,
+            "reset": ConnectionResetError,
+        }
 
         async def handler(request: ptth.Request) -> ptth.Response:
             kind = request.target[1:]
             if kind == "fault-in-the-body":
-                return ptth.Response(200, [], Faulty())
+                return ptth.Response(200, [], Stream(faulty, 300_000))
             if kind == "field":
                 return ptth.Response(200, [("X", "a\r\nb")], ptth.BytesBody(b"x" * ptth.SMALL_BODY * 2))
             if kind == "None":
                 return None
             if kind == "cancelled":
                 await asyncio.gather(asyncio.sleep(0), cancelled())
-            raise {
-                "timeout": TimeoutError,
-                "broken": ptth.IncompleteBody,
-                "value": ValueError,
-                "reset": ConnectionResetError,
-            }[kind]
-
-        async def cancelled() -> None:
-            raise asyncio.CancelledError
+            raise errors[kind]
 
         tunnel = open_tunnel(handler)
         for kind, status in {
@@ -7052,11 +6998,7 @@ class TestServer:
         (tmp_path / "small").write_bytes(HELLO)
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
         tunnel = open_tunnel(ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
-        lazy = []
-        for _ in range(5):
-            lazy.append(connect(tunnel.port))
-            lazy[-1].sendall(get("/frontend/servers/n/files/big"))
-            assert lazy[-1].recv(15).startswith(b"HTTP/1.1 200 OK")
+        lazy = [begin_download(tunnel.port, "/big") for _ in range(5)]
         assert one(tunnel.fetch(get("/frontend/servers/n/files/small")))[2] == HELLO
         tunnel.server.workers.most_sending = 5
         status, fields, _ = one(tunnel.fetch(get("/frontend/servers/n/files/big")))
@@ -7066,61 +7008,32 @@ class TestServer:
             sock.close()
         eventually(lambda: not tunnel.server.workers.sending)
 
-    def test_while_all_handlers_are_at_work_the_rest_waits_at_the_relay(
-        self, open_tunnel: object, monkeypatch: Patch
-    ) -> None:
-        release, started = threading.Event(), []
+    @in_loop
+    async def test_small_responses_that_the_relay_does_not_take_stop_the_polling(self) -> None:
+        server = ptth.TunnelServer(client_of(1), "n", KEY, echo)
+        rooms, release = [], asyncio.Event()
 
-        async def handler(request: ptth.Request) -> ptth.Response:
-            started.append(request.target)
-            await asyncio.to_thread(release.wait)
-            return ptth.text_response(200, request.target)
+        async def post(*_: object) -> None:
+            await release.wait()
 
-        monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
-        tunnel = open_tunnel(handler)
-        clients = [Client(tunnel.port, f"/{i}") for i in range(2)]
-        try:
-            eventually(lambda: len(started) == 2 and not tunnel.registered.parked)
-            clients.append(Client(tunnel.port, "/2"))
-            eventually(lambda: tunnel.registered.waiting)
-            for _ in range(3):
-                tunnel.fetch(get("/frontend/relay_up_check"))
-            assert len(started) == 2 and len(tunnel.registered.waiting) == 1
-        finally:
-            release.set()  # also after a failure, or its thread would keep the tests from ending
-        assert [client.answer()[2] for client in clients] == [b"/0", b"/1", b"/2"]
+        server.links[0]._sender._post = post
+        async with asyncio.TaskGroup() as server.workers.group:
+            for numbers in (range(ptth.MAX_HANDLERS - 1), [ptth.MAX_HANDLERS - 1]):
+                server.links[0].accept(b"".join(inner_request(f"aaaa{number:04}") for number in numbers))
+                while server.workers._queue or server.workers._count:
+                    await asyncio.sleep(0)
+                rooms.append(server.workers.room.is_set())
+            release.set()
+        assert rooms == [True, False]
+        assert server.workers.room.is_set() and not server.workers.request_ids
 
-    def test_small_responses_that_the_relay_does_not_take_stop_the_polling(self) -> None:
-        async def fill() -> list[bool]:
-            server = ptth.TunnelServer(client_of(1), "n", KEY, echo)
-            sender, rooms, release = server.links[0]._sender, [], asyncio.Event()
-
-            async def post(*_: object) -> None:
-                await release.wait()
-
-            sender._post = post
-            async with asyncio.TaskGroup() as server.workers.group:
-                for start in (0, ptth.MAX_HANDLERS - 1):
-                    heads = [b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaa%04d\r\nHost: a\r\n\r\n" % (start + i)
-                             for i in range(max(1, ptth.MAX_HANDLERS - 1 - start))]  # fmt: skip
-                    server.links[0].accept(b"".join(heads))
-                    while server.workers._queue or server.workers._count:
-                        await asyncio.sleep(0)
-                    rooms.append(server.workers.room.is_set())
-                release.set()
-            return [*rooms, server.workers.room.is_set(), not server.workers.request_ids]
-
-        assert asyncio.run(fill()) == [True, False, True, True]
-
-    def test_what_is_offered_again_is_not_told_as_lost(self) -> None:
-        async def offer() -> list[str]:
-            server = ptth.TunnelServer(client_of(1), "n", KEY, echo)
-            server.links[0]._sender.lost.extend(["aaaaaaaa", "bbbbbbbb"])
-            async with asyncio.TaskGroup() as server.workers.group:
-                server.links[0].accept(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n")
-                return list(server.links[0]._sender.lost)
-
-        assert asyncio.run(offer()) == ["bbbbbbbb"]
+    @in_loop
+    async def test_what_is_offered_again_is_not_told_as_lost(self) -> None:
+        server = ptth.TunnelServer(client_of(1), "n", KEY, echo)
+        server.links[0]._sender.lost.extend(["aaaaaaaa", "bbbbbbbb"])
+        async with asyncio.TaskGroup() as server.workers.group:
+            server.links[0].accept(inner_request())
+            assert list(server.links[0]._sender.lost) == ["bbbbbbbb"]
 
     def test_one_address_has_half_of_the_places_for_large_responses(self) -> None:
         workers = ptth.Workers(echo)
@@ -7138,10 +7051,12 @@ class TestServer:
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("size", [5, 3_000_000])
-    def test_a_response_that_is_refused_is_told_to_the_relay(
+    @in_loop
+    async def test_a_response_that_is_refused_is_told_to_the_relay(
         self, size: int, refusal: bytes, word: str, capfd: Output
     ) -> None:
         lost: list[str] = []
+        done = asyncio.Event()
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -7152,7 +7067,7 @@ class TestServer:
                 writer.write(p3())
                 done.set()
             elif b"wait=0" in head:
-                writer.write(p3(b"GET / HTTP/1.1\r\nPTTH-Request-Id: aaaaaaaa\r\nHost: a\r\n\r\n"))
+                writer.write(p3(inner_request()))
             else:
                 await done.wait()
             await writer.drain()
@@ -7161,71 +7076,55 @@ class TestServer:
         async def handler(request: ptth.Request) -> ptth.Response:
             return ptth.Response(200, [], ptth.BytesBody(b"x" * size))
 
-        async def attend() -> None:
-            async with await asyncio.start_server(serve, "127.0.0.1", 0) as relay:
-                client = ptth.HTTPClient(ptth.BaseURL(False, *relay.sockets[0].getsockname(), ""))
-                server = ptth.TunnelServer(client, "n", KEY, handler)
-                running = asyncio.create_task(server.run())
-                async with asyncio.timeout(20):
-                    await done.wait()
-                await server.stop(0)
-                await running
-
-        async def run() -> None:
-            nonlocal done
-            done = asyncio.Event()
-            await attend()
-
-        done: asyncio.Event
-        asyncio.run(run())
+        async with client_to(serve) as client, attending(ptth.TunnelServer(client, "n", KEY, handler)):
+            await done.wait()
         assert lost[0] == "aaaaaaaa"
         told = capfd.readouterr().err
         assert word in told and KEY not in told
 
-    def test_the_shortest_of_several_round_trips_counts_and_is_measured_again(self, monkeypatch: Patch) -> None:
-        async def measure() -> list[tuple[int, int]]:
-            link = ptth.Link(client_of(1), "n", KEY, ptth.Workers(echo))
-            samples = iter([0.9, 0.001, 0.9, 0.9, 0.8, 0.7, 0.9, 0.9, OSError("refused"), 0.0, OSError("refused")])
-            seen: list[tuple[int, bool]] = []
-            set_distance = link._set_distance
-
-            async def probe() -> float:
-                sample = next(samples, None)
-                if sample is None:
-                    failure.cancel()
-                    return 0.0
-                if isinstance(sample, OSError):
-                    raise sample
-                return sample
-
-            async def listen(number: int, failure: object) -> None:
-                pass
-
-            def look(took: float, failure: object) -> None:
-                set_distance(took, failure)
-                seen.append((link._most_polls, link._sender.near))
-
-            link._sender.probe, link._listen, link._set_distance = probe, listen, look
-            failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-            async with asyncio.TaskGroup() as link._workers.group:
-                await link._look(0.9, failure)
-            return seen
-
+    @in_loop
+    async def test_the_shortest_of_several_round_trips_counts_and_is_measured_again(self, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "MEASURE_INTERVAL", 0)
+        link = ptth.Link(client_of(1), "n", KEY, ptth.Workers(echo))
+        samples = iter([0.9, 0.001, 0.9, 0.9, 0.8, 0.7, 0.9, 0.9, OSError("refused"), 0.0, OSError("refused")])
+        seen: list[tuple[int, bool]] = []
+        set_distance = link._set_distance
+
+        async def probe() -> float:
+            sample = next(samples, None)
+            if sample is None:
+                failure.cancel()
+                return 0.0
+            if isinstance(sample, OSError):
+                raise sample
+            return sample
+
+        async def listen(number: int, failure: object) -> None:
+            pass
+
+        def look(took: float, failure: object) -> None:
+            set_distance(took, failure)
+            seen.append((link._most_polls, link._sender.near))
+
+        link._sender.probe, link._listen, link._set_distance = probe, listen, look
+        failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        async with asyncio.TaskGroup() as link._workers.group:
+            await link._look(0.9, failure)
         near, far = (1, True), (ptth.FAR_P1, False)
         # 0.9 and three samples; then three at a time, one of which may fail, and then those before it count
-        assert asyncio.run(asyncio.wait_for(measure(), 20))[:4] == [near, far, far, near]
+        assert seen[:4] == [near, far, far, near]
 
+    @pytest.mark.parametrize("fault", [False, True])
     def test_an_unexpected_error_and_a_cancellation_end_the_server(
-        self, background: Background, open_tunnel: object
+        self, fault: bool, bare_relay: Tunnel, background: Background
     ) -> None:
-        async def attend(fault: bool) -> None:
-            server = ptth.TunnelServer(client_of(relay.port), "n", KEY, echo)
+        async def attend() -> None:
+            server = ptth.TunnelServer(client_of(bare_relay.port), "n", KEY, echo)
             running = asyncio.create_task(server.run())
             await server.connected.wait()
             if fault:
                 server.links[0].accept = None
-                Client(relay.port)
+                Client(bare_relay.port)
             else:
                 running.cancel()
             await asyncio.wait({running}, timeout=10)
@@ -7235,9 +7134,7 @@ class TestServer:
             assert not server.links[0].client.connections
             await server.stop()
 
-        relay = open_tunnel()
-        background.run(attend(False))
-        background.run(attend(True))
+        background.run(attend())
 
     def test_a_slow_handler_holds_up_nobody(self, open_tunnel: object) -> None:
         release = threading.Event()
@@ -7258,24 +7155,18 @@ class TestSeveralRelays:
     """One server at several relays, which share no state."""
 
     @pytest.fixture
-    def relays(self, background: Background) -> object:
-        made = [Tunnel(background, None) for _ in range(3)]
-        yield made
-        for one_ in made:
-            one_.close()
+    def relays(self, open_tunnel: object) -> list[Tunnel]:
+        return [open_tunnel() for _ in range(3)]
 
     @staticmethod
-    async def attend(relays: list[Tunnel], *more: ptth.HTTPClient) -> tuple[ptth.TunnelServer, object]:
-        client, *others = [client_of(relay.port) for relay in relays if relay] + list(more)
+    @contextlib.contextmanager
+    def attend(background: Background, *ports: int) -> object:
+        """Run a server at the relays on these ports."""
+        client, *others = map(client_of, ports)
         server = ptth.TunnelServer(client, "n", KEY, echo, *others)
-        running = asyncio.create_task(server.run())
-        await asyncio.wait_for(server.connected.wait(), 20)
-        return server, running
-
-    @staticmethod
-    async def end(server: ptth.TunnelServer, running: object) -> None:
-        await server.stop(1)
-        await running
+        with background.inside(attending(server)):
+            background.run(server.connected.wait())
+            yield server
 
     @staticmethod
     def reach(relay: Tunnel) -> int:
@@ -7284,10 +7175,9 @@ class TestSeveralRelays:
     def test_each_relay_reaches_the_server_and_one_handler_answers(
         self, background: Background, relays: list[Tunnel]
     ) -> None:
-        server, running = background.run(self.attend(relays))
-        assert [self.reach(relay) for relay in relays] == [200, 200, 200]
-        assert all(relay.registered.connected for relay in relays)
-        background.run(self.end(server, running))
+        with self.attend(background, *[relay.port for relay in relays]):
+            assert [self.reach(relay) for relay in relays] == [200, 200, 200]
+            assert all(relay.registered.connected for relay in relays)
         assert not any(relay.registered.parked for relay in relays)
 
     def test_one_that_refuses_and_one_that_is_away_do_not_touch_the_others(
@@ -7295,53 +7185,48 @@ class TestSeveralRelays:
     ) -> None:
         monkeypatch.setattr(ptth, "REFUSED_DELAY", 0.05)
         good, refusing = relays[:2]
-        entry = ptth.ServerEntry("n", ptth.tripcode(KEY + "x"))
-        background.loop.call_soon_threadsafe(refusing.relay.configure, ptth.RelayConfig(servers=[entry]))
-        away = free_port()
-        client = client_of(away)
-        server, running = background.run(self.attend([refusing, good], client))
-        eventually(lambda: all(f"//127.0.0.1:{port}: " in "".join(told) for port in (good.port, refusing.port, away)))
-        assert self.reach(good) == 200 and server.connected.is_set()
-        states = dict(re.findall("ptth server: http://127.0.0.1:([0-9]+): (.*)", "".join(told)))
-        assert "connected to the relay" in states[str(good.port)]
-        assert "does not know server n with this key (401)" in states[str(refusing.port)]
-        assert "cannot reach the relay at" in states[str(away)]
-        background.loop.call_soon_threadsafe(refusing.relay.configure, good.relay.state.config)
-        eventually(lambda: refusing.registered.connected)  # it was let in later, by itself
-        assert self.reach(refusing) == 200
-        background.run(self.end(server, running))
+        refusing.configure(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY + "x"))]))
+        ports = (refusing.port, good.port, free_port())
+        with self.attend(background, *ports) as server:
+            eventually(lambda: all(f"//127.0.0.1:{port}: " in "".join(told) for port in ports))
+            assert self.reach(good) == 200 and server.connected.is_set()
+            states = dict(re.findall("ptth server: http://127.0.0.1:([0-9]+): (.*)", "".join(told)))
+            expected = (
+                "does not know server n with this key (401)",
+                "connected to the relay",
+                "cannot reach the relay at",
+            )
+            assert all(words in states[str(port)] for port, words in zip(ports, expected, strict=True))
+            refusing.configure(good.relay.state.config)
+            eventually(lambda: refusing.registered.connected)  # it was let in later, by itself
+            assert self.reach(refusing) == 200
 
     def test_connected_says_whether_any_relay_is(self, background: Background, relays: list[Tunnel]) -> None:
-        server, running = background.run(self.attend(relays[:2]))
-        eventually(lambda: all(link.connected.is_set() for link in server.links))
-
         async def end(relay: Tunnel) -> None:
             await relay.relay.stop(0)
             await relay.http.stop(0)
 
-        background.run(end(relays[0]))
-        eventually(lambda: not server.links[0].connected.is_set())
-        assert server.connected.is_set() and self.reach(relays[1]) == 200
-        background.run(end(relays[1]))
-        eventually(lambda: not server.connected.is_set())
-        background.run(self.end(server, running))
+        with self.attend(background, relays[0].port, relays[1].port) as server:
+            eventually(lambda: all(link.connected.is_set() for link in server.links))
+            background.run(end(relays[0]))
+            eventually(lambda: not server.links[0].connected.is_set())
+            assert server.connected.is_set() and self.reach(relays[1]) == 200
+            background.run(end(relays[1]))
+            eventually(lambda: not server.connected.is_set())
 
     def test_one_that_is_far_is_asked_by_several_polls_and_a_near_one_by_one(
         self, background: Background, relays: list[Tunnel], monkeypatch: Patch
     ) -> None:
         near, far = relays[:2]
-        links = []
+        set_distance = ptth.Link._set_distance
 
         def distance(link: ptth.Link, took: float, failure: object) -> None:
-            links.append(link)
             set_distance(link, 1 if link.client.origin.port == far.port else 0, failure)
 
-        set_distance = ptth.Link._set_distance
         monkeypatch.setattr(ptth.Link, "_set_distance", distance)
-        server, running = background.run(self.attend([near, far]))
-        eventually(lambda: len(far.registered.parked) == ptth.FAR_P1)
-        assert len(near.registered.parked) <= 1
-        background.run(self.end(server, running))
+        with self.attend(background, near.port, far.port):
+            eventually(lambda: len(far.registered.parked) == ptth.FAR_P1)
+            assert len(near.registered.parked) <= 1
 
     def test_servers_come_back_to_a_restarted_relay_soon_but_not_in_the_same_second(self) -> None:
         rng = random.Random(7)
@@ -7408,11 +7293,7 @@ class TestSeveralRelays:
         server = start("server", *urls, cwd=tmp_path)
         for _ in relays:
             server.wait_for("connected to the relay")
-        socks = []
-        for relay in relays:
-            socks.append(connect(relay.port, patience=30))
-            socks[-1].sendall(get("/frontend/servers/n/files/big"))
-            assert socks[-1].recv(15).startswith(b"HTTP/1.1 200 OK")
+        socks = [begin_download(relay.port, "/big") for relay in relays]
         server.process.send_signal(signal.SIGHUP)
         server.wait_for("again: serving")
         server.process.send_signal(signal.SIGTERM)
@@ -8159,6 +8040,13 @@ class TestCommandLine:
                 assert sock.recv(12) == b"HTTP/1.1 200"
 
 
+def begin_download(port: int, path: str) -> socket.socket:
+    """Start a download from server n; return its connection after the first bytes."""
+    sock = connect(port, get("/frontend/servers/n/files" + path), patience=30)
+    assert sock.recv(15).startswith(b"HTTP/1.1 200 OK")
+    return sock
+
+
 class Pair:
     """A relay and a server as two processes, with their files in one directory."""
 
@@ -8180,11 +8068,7 @@ class Pair:
         return fetch(self.port, get("/frontend/servers/n/files" + path, *fields))
 
     def download(self, path: str) -> socket.socket:
-        """Start a download; return its connection after the first bytes."""
-        sock = connect(self.port, patience=30)
-        sock.sendall(get("/frontend/servers/n/files" + path))
-        assert sock.recv(15).startswith(b"HTTP/1.1 200 OK")
-        return sock
+        return begin_download(self.port, path)
 
 
 def read_to_end(sock: socket.socket) -> int:
