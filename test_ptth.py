@@ -457,6 +457,14 @@ def told(monkeypatch: Patch) -> list[str]:
     return pieces
 
 
+@pytest.fixture
+def variables(monkeypatch: Patch) -> object:
+    """Set these environment variables, and no others of a proxy."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    return lambda **values: [monkeypatch.setenv(*pair) for pair in values.items()]
+
+
 class Tunnel:
     """A relay and its only server, n, with a handler; both in one loop, over real sockets."""
 
@@ -597,15 +605,14 @@ class Process:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
-    def resident_mib(self) -> float:
+    def resident_mib(self, name: str = "VmRSS") -> float:
         """Return its resident memory in MiB."""
         with open(f"/proc/{self.process.pid}/status") as file:
-            return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) / 1024
+            return int(re.search(rf"{name}:\s+(\d+) kB", file.read())[1]) / 1024
 
     def peak_mib(self) -> float:
         """Return its peak of resident memory in MiB."""
-        with open(f"/proc/{self.process.pid}/status") as file:
-            return int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1]) / 1024
+        return self.resident_mib("VmHWM")
 
 
 @pytest.fixture
@@ -2021,13 +2028,6 @@ class TestConnecting:
         ("fe80::1%eth0", "http://[fe80::1%eth0]", True), ("b\u00fccher.example", "http://b\u00fccher.example", True), ("", "http://a.example", False), (" ,, ", "http://a.example", False),
         ("10.0.0.0/99,a..b,[,/,:,.", "http://a.example", False), ("0.0.0.0/0", "http://[::1]", False), ("127.1", "http://127.0.0.1", True),
     ]  # fmt: skip
-
-    @pytest.fixture
-    def variables(self, monkeypatch: Patch) -> object:
-        """Set these environment variables, and no others of a proxy."""
-        for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-            monkeypatch.delenv(name)
-        return lambda **values: [monkeypatch.setenv(*pair) for pair in values.items()]
 
     @pytest.mark.parametrize(("exceptions", "url", "exempt"), EXEMPT)
     def test_no_proxy(self, exceptions: str, url: str, exempt: bool, variables: object) -> None:
@@ -7456,16 +7456,14 @@ class TestConfiguration:
         relay.wait_for("the host a.new.example would be that of b and of a" if fails else "PTTH relay for 2 servers")
         assert (relay.process.wait(20) if fails else relay.end()) == int(fails)
 
-    def test_the_environments_proxy_and_its_exceptions(self, monkeypatch: Patch) -> None:
-        for name in ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy"):
-            monkeypatch.delenv(name, raising=False)
+    def test_the_environments_proxy_and_its_exceptions(self, variables: object) -> None:
         config = ptth.ServerConfig("s.toml")
         tls, plain = (ptth.BaseURL(secure, "r.example", 443, "") for secure in (True, False))
         assert ptth.find_proxy(config, tls) is None
-        monkeypatch.setenv("HTTPS_PROXY", "http://p:1")
+        variables(HTTPS_PROXY="http://p:1")
         assert ptth.find_proxy(config, tls).origin.port == 1
         assert ptth.find_proxy(config, plain) is None
-        monkeypatch.setenv("NO_PROXY", ".example")
+        variables(NO_PROXY=".example")
         assert ptth.find_proxy(config, tls) is None
         config.proxy_url = "http://q:2"
         assert ptth.find_proxy(config, tls).origin.port == 2
@@ -8040,7 +8038,7 @@ class TestRealProcesses:
             assert (arguments.command, arguments.config) == (name, f"/etc/ptth/ptth_{name}.toml")
 
     def test_a_large_file_arrives_whole_in_little_memory(self, pair: Pair, big: str) -> None:
-        got, expected = hashlib.sha256(), hashlib.sha256()
+        got = hashlib.sha256()
         connection = http.client.HTTPConnection("127.0.0.1", pair.port, timeout=60)
         connection.request("GET", "/frontend/servers/n/files/big")
         answer = connection.getresponse()
@@ -8048,9 +8046,7 @@ class TestRealProcesses:
             got.update(piece)
         connection.close()
         with open(os.path.join(big, "big"), "rb") as file:
-            while piece := file.read(1 << 20):
-                expected.update(piece)
-        assert got.digest() == expected.digest()
+            assert got.digest() == hashlib.file_digest(file, "sha256").digest()
         assert pair.relay.peak_mib() < 60 and pair.server.peak_mib() < 60
 
     def test_a_client_that_leaves_stops_the_servers_reading(self, pair: Pair) -> None:
@@ -8188,8 +8184,8 @@ class TestFaults:
             assert pair.relay.end(number) == status
             pair.start_relay()
             pair.server.wait_for("connected to the relay")
-        good = len([answer for answer in answers if answer == (200, HELLO)])
-        eventually(lambda: len([answer for answer in answers if answer == (200, HELLO)]) > good + 50)
+        good = answers.count((200, HELLO))
+        eventually(lambda: answers.count((200, HELLO)) > good + 50)
         running = False
         for thread in threads:
             thread.join(20)
@@ -8209,43 +8205,35 @@ class TestFaults:
     def test_without_descriptors_new_connections_get_503(self, tmp_path: object, files: str) -> None:
         port = free_port()
         command = f"ulimit -n 128; exec {sys.executable} {PROGRAM} file-server {files} --port {port} -q"
-        process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            eventually(lambda: listens(port))
+        with program("bash", "-c", command, port=port, stderr=subprocess.PIPE) as process:
+
+            def ticks() -> int:
+                with open(f"/proc/{process.pid}/stat") as file:
+                    return int(file.read().split()[13])
+
             with contextlib.ExitStack() as stack:
                 idle = [stack.enter_context(connect(port)) for _ in range(90)]
                 refused = idle[-1].recv(1000)
                 assert refused.startswith(b"HTTP/1.1 503") and b"Retry-After" in refused
                 idle[0].sendall(get("/hello.txt"))
                 assert idle[0].recv(1000).endswith(HELLO)
-                with open(f"/proc/{process.pid}/stat") as file:
-                    before = int(file.read().split()[13])
+                before = ticks()
                 time.sleep(0.3)
-                with open(f"/proc/{process.pid}/stat") as file:
-                    assert int(file.read().split()[13]) - before < 15  # ticks of 10 ms: no busy loop
+                assert ticks() - before < 15  # of 10 ms each: no busy loop
             eventually(lambda: fetch(port, get("/hello.txt")).endswith(HELLO))
-        finally:
-            process.terminate()
-        assert process.wait(10) == 0
+        assert process.returncode == 0
         told = process.stderr.read()
         assert told.count(b"\n") <= 2, told
 
+    @pytest.mark.parametrize("name", ["dup", "pipe2"])
     def test_without_descriptors_downloads_go_on(
-        self, open_tunnel: object, tmp_path: object, monkeypatch: Patch
+        self, name: str, open_tunnel: object, tmp_path: object, monkeypatch: Patch
     ) -> None:
         data = os.urandom(3_000_000)
         (tmp_path / "x").write_bytes(data)
         tunnel = open_tunnel(ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
-
-        def none_left(*args: object) -> int:
-            raise OSError(errno.EMFILE, "Too many open files")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "dup", none_left)
-            assert one(tunnel.fetch(get("/frontend/servers/n/files/x")))[2] == data
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "pipe2", none_left)
-            assert one(tunnel.fetch(get("/frontend/servers/n/files/x")))[2] == data
+        monkeypatch.setattr(os, name, failing(errno.EMFILE))
+        assert one(tunnel.fetch(get("/frontend/servers/n/files/x")))[2] == data
 
     def test_many_idle_clients_and_downloads_at_once(self, pair: Pair, files: str) -> None:
         with contextlib.ExitStack() as stack:
@@ -8265,23 +8253,18 @@ class TestFaults:
             assert {results.get(timeout=60) for _ in threads} == {digest}
         assert pair.relay.peak_mib() < 100 and pair.server.peak_mib() < 60
 
-    def test_one_servers_queue_does_not_delay_anothers(self, bare_relay: Tunnel) -> None:
-        relay = bare_relay.relay
-        relay.state.servers["other"] = ptth.RegisteredServer(ptth.ServerEntry("other", ptth.tripcode(KEY)))
-        busy = Hand(bare_relay.port)
-        busy.listen(0)
-        busy.requests()
+    def test_one_servers_queue_does_not_delay_anothers(self, bare_relay: Tunnel, hand: Hand) -> None:
+        other = ptth.RegisteredServer(ptth.ServerEntry("other", ptth.tripcode(KEY)))
+        bare_relay.relay.state.servers["other"] = other
         clients = [Client(bare_relay.port) for _ in range(200)]
-        eventually(lambda: len(relay.state.servers["n"].waiting) == 200)
-        hand = Hand(bare_relay.port, "other")
-        hand.listen()
-        result: queue.Queue[bytes] = queue.Queue()
-        request = get("/frontend/servers/other/")
-        threading.Thread(target=lambda: result.put(bare_relay.fetch(request)), daemon=True).start()
-        ((identity, _),) = hand.requests()
-        assert hand.reply(identity, OK) == 200
-        assert one(result.get(timeout=2))[0] == 200
-        for exchange in list(relay.state.servers["n"].waiting.values()):
+        eventually(lambda: len(bare_relay.registered.waiting) == 200)
+        quick = Hand(bare_relay.port, "other")
+        quick.listen()
+        with connect(bare_relay.port, get("/frontend/servers/other/"), patience=2) as sock:
+            ((identity, _),) = quick.requests()
+            assert quick.reply(identity, OK) == 200
+            assert one(read(sock))[0] == 200
+        for exchange in list(bare_relay.registered.waiting.values()):
             bare_relay.background.loop.call_soon_threadsafe(exchange.fail, 503, "over")
         assert {client.answer()[0] for client in clients} == {503}
 
@@ -8355,9 +8338,8 @@ class TestFaults:
             hand.close()
 
     def test_the_relays_name_and_the_clock_may_fail_and_come_back(
-        self, background: Background, open_tunnel: object, monkeypatch: Patch, told: list[str]
+        self, bare_relay: Tunnel, background: Background, monkeypatch: Patch, told: list[str]
     ) -> None:
-        tunnel = open_tunnel()
         resolve, now = socket.getaddrinfo, time.time
         resolves = False
 
@@ -8369,19 +8351,14 @@ class TestFaults:
             return resolve("127.0.0.1", *args, **options)
 
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-
-        async def begin() -> None:
-            client = ptth.HTTPClient(ptth.BaseURL(False, "relay.example", tunnel.port, ""))
-            tunnel.server = ptth.TunnelServer(client, "n", KEY, echo)
-            tunnel.running = asyncio.create_task(tunnel.server.run())
-
-        background.run(begin())
-        eventually(lambda: "name resolution" in "".join(told))
-        resolves = True
-        eventually(lambda: tunnel.server.connected.is_set())
-        for jump in (0, 1e6, -1e6):
-            monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
-            assert Client(tunnel.port).answer()[0] == 200
+        client = ptth.HTTPClient(ptth.BaseURL(False, "relay.example", bare_relay.port, ""))
+        with background.inside(attending(ptth.TunnelServer(client, "n", KEY, echo))) as server:
+            eventually(lambda: "name resolution" in "".join(told))
+            resolves = True
+            eventually(lambda: server.connected.is_set())
+            for jump in (0, 1e6, -1e6):
+                monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
+                assert Client(bare_relay.port).answer()[0] == 200
 
     @pytest.mark.skipif(not LONG, reason="takes a minute: PTTH_LONG is not set")
     def test_a_dead_link_is_noticed_and_the_address_may_change(
@@ -8472,12 +8449,14 @@ class TestFaults:
         rng = random.Random(7)
         served: list[str] = []
 
+        def content(path: str) -> bytes:
+            return path.encode() * (1 + 20_000 * path.startswith("/large"))
+
         async def handler(request: ptth.Request) -> ptth.Response:
             served.append(request.target)
             if request.target.startswith("/slow"):
                 await asyncio.sleep(0.05)
-            body = request.target.encode() * (1 + 20_000 * request.target.startswith("/large"))
-            return ptth.Response(200, [("Content-Type", "text/plain")], ptth.BytesBody(body))
+            return ptth.Response(200, [("Content-Type", "text/plain")], ptth.BytesBody(content(request.target)))
 
         tunnel = open_tunnel(handler, response_timeout=1)  # what a fault has lost is an honest 504 then
         tasks = len(background.run(self.all_tasks()))
@@ -8488,20 +8467,15 @@ class TestFaults:
                 path = f"/{rng.choice(['quick', 'slow', 'large'])}/{i}"
                 clients.append((path, Client(tunnel.port, path)))
             elif action < 0.9:
-                with socket.create_connection(("127.0.0.1", tunnel.port)) as sock:
-                    sock.sendall(get(f"/frontend/servers/n/gone/{i}"))
+                connect(tunnel.port, get(f"/frontend/servers/n/gone/{i}")).close()
             else:
                 background.run(self.break_connections(tunnel, rng))
         for path, client in clients:
             raw = client.raw()
             if raw and b"\r\n\r\n" in raw:
                 status, fields, body = one(raw)
-                unit = path.encode()
-                assert (
-                    status in (502, 503, 504)
-                    or body == unit * (1 + 20_000 * path.startswith("/large"))
-                    or len(body) < int(fields["content-length"])
-                )
+                whole = body == content(path)
+                assert status in (502, 503, 504) or whole or len(body) < int(fields["content-length"])
         assert len(served) - len(set(served)) <= len(served) * 0.2  # a GET may be offered again after a break, once
         eventually(lambda: not tunnel.relay.state.unclaimed)
         kept = tunnel.server.links[0].client.connections  # each is a task at the relay's end
@@ -8518,20 +8492,26 @@ class TestFaults:
             rng.choice(sorted(tunnel.server.links[0].client.connections, key=id)).transport.abort()
 
 
+NGINX = """user root; daemon off; worker_processes 1; pid p; error_log e; events {}
+http { access_log off; client_body_temp_path .; proxy_temp_path .; fastcgi_temp_path .; uwsgi_temp_path .; scgi_temp_path .;
+"""
+FRONTS = {
+    "nginx": ["nginx", "-e", "e", "-p", ".", "-c", "conf"],
+    "haproxy": ["haproxy", "-db", "-f", "conf"],
+    "caddy": ["caddy", "run", "--adapter", "caddyfile", "--config", "conf"],
+}
+EACH_FRONT = pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in FRONTS])
+
+
 @contextlib.contextmanager
-def nginx(where: object, http_block: str) -> object:
-    """Run a real nginx with this http block."""
-    (where / "nginx.conf").write_text(
-        f"daemon off; worker_processes 1; pid {where}/nginx.pid; error_log {where}/error.log;\n"
-        f"events {{ worker_connections 512; }}\nhttp {{ access_log off; client_body_temp_path {where}; proxy_temp_path {where};\n"
-        f"fastcgi_temp_path {where}; uwsgi_temp_path {where}; scgi_temp_path {where};\n{http_block} }}\n"
-    )
-    process = subprocess.Popen(["nginx", "-c", f"{where}/nginx.conf", "-p", str(where)], stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(10)
+def front_of(name: str, where: object, port: int, text: str, **ports: int) -> object:
+    """Run a proxy that listens on `port`. PORT and the names of other ports in its configuration are replaced."""
+    for word, number in {"PORT": port, **ports}.items():
+        text = re.sub(rf"\b{word}\b", str(number), text)
+    (where / "conf").write_text(f"{NGINX}{text}}}\n" if name == "nginx" else text)
+    home = {**os.environ, "HOME": str(where), "XDG_DATA_HOME": str(where)}
+    with program(*FRONTS[name], port=port, cwd=where, env=home):
+        yield
 
 
 CHROMIUM = [
@@ -8599,107 +8579,85 @@ class TestRealPrograms:
             runs.append(request.target)
             return await files(request)
 
-        relay_port, front = free_port(), free_port()
-        more = 'proxy_set_header Connection "";' if kept else ""
-        block = f"""upstream relay {{ server 127.0.0.1:{relay_port}; {"keepalive 16;" if kept else ""} }}
-            server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://relay; client_max_body_size 0;
-            proxy_http_version 1.1; proxy_request_buffering off; proxy_buffering off; {more} }} }}"""
-        write_configs(tmp_path, relay_port)
+        relay, front = free_port(), free_port()
+        block = """upstream relay { server 127.0.0.1:RELAY; }
+            server { listen 127.0.0.1:PORT; location / { proxy_pass http://relay; client_max_body_size 0;
+            proxy_http_version 1.1; proxy_request_buffering off; proxy_buffering off; } }"""
+        if kept:
+            block = block.replace("RELAY;", "RELAY; keepalive 16;")
+            block = block.replace("http_version 1.1;", 'http_version 1.1; proxy_set_header Connection "";')
+        write_configs(tmp_path, relay)
         start("relay", cwd=tmp_path).listening()
-        with nginx(tmp_path, block):
-            eventually(lambda: listens(front))
-
-            async def begin() -> tuple[ptth.TunnelServer, object]:
-                server = ptth.TunnelServer(client_of(front), "n", KEY, handler)
-                running = asyncio.create_task(server.run())
-                await server.connected.wait()
-                return server, running
-
-            async def end() -> None:
-                await server.stop(1)
-                await running
-
-            server, running = background.run(begin())
-            asked = [f"/files/big?{i}" for i in range(30)]
+        asked = [f"/files/big?{i}" for i in range(30)]
+        with front_of("nginx", tmp_path, front, block, RELAY=relay), tunnel_behind(background, front, handler):
             for path in asked:
                 status, _, body = one(fetch(front, get("/frontend/servers/n" + path), half_close=False))
                 assert (status, len(body)) == (200, 3_000_000)
-            assert sorted(runs) == sorted(asked)  # none ran twice
-            background.run(end())
+        assert sorted(runs) == sorted(asked)  # none ran twice
 
     @needs("nginx")
     def test_a_front_that_refuses_responses_is_an_honest_502_at_once(self, start: object, tmp_path: object) -> None:
         (tmp_path / "big").write_bytes(os.urandom(3_000_000))
-        relay_port, front = free_port(), free_port()
-        block = f"""server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://127.0.0.1:{relay_port};
-            limit_except GET {{ deny all; }} }} }}"""
-        write_configs(tmp_path, relay_port, str(tmp_path))
+        relay, front = free_port(), free_port()
+        block = "server { listen 127.0.0.1:PORT; location / { proxy_pass http://127.0.0.1:RELAY; limit_except GET { deny all; } } }"
+        write_configs(tmp_path, relay, str(tmp_path))
         start("relay", cwd=tmp_path).listening()
-        with nginx(tmp_path, block):
-            eventually(lambda: listens(front))
+        with front_of("nginx", tmp_path, front, block, RELAY=relay):
             server = start("server", "--relay-url", f"http://127.0.0.1:{front}", cwd=tmp_path)
             server.wait_for("connected to the relay")
             server.wait_for("by POST")  # before any client has asked
-            assert one(fetch(relay_port, get("/frontend/servers/n/files/big"), patience=20))[0] == 502
+            assert one(fetch(relay, get("/frontend/servers/n/files/big"), patience=20))[0] == 502
 
-    AS_INSTALLED = {  # program: (its arguments, its configuration), with default settings
-        "nginx": (["-p", ".", "-c", "conf"], """daemon off; worker_processes 1; pid p; error_log e; events {{}} http {{ access_log off;
-            client_body_temp_path .; proxy_temp_path .; fastcgi_temp_path .; uwsgi_temp_path .; scgi_temp_path .; client_max_body_size 1m;
-            server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://127.0.0.1:{relay}; proxy_set_header Host $http_host; }} }}
-            server {{ listen 127.0.0.1:{visitors}; location / {{ proxy_pass http://127.0.0.1:{relay}; proxy_set_header Host $http_host;
-            proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection $http_connection; }} }} }}"""),
-        "haproxy": (["-db", "-f", "conf"], """defaults\n mode http\n timeout connect 5s\n timeout client 50s\n timeout server 50s
-            \nlisten x\n bind 127.0.0.1:{front}\n bind 127.0.0.1:{visitors}\n server r 127.0.0.1:{relay}\n"""),
-        "caddy": (["run", "--config", "conf", "--adapter", "caddyfile"],
-            "{{\n admin off\n auto_https off\n}}\nhttp://:{front}, http://:{visitors} {{\n reverse_proxy 127.0.0.1:{relay}\n}}\n"),
+    AS_INSTALLED = {  # with default settings
+        "nginx": """client_max_body_size 1m;
+            server { listen 127.0.0.1:PORT; location / { proxy_pass http://127.0.0.1:RELAY; proxy_set_header Host $http_host; } }
+            server { listen 127.0.0.1:VISITORS; location / { proxy_pass http://127.0.0.1:RELAY; proxy_set_header Host $http_host;
+            proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection $http_connection; } }""",
+        "haproxy": """defaults\n mode http\n timeout connect 5s\n timeout client 50s\n timeout server 50s
+            \nlisten x\n bind 127.0.0.1:PORT\n bind 127.0.0.1:VISITORS\n server r 127.0.0.1:RELAY\n""",
+        "caddy": "{\n admin off\n auto_https off\n}\nhttp://:PORT, http://:VISITORS {\n reverse_proxy 127.0.0.1:RELAY\n}\n",
     }  # fmt: skip
 
-    @pytest.mark.parametrize("program", [pytest.param(name, marks=needs(name)) for name in AS_INSTALLED])
+    @EACH_FRONT
     def test_streams_and_large_files_pass_a_proxy_as_it_is_installed(
-        self, program: str, bare_relay: Tunnel, streams: StreamApp, background: Background, tmp_path: object
+        self, name: str, bare_relay: Tunnel, streams: StreamApp, background: Background, tmp_path: object
     ) -> None:
         front, visitors = free_port(), free_port()
-        arguments, text = self.AS_INSTALLED[program]
-        (tmp_path / "conf").write_text(text.format(front=front, relay=bare_relay.port, visitors=visitors))
         (tmp_path / "big").write_bytes(random.Random(3).randbytes(5_000_000))
-        app = ptth.App(ptth.HTTPClient(ptth.parse_base_url(f"http://127.0.0.1:{streams.port}")), "public")
+        app = ptth.App(client_of(streams.port), "public")
         files = ptth.server_handler(ptth.Site(str(tmp_path)), "n")
 
         async def handler(request: ptth.Request) -> ptth.Response:
             return await (files if request.target.startswith("/files") else app.handle)(request)
 
-        environment = {**os.environ, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
-        process = subprocess.Popen([program, *arguments], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-        try:
-            eventually(lambda: listens(front) and listens(visitors))
-            with tunnel_behind(background, front, handler):
-                body = one(fetch(visitors, get("/files/big", host="n.example.com"), half_close=False))[2]
-                assert body == (tmp_path / "big").read_bytes()
-                asked = bare_relay.port if LONG else visitors  # a silence of the visitor's own ends at that proxy
-                socket_ = Visitor(asked, "/echo")
-                events = Visitor(asked, "/stream?Content-Type:%20text/event-stream%0D%0A", "Accept: */*")
-                writer = streams.writers[-1]
-                for pause in (0, 0, 90) if LONG >= 60 else (0, 0):
-                    time.sleep(pause)
-                    socket_.sock.sendall(b"hello")
-                    assert socket_.read(5) == b"hello"
-                    streams.loop.call_soon_threadsafe(writer.write, b"5\r\nevent\r\n")
-                    assert events.read(10) == b"5\r\nevent\r\n"
-                socket_.close()
-                events.close()
-        finally:
-            process.terminate()
-            process.wait(20)
+        ports = {"RELAY": bare_relay.port, "VISITORS": visitors}
+        with (
+            front_of(name, tmp_path, front, self.AS_INSTALLED[name], **ports),
+            tunnel_behind(background, front, handler),
+        ):
+            eventually(lambda: listens(visitors))
+            body = one(fetch(visitors, get("/files/big", host="n.example.com"), half_close=False))[2]
+            assert body == (tmp_path / "big").read_bytes()
+            asked = bare_relay.port if LONG else visitors  # a silence of the visitor's own ends at that proxy
+            socket_ = Visitor(asked, "/echo")
+            events = Visitor(asked, "/stream?Content-Type:%20text/event-stream%0D%0A", "Accept: */*")
+            writer = streams.writers[-1]
+            for pause in (0, 0, 90) if LONG >= 60 else (0, 0):
+                time.sleep(pause)
+                socket_.sock.sendall(b"hello")
+                assert socket_.read(5) == b"hello"
+                streams.loop.call_soon_threadsafe(writer.write, b"5\r\nevent\r\n")
+                assert events.read(10) == b"5\r\nevent\r\n"
+            socket_.close()
+            events.close()
 
-    FRONTS = {  # program: (its arguments, its configuration)
-        "nginx": (["-p", ".", "-c", "conf"], """daemon off; worker_processes 1; pid p; error_log e; events {{}} http {{ access_log off;
-            client_body_temp_path .; proxy_temp_path .; fastcgi_temp_path .; uwsgi_temp_path .; scgi_temp_path .;
-            upstream r {{ server 127.0.0.1:{relay}; keepalive 9; }} server {{ listen 127.0.0.1:{front}; location / {{ proxy_pass http://r;
-            proxy_http_version 1.1; proxy_set_header Connection ""; proxy_request_buffering off; proxy_buffering off; }} }} }}"""),
-        "haproxy": (["-f", "conf"], """defaults\n mode http\n timeout connect 5s\n timeout client 5s\n timeout server 60s
-            listen a\n bind 127.0.0.1:{front}\n server s 127.0.0.1:{relay}\n"""),
-        "caddy": (["run", "--adapter", "caddyfile", "--config", "conf"], """{{\n admin off\n auto_https off\n}}
-            http://:{front} {{\n bind 127.0.0.1\n reverse_proxy 127.0.0.1:{relay} {{\n flush_interval -1\n }}\n}}\n"""),
+    STREAMING = {
+        "nginx": """upstream r { server 127.0.0.1:RELAY; keepalive 9; } server { listen 127.0.0.1:PORT; location / { proxy_pass http://r;
+            proxy_http_version 1.1; proxy_set_header Connection ""; proxy_request_buffering off; proxy_buffering off; } }""",
+        "haproxy": """defaults\n mode http\n timeout connect 5s\n timeout client 5s\n timeout server 60s
+            listen a\n bind 127.0.0.1:PORT\n server s 127.0.0.1:RELAY\n""",
+        "caddy": """{\n admin off\n auto_https off\n}
+            http://:PORT {\n bind 127.0.0.1\n reverse_proxy 127.0.0.1:RELAY {\n flush_interval -1\n }\n}\n""",
     }  # fmt: skip
     HIDDEN = b"GET /frontend/servers/n/smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
     AMBIGUOUS = [  # fields of a request whose body is another request if they are read in another way
@@ -8710,30 +8668,19 @@ class TestRealPrograms:
         "Transfer-Encoding: chunked, identity\r\nContent-Length: {n}", "Content-Length : {n}", "Content-Length: {n} 0",
     ]  # fmt: skip
 
-    @pytest.mark.parametrize("program", FRONTS)
-    def test_no_front_and_relay_read_one_request_as_two(
-        self, program: str, start: object, tmp_path: object, open_tunnel: object
-    ) -> None:
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
+    @EACH_FRONT
+    def test_no_front_and_relay_read_one_request_as_two(self, name: str, tmp_path: object, open_tunnel: object) -> None:
         asked: list[str] = []
 
         async def handler(request: ptth.Request) -> ptth.Response:
             asked.append(request.target)
             return ptth.text_response(200, "here")
 
-        tunnel = open_tunnel(handler)
         front = free_port()
-        arguments, text = self.FRONTS[program]
-        (tmp_path / "conf").write_text(text.format(front=front, relay=tunnel.port))
-        process = subprocess.Popen(
-            [program, *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        try:
-            eventually(lambda: listens(front))
+        with front_of(name, tmp_path, front, self.STREAMING[name], RELAY=open_tunnel(handler).port):
             for method in ("GET", "POST"):
                 for fields in self.AMBIGUOUS:
-                    if program == "caddy" and "y\nTransfer" in fields:
+                    if name == "caddy" and "y\nTransfer" in fields:
                         continue  # to Caddy it is a field, which goes before the length: two requests, also for the relay
                     top = f"{method} /frontend/servers/n/first HTTP/1.1\r\nHost: a\r\n"
                     head = f"{top}{fields.format(n=len(self.HIDDEN) + 5)}\r\n\r\n"
@@ -8741,152 +8688,99 @@ class TestRealPrograms:
                         fetch(front, head.encode("latin-1") + b"0\r\n\r\n" + self.HIDDEN, patience=5)
             assert one(fetch(front, get("/frontend/servers/n/last"), half_close=False))[0] == 200
             assert "/last" in asked and "/smuggled" not in asked
-        finally:
-            process.terminate()
-            process.wait(10)
 
     @staticmethod
-    def readme(language: str) -> list[str]:
-        """Return the blocks of that language in the README, without their indentation."""
+    def readme(language: str, word: str = "") -> str:
+        """Return the first block of that language in the README that contains `word`, without its indentation."""
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            return [
-                textwrap.dedent(block)
-                for block in re.findall(rf"^ *```{language}\n(.*?)^ *```$", file.read(), re.MULTILINE | re.DOTALL)
-            ]
+            blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```$", file.read(), re.MULTILINE | re.DOTALL)
+        return textwrap.dedent(next(block for block in blocks if word in block))
 
-    def front_with_a_password(self, program: str, where: object, front: int, relay: int) -> list[str]:
-        """Write the README's configuration with the user me:secret; return the command."""
-        coded = "$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW"
-        if program == "caddy":
-            closed = next(block for block in self.readme("caddy") if "basicauth" in block)
-            block = self.readme("caddy")[0].replace("{\n", "{\n" + closed, 1)
-            block = block.replace("relay.example.com", f"http://:{front}").replace(
-                "127.0.0.1:4000", f"127.0.0.1:{relay}"
-            )
-            (where / "conf").write_text("{\n admin off\n auto_https off\n}\n" + block.replace("$2a$14$...", coded))
-            return ["caddy", "run", "--adapter", "caddyfile", "--config", "conf"]
+    def front_with_a_password(self, name: str, where: object) -> str:
+        """Return the README's configuration with the user me:secret."""
+        if name == "caddy":
+            closed = self.readme("caddy", "basicauth")
+            block = self.readme("caddy").replace("{\n", "{\n" + closed, 1).replace("relay.example.com", "http://:PORT")
+            coded = "$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW"
+            block = block.replace("127.0.0.1:4000", "127.0.0.1:RELAY").replace("$2a$14$...", coded)
+            return "{\n admin off\n auto_https off\n}\n" + block
         (where / "users").write_text("me:{PLAIN}secret\n")
-        plain = next(block for block in self.readme("nginx") if block.startswith("upstream ptth"))
-        closed = next(block for block in self.readme("nginx") if "auth_basic" in block)
-        block = plain.replace("    location / { proxy_pass http://ptth; }\n", closed)
-        block = block.replace("4000", str(relay)).replace("443 ssl", f"127.0.0.1:{front}")
-        block = block.replace("/etc/nginx/htpasswd", f"{where}/users")
-        (where / "conf").write_text(
-            f"user root; daemon off; worker_processes 1; pid {where}/p; error_log {where}/e; events {{}}\nhttp {{ access_log off;\n"
-            f"client_body_temp_path {where}; proxy_temp_path {where}; fastcgi_temp_path {where}; uwsgi_temp_path {where};\n"
-            f"scgi_temp_path {where};\n{block} }}\n"
-        )
-        return ["nginx", "-c", f"{where}/conf", "-p", str(where)]
+        closed = self.readme("nginx", "auth_basic").replace("/etc/nginx/htpasswd", f"{where}/users")
+        block = self.readme("nginx", "upstream ptth").replace("    location / { proxy_pass http://ptth; }\n", closed)
+        return block.replace("4000", "RELAY").replace("443 ssl", "127.0.0.1:PORT")
 
-    @pytest.mark.parametrize("program", ["nginx", "caddy"])
+    @pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in ("nginx", "caddy")])
     def test_the_readmes_password_cannot_be_walked_round(
-        self, program: str, tmp_path: object, open_tunnel: object
+        self, name: str, tmp_path: object, open_tunnel: object
     ) -> None:
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
         asked: list[ptth.Request] = []
 
         async def handler(request: ptth.Request) -> ptth.Response:
             asked.append(request)
             return ptth.text_response(200, "secret")
 
-        tunnel = open_tunnel(handler)
-        front = free_port()
-        process = subprocess.Popen(
-            self.front_with_a_password(program, tmp_path, front, tunnel.port),
-            cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            eventually(lambda: listens(front))
-            below = "/frontend/servers/n/"
-            for up in ("..", "%2e%2e", ".%2E", "..%2f..", "..\\", "..%5c", "a/../..", "..;"):
-                for slash in ("/", "//", "%2f", "\\", "/./"):
-                    for opened in ("7ZSFUKGV", "scraper", "files/secret"):
-                        for path in (
-                            below + slash.join([up] * 3 + [opened, "x"]),
-                            f"/{opened}{slash}{up}{slash}{below[1:]}x",
-                        ):
-                            status = fetch(front, get(path), half_close=False)[9:12]
-                            assert not asked and status in (b"400", b"401", b"404"), (path, status)
+        front, below = free_port(), "/frontend/servers/n/"
+        text = self.front_with_a_password(name, tmp_path)
+        with front_of(name, tmp_path, front, text, RELAY=open_tunnel(handler).port):
+            for up, slash, opened in itertools.product(
+                ("..", "%2e%2e", ".%2E", "..%2f..", "..\\", "..%5c", "a/../..", "..;"),
+                ("/", "//", "%2f", "\\", "/./"),
+                ("7ZSFUKGV", "scraper", "files/secret"),
+            ):
+                climbing = below + slash.join([up] * 3 + [opened, "x"])
+                for path in (climbing, f"/{opened}{slash}{up}{slash}{below[1:]}x"):
+                    status = fetch(front, get(path), half_close=False)[9:12]
+                    assert not asked and status in (b"400", b"401", b"404"), (path, status)
             assert one(fetch(front, get(below), half_close=False))[0] == 401
             with_password = get(below, "Authorization: Basic " + base64.b64encode(b"me:secret").decode())
             assert one(fetch(front, with_password, half_close=False))[2] == b"secret"
             assert "authorization" not in asked[0].headers
             for path in ("/7ZSFUKGV/http_listen/n", "/scraper/v1/test"):  # the relay's own refusals
                 assert b"Basic" not in fetch(front, get(path), half_close=False), path
-        finally:
-            process.terminate()
-            process.wait(10)
 
-    def front_for_hosts(self, program: str, where: object, front: int, relay: int) -> list[str]:
-        """Write the README's configuration for hosts, with a certificate of the test; return the command."""
+    def front_for_hosts(self, name: str, where: object) -> str:
+        """Return the README's configuration for hosts, with a certificate of the test."""
         make_certificate(where)
         (where / "both.pem").write_text((where / "cert").read_text() + (where / "key").read_text())
-        word = {"nginx": "upstream ptth", "haproxy": "http-no-delay", "caddy": "on_demand_tls"}[program]
-        block = next(block for block in self.readme(program) if word in block)
-        block = block.replace("127.0.0.1:4000", f"127.0.0.1:{relay}")
-        if program == "haproxy":
-            block = block.replace(":443 ssl crt /etc/haproxy/certs/", f"127.0.0.1:{front} ssl crt {where}/both.pem")
-        elif program == "caddy":
-            ports = f"https_port {front}\n http_port {free_port()}\n"
+        word = {"nginx": "upstream ptth", "haproxy": "http-no-delay", "caddy": "on_demand_tls"}[name]
+        block = self.readme(name, word)
+        if name == "haproxy":
+            block = block.replace(":443 ssl crt /etc/haproxy/certs/", f"127.0.0.1:PORT ssl crt {where}/both.pem")
+        elif name == "caddy":
+            ports = f"https_port PORT\n http_port {free_port()}\n"
             own = f"{{\n admin off\n {ports} local_certs\n skip_install_trust\n storage file_system {where}/caddy\n"
-            above = self.readme("caddy")[0].partition("{\n")[2].removesuffix("}\n")
+            above = self.readme("caddy").partition("{\n")[2].removesuffix("}\n")
             assert "    # reverse_proxy as above\n" in block
             block = block.replace("    # reverse_proxy as above\n", above).replace("{\n", own, 1)
-            block = block.replace("127.0.0.1:4000", f"127.0.0.1:{relay}")
         else:
             certificate = f"ssl_certificate {where}/cert; ssl_certificate_key {where}/key;"
             block = block.replace("# ssl_certificate ...; ssl_certificate_key ...;", certificate)
             block = block.replace("server_name relay.example.com;", "server_name n.example.com;")
-            temp = "".join(
-                f"{kind}_temp_path {where};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-            )
-            block = f"daemon off; pid {where}/p; events {{}}\nhttp {{ access_log off; {temp}\n{block} }}\n"
-            block = block.replace("listen 443", f"listen 127.0.0.1:{front}")
-        (where / "conf").write_text(block)
-        arguments = {
-            "nginx": f"-e e -p {where} -c conf",
-            "haproxy": "-f conf",
-            "caddy": "run --adapter caddyfile --config conf",
-        }
-        return [program, *arguments[program].split()]
+            block = block.replace("listen 443", "listen 127.0.0.1:PORT")
+        return block.replace("127.0.0.1:4000", "127.0.0.1:RELAY")
 
     @needs("openssl")
-    @pytest.mark.parametrize("program", ["nginx", "haproxy", "caddy"])
+    @EACH_FRONT
     def test_the_readmes_proxies_bring_hosts_and_websockets(
-        self, program: str, tmp_path: object, open_tunnel: object
+        self, name: str, tmp_path: object, open_tunnel: object
     ) -> None:
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
-
         async def handler(request: ptth.Request) -> ptth.Response:
             if request.upgrade:
-                return ptth.Response(
-                    101,
-                    [("Upgrade", "websocket"), ("Sec-WebSocket-Accept", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")],
-                    request.body,
-                )
+                fields = [("Upgrade", "websocket"), ("Sec-WebSocket-Accept", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")]
+                return ptth.Response(101, fields, request.body)
             return ptth.text_response(200, request.headers["x-forwarded-proto"], [("Set-Cookie", "a=b")])
 
-        tunnel = open_tunnel(handler)
-        front = free_port()
-        process = subprocess.Popen(
-            self.front_for_hosts(program, tmp_path, front, tunnel.port), cwd=tmp_path, stderr=subprocess.DEVNULL
-        )
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        try:
-            eventually(lambda: listens(front))
+        tunnel, front = open_tunnel(handler), free_port()
+        trusting = ssl.create_default_context()
+        trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+
+        def visit() -> ssl.SSLSocket:
+            return trusting.wrap_socket(connect(front), server_hostname="n.example.com")
+
+        with front_of(name, tmp_path, front, self.front_for_hosts(name, tmp_path), RELAY=tunnel.port):
             for upgrade in (False, True):
-                plain = socket.create_connection(("127.0.0.1", front), 20)
-                with context.wrap_socket(plain, server_hostname="n.example.com") as client:
-                    more = [
-                        "Upgrade: websocket",
-                        "Connection: Upgrade",
-                        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-                        "Sec-WebSocket-Version: 13",
-                    ]
-                    fields = more if upgrade else ["Connection: close"]
+                with visit() as client:
+                    fields = Visitor.ASKS if upgrade else ["Connection: close"]
                     client.sendall("\r\n".join(["GET / HTTP/1.1", "Host: n.example.com", *fields, "", ""]).encode())
                     data = client.recv(4096)
                     client.sendall(b"ping" * upgrade)
@@ -8897,112 +8791,76 @@ class TestRealPrograms:
             # A server that dies must not get another request: the proxy has to close its P1 at the relay.
             parked = tunnel.registered.parked
             p1 = f"GET /7ZSFUKGV/http_listen/n HTTP/1.1\r\nHost: relay.example.com\r\nX-ApiKey: {KEY}\r\n"
-            plain = socket.create_connection(("127.0.0.1", front), 20)
-            with context.wrap_socket(plain, server_hostname="n.example.com") as client:
+            with visit() as client:
                 client.sendall(f"{p1}Accept: application/http\r\nPTTH-Instance: {'a' * 16}\r\n\r\n".encode())
-                eventually(lambda: any(one.instance == "a" * 16 for one in list(parked)))
-            eventually(lambda: all(one.instance != "a" * 16 or one.is_stale() for one in list(parked)), 5)
-        finally:
-            process.terminate()
-            process.wait(10)
+                eventually(lambda: any(poll.instance == "a" * 16 for poll in list(parked)))
+            eventually(lambda: all(poll.instance != "a" * 16 or poll.is_stale() for poll in list(parked)), 5)
+
+    @staticmethod
+    def https(port: int, where: object) -> http.client.HTTPSConnection:
+        """Return a client that trusts the certificate of the test."""
+        context = ssl.create_default_context(cafile=where / "cert")
+        return http.client.HTTPSConnection("localhost", port, context=context, timeout=20)
 
     @needs("openssl")
     def test_https_to_the_relay_checks_the_certificate(
-        self, start: object, tmp_path: object, background: Background
+        self, start: object, tmp_path: object, open_tunnel: object
     ) -> None:
-        context = make_certificate(tmp_path)
-
-        async def begin() -> tuple[ptth.Relay, ptth.HTTPServer, int]:
-            relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
-            server = ptth.HTTPServer(relay.handle, tls=context)
-            sock = ptth.open_socket("127.0.0.1", 0)
-            await server.listen(sock)
-            return relay, server, sock.getsockname()[1]
-
-        relay, server, port = background.run(begin())
+        port = open_tunnel(tls=make_certificate(tmp_path)).port
         (tmp_path / "big").write_bytes(b"x" * 3_000_000)
         write_configs(tmp_path, port, relay_url=f"https://localhost:{port}/")
         start("server", cwd=tmp_path).wait_for("certificate")
         trusting = start("server", cwd=tmp_path, env={"SSL_CERT_FILE": str(tmp_path / "cert")})
         trusting.wait_for("connected")
-        client = http.client.HTTPSConnection(
-            "localhost", port, context=ssl.create_default_context(cafile=tmp_path / "cert")
-        )
+        client = self.https(port, tmp_path)
         client.request("GET", "/frontend/servers/n/files/big")
         assert client.getresponse().read() == b"x" * 3_000_000
         client.close()
         assert trusting.end() == 0
-        background.run(relay.stop(0.1))
-        background.run(server.stop(0.1))
 
     @needs("tinyproxy")
     @pytest.mark.parametrize("scheme", ["http", "https"])
     def test_a_forward_proxy_on_the_way(
-        self, scheme: str, start: object, tmp_path: object, background: Background
+        self, scheme: str, start: object, tmp_path: object, open_tunnel: object
     ) -> None:
         context = make_certificate(tmp_path)
-        proxy_port = free_port()
-        config = f'Port {proxy_port}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout 60\nLogFile "{tmp_path}/proxy.log"\nBasicAuth u p\nMaxClients 50\n'
+        port, proxy = open_tunnel(tls=context if scheme == "https" else None).port, free_port()
+        config = f'Port {proxy}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout 60\nLogFile "{tmp_path}/proxy.log"\nBasicAuth u p\nMaxClients 50\n'
         (tmp_path / "proxy.conf").write_text(config)
-
-        async def begin() -> tuple[ptth.Relay, ptth.HTTPServer, int]:
-            relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
-            server = ptth.HTTPServer(relay.handle, tls=context if scheme == "https" else None)
-            sock = ptth.open_socket("127.0.0.1", 0)
-            await server.listen(sock)
-            return relay, server, sock.getsockname()[1]
-
-        relay, server, port = background.run(begin())
-        proxy = subprocess.Popen(["tinyproxy", "-d", "-c", str(tmp_path / "proxy.conf")], stdout=subprocess.DEVNULL)
-        try:
-            eventually(lambda: listens(proxy_port))
-            (tmp_path / "big").write_bytes(b"x" * 1_000_000)
-            write_configs(
-                tmp_path,
-                port,
-                relay_url=f"{scheme}://localhost:{port}/",
-                proxy_url=f"http://u:p@127.0.0.1:{proxy_port}",
-            )
+        (tmp_path / "big").write_bytes(b"x" * 1_000_000)
+        ways = {"relay_url": f"{scheme}://localhost:{port}/", "proxy_url": f"http://u:p@127.0.0.1:{proxy}"}
+        write_configs(tmp_path, port, **ways)
+        with program("tinyproxy", "-d", "-c", str(tmp_path / "proxy.conf"), port=proxy):
             start("server", cwd=tmp_path, env={"SSL_CERT_FILE": str(tmp_path / "cert")}).wait_for("connected")
-            kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-            more = {"context": ssl.create_default_context(cafile=tmp_path / "cert")} if scheme == "https" else {}
-            client = kind("localhost", port, timeout=20, **more)
+            is_https = scheme == "https"
+            client = (
+                self.https(port, tmp_path) if is_https else http.client.HTTPConnection("localhost", port, timeout=20)
+            )
             client.request("GET", "/frontend/servers/n/files/big")
             assert client.getresponse().read() == b"x" * 1_000_000
             client.close()
-            assert ("CONNECT localhost" in (tmp_path / "proxy.log").read_text()) is (scheme == "https")
-        finally:
-            proxy.terminate()
-            proxy.wait(10)
-            background.run(relay.stop(0.1))
-            background.run(server.stop(0.1))
+            assert ("CONNECT localhost" in (tmp_path / "proxy.log").read_text()) is is_https
 
     @needs("openssl")
     def test_a_key_in_the_served_folder_is_not_served(self, start: object, tmp_path: object) -> None:
         make_certificate(tmp_path)
-        cert, key = "cert", "key"
-        context = ssl.create_default_context(cafile=str(tmp_path / cert))
-        shutil.copy(tmp_path / key, tmp_path / f"{key}~")
+        shutil.copy(tmp_path / "key", tmp_path / "key~")
         (tmp_path / "public.txt").write_text("public")
-        args = ["--bind", "127.0.0.1", "--port", "0", "--tls-cert", cert, "--tls-key", key]
-        server = start("file-server", ".", *args, cwd=str(tmp_path))
-        port = int(re.search(r"https://[^/ ]*:(\d+)/", server.wait_for("https://"))[1])
-        eventually(lambda: any("not served" in line and f"{tmp_path}/{key}" in line for line in server.told))
-        for path, status in (("/public.txt", 200), (f"/{cert}", 404), (f"/{key}", 404), (f"/{key}~", 404)):
-            connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=20)
-            connection.request("GET", path)
-            assert connection.getresponse().status == status
-            connection.close()
+        args = ["--bind", "127.0.0.1", "--port", "0", "--tls-cert", "cert", "--tls-key", "key"]
+        server = start("file-server", ".", *args, cwd=str(tmp_path)).listening()
+        eventually(lambda: any("not served" in line and f"{tmp_path}/key" in line for line in server.told))
+        for path, status in (("/public.txt", 200), ("/cert", 404), ("/key", 404), ("/key~", 404)):
+            client = self.https(server.port, tmp_path)
+            client.request("GET", path)
+            assert client.getresponse().status == status
+            client.close()
 
     @needs("openssl")
     def test_https_by_the_file_server(self, start: object, tmp_path: object, root: str) -> None:
         make_certificate(tmp_path)
         args = ["--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key")]
-        server = start("file-server", root, "--port", "0", *args)
-        port = int(re.search(r"https://[^/ ]*:(\d+)/", server.wait_for("https://"))[1])
-        client = http.client.HTTPSConnection(
-            "localhost", port, context=ssl.create_default_context(cafile=tmp_path / "cert")
-        )
+        server = start("file-server", root, "--port", "0", *args).listening()
+        client = self.https(server.port, tmp_path)
         client.request("GET", "/big")
         assert client.getresponse().read() == bytes(range(256)) * 1024
         client.close()  # a kept connection: closing it once made a traceback
@@ -9010,14 +8868,15 @@ class TestRealPrograms:
         assert client.getresponse().status == 405
         client.close()
         trusting = ssl.create_default_context(cafile=tmp_path / "cert")
-        plain = socket.create_connection(
-            ("localhost", port), timeout=1.5
-        )  # the end does not take the 2 seconds of lingering
-        with trusting.wrap_socket(plain, server_hostname="localhost") as tls:
+
+        def visit(patience: float) -> ssl.SSLSocket:
+            plain = socket.create_connection(("localhost", server.port), timeout=patience)
+            return trusting.wrap_socket(plain, server_hostname="localhost")
+
+        with visit(1.5) as tls:  # the end does not take the 2 seconds of lingering
             tls.sendall(get("/hello.txt"))
-            while tls.recv(1000):
-                pass
-        idle = trusting.wrap_socket(socket.create_connection(("localhost", port)), server_hostname="localhost")
+            read(tls)
+        idle = visit(20)
         idle.sendall(get("/hello.txt").replace(b"Connection: close\r\n", b""))
         assert idle.recv(1000)
         assert server.end(patience=10) == 0  # the clients do not answer its close
