@@ -6795,7 +6795,7 @@ class TestServer:
             await release.wait()
             return ptth.text_response(200, "")
 
-        monkeypatch.setattr(ptth, "P7_TIMEOUT", 0.1)
+        monkeypatch.setitem(ptth.HTTPClient.handle.__kwdefaults__, "timeout", 0.1)
         async with listening(ptth.HTTPServer(never)) as port:
             client = client_of(port)
             with pytest.raises(TimeoutError):
