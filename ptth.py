@@ -6765,6 +6765,13 @@ class KeyRefused(Refused):
     """The relay does not know this name with this key."""
 
 
+class _Stopped(Exception):
+    """`TunnelServer.stop` was called."""
+
+
+_NO_REQUEST = Request("GET", "-", Headers())  # in place of a request that is unknown or cannot be parsed
+
+
 class Workers:
     """Calls a handler for the requests from all relays of a server. `group` has all tasks of the server."""
 
@@ -6772,13 +6779,13 @@ class Workers:
         self.handler = handler
         self.group: asyncio.TaskGroup | None = None  # while the server runs
         self.stopping = asyncio.Event()
-        self.room = asyncio.Event()  # clear while queue and workers, or all batches, hold MAX_HANDLERS
+        self.room = asyncio.Event()  # clear while MAX_HANDLERS requests are here, or as many responses wait for a batch
         self.room.set()
         self.request_ids: dict[str, Sender] = {}  # ids of all requests without a response, and who will send it
         self.sending: Counter[str] = Counter()  # large responses that are being sent, by the client's address
-        self.most_sending = raise_file_limit() // 4  # of them: two descriptors for each, half of all
+        self.most_sending = raise_file_limit() // 4  # at once: each takes two descriptors, all half of the limit
         self._queue: deque[tuple[str, Request | ProtocolError, Sender]] = deque()
-        self._count = 0  # workers: tasks that handle what is queued
+        self._count = 0  # number of workers, the tasks that handle what is queued
         self._batched = 0  # small responses that wait for their batch
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -6970,12 +6977,28 @@ class PartReader:
         await end_task(self._reading)
 
 
+_POST = f": responses are sent by POST, so that must be allowed below {BACKEND}"
+_REFUSALS = {  # status of an answer to P5: what to do about it
+    401: ": it no longer knows the key",
+    403: _POST,
+    405: _POST,
+    408: ": its time limit for requests is too short",
+    411: ": it must take requests with Transfer-Encoding: chunked",
+    413: ": its limit for request bodies is small, so responses are sent in parts (nginx: client_max_body_size 0;)",
+    501: _POST,
+    504: ": its time limit for responses is too short (nginx: proxy_read_timeout 3600s;)",
+}
+
+
 class Batch(NamedTuple):
     """Small responses that are sent together."""
 
-    request_ids: list[str] = []
-    data: bytes = b""
-    pieces: list[bytes] = []  # each response's part of `data`
+    request_ids: list[str]
+    data: bytes
+    pieces: list[bytes]  # each response's part of `data`
+
+
+_NO_BATCH = Batch([], b"", [])
 
 
 class Sender:
@@ -6988,12 +7011,12 @@ class Sender:
         self.features: set[str] = set()  # of the relay
         self._part_size = 0  # bytes of a POST that the proxy in front of the relay probably accepts; 0: no limit known
         self._passed = 0  # bytes of the largest POST that was accepted
-        self.near = True  # few milliseconds from the relay
+        self.near = True  # the round trip to the relay is shorter than NEAR_ROUND_TRIP
         self._key = key
         self._workers = workers
         self._log_change = log
         self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach the relay
-        self.on_loss: Callable[[], object] = int  # called when `lost` has grown
+        self.on_loss: Callable[[], object] = int  # called when `lost` has grown; int does nothing
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
         self._sending = 0  # batches in flight
         self._endless: set[PartReader] = set()  # WebSockets and event streams that are being sent
@@ -7043,7 +7066,7 @@ class Sender:
         request_ids: list[str] = []
         pieces: list[bytes] = []
         size = 0
-        most = MAX_RESPONSES_BYTES if "listen" in self.features else MAX_BATCH_BYTES
+        most = MAX_RESPONSES_BYTES if "listen" in self.features else MAX_BATCH_BYTES  # relays without it read less
         most = min(self._part_size or most, most)
         while self._batch and (not pieces or size + len(self._batch[0][1]) <= most):
             request_id, piece = self._batch.popleft()
@@ -7132,7 +7155,7 @@ class Sender:
                     raise ConnectionError(f"the relay, or a proxy in front of it, does not take {part.length} bytes")
             delivered = True
         except (OSError, ProtocolError) as error:
-            self._log_change(f"sending a response to the relay failed, the client's is cut off: {format_error(error)}")
+            self._log_change(f"sending a response to the relay failed; the response is cut off: {format_error(error)}")
         finally:
             self._endless.discard(parts)
             await parts.aclose()
@@ -7141,7 +7164,7 @@ class Sender:
 
     def _shrink_parts(self, size: int | None) -> bool:
         """Make parts smaller, after a proxy has refused `size` bytes (413). Return whether that is possible."""
-        size = size or 2 * READ_SIZE
+        size = size or 2 * READ_SIZE  # a guess, if the body has no length
         self._part_size = min(self._part_size or size, max(size // 2, MIN_PART))
         return size > self._part_size
 
@@ -7223,19 +7246,6 @@ class Sender:
         async with asyncio.timeout(P1_TIMEOUT):
             await self._post_once(f"http_responses/{self.name}", EMPTY, [("Content-Type", RESPONSE_TYPE)])
         return loop.time() - began
-
-
-_POST = f": responses are sent by POST, so that must be allowed below {BACKEND}"
-_REFUSALS = {  # status: what to do about it
-    401: ": it no longer knows the key",
-    403: _POST,
-    405: _POST,
-    408: ": its time limit for requests is too short",
-    411: ": it must take requests with Transfer-Encoding: chunked",
-    413: ": its limit for request bodies is small, so responses are sent in parts (nginx: client_max_body_size 0;)",
-    501: _POST,
-    504: ": its time limit for responses is too short (nginx: proxy_read_timeout 3600s;)",
-}
 
 
 class FetchedBody(Body):
@@ -7326,7 +7336,7 @@ class Link:
         self.name = name
         self.label = label  # the beginning of each log line, if there are several relays
         self.connected = asyncio.Event()
-        self.on_change: Callable[[], object] = int  # called when `connected` has changed
+        self.on_change: Callable[[], object] = int  # called when `connected` has changed; int does nothing
         self._key = key
         self._instance = os.urandom(8).hex()  # tells this server from others of the same name
         self._workers = workers
@@ -7335,7 +7345,7 @@ class Link:
         self._parked: set[Connection] = set()  # connections of P1 without an answer yet
         self._last_logged = ""
         self._host = ""  # this server's own host at the relay, if any
-        self._most_polls = 0  # P1 open at the same time
+        self._most_polls = 0  # P1 that may be open at the same time
         self._reporting = False
         self._sender = Sender(client, name, key, workers, self._log_change)
         self._sender.on_loss = self._report
@@ -7348,12 +7358,12 @@ class Link:
             while not self._stopping.is_set():
                 try:
                     took = await self._workers.unless_stopped(self._connect())
-                    failure: asyncio.Future[Exception] = loop.create_future()
+                    failure: asyncio.Future[Exception] = loop.create_future()  # its result: why a poll failed
                     began = loop.time()
                     self._most_polls = 0
                     self._set_distance(took, failure)
                     if not self._sender.rust_relay:
-                        self._spawn(self._look(took, failure))
+                        self._spawn(self._measure(took, failure))
                     error = await self._workers.unless_stopped(failure)
                     if loop.time() - began > BACKOFF_MAX:  # the connection worked for some time
                         pauses = backoff()
@@ -7413,8 +7423,8 @@ class Link:
         self.on_change()
         return took
 
-    async def _look(self, took: float, failure: asyncio.Future[Exception]) -> None:
-        """Check that POST is allowed, and measure the round trip; again every MEASURE_INTERVAL, until a poll fails.
+    async def _measure(self, took: float, failure: asyncio.Future[Exception]) -> None:
+        """Measure the round trip, and check that POST is allowed; again every MEASURE_INTERVAL, until a poll fails.
 
         The shortest of several round trips counts, because one may be slow by chance. `took` is the first.
         """
@@ -7448,7 +7458,7 @@ class Link:
         """Send P1 until all lost ids were sent. After a failure the next hello sends them."""
         try:
             while self._sender.lost and not self._stopping.is_set():
-                await self._poll_again(self.client.take_idle(), 1)
+                await self._poll_again(self.client.take_idle(), wait=1)
         except (OSError, ProtocolError):
             pass
         finally:
@@ -7470,8 +7480,8 @@ class Link:
             if not failure.done():
                 failure.set_result(error)
 
-    def _next_poll(self, brought: bool) -> tuple[Connection | None, float, Batch]:
-        """Return an idle connection for the next P1, the seconds that it waits, and the batch to send with it.
+    def _next_poll(self, brought: bool) -> tuple[Connection | None, Batch]:
+        """Return an idle connection for the next P1, and the batch to send with it.
 
         `brought`: the last P1 has brought requests.
         """
@@ -7479,9 +7489,11 @@ class Link:
         # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
         free = both or len(self.client.idle) > brought
         connection = self.client.take_idle(oldest=not both) if free else None
-        return connection, POLL_WAIT, self._sender.take_batch() if both and connection else Batch()
+        return connection, self._sender.take_batch() if both and connection else _NO_BATCH
 
-    async def _poll_again(self, connection: Connection | None, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
+    async def _poll_again(
+        self, connection: Connection | None, batch: Batch = _NO_BATCH, wait: float = POLL_WAIT
+    ) -> bool:
         """Send a P1 on `connection`, which was idle; on a new one if that is None, or the relay has closed it."""
         if connection is not None:
             try:
@@ -7505,7 +7517,7 @@ class Link:
         fields.append(("Content-Type", RESPONSE_TYPE))
         return Request("POST", f"{BACKEND}http_responses/{self.name}", Headers(fields), body=BytesBody(batch.data))
 
-    async def _poll(self, connection: Connection, wait: float, batch: Batch = Batch()) -> bool:  # noqa: B008
+    async def _poll(self, connection: Connection, wait: float, batch: Batch = _NO_BATCH) -> bool:
         """Send a P1, and queue the requests of its P3. Return whether there were any.
 
         A `batch` of responses is sent with the P1; if that fails, it is sent again without one.
@@ -7522,7 +7534,8 @@ class Link:
                 if batch.data and not is_p3(response.status, headers):
                     self._sender.lost.extend(lost)
                     self._sender.settle(batch, response.status, headers)
-                    return response.status != 200  # an older relay, or one that stops, treats it as a P5 only
+                    # 200 without a P3, from an older relay or one that stops, brings nothing, and may end the polls.
+                    return response.status != 200
                 self._sender.rust_relay = check_p3(response.status, headers, self.client)
                 limit = MAX_RUST if self._sender.rust_relay else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
                 body = await response.body.read_all(limit)
@@ -7547,7 +7560,7 @@ class Link:
 
     def accept(self, data: bytes) -> None:
         """Queue the requests of a P3."""
-        rust = self._sender.rust_relay and data
+        rust = self._sender.rust_relay and data  # an empty P3 has no form
         try:
             for request_id, request in unpack_rust_requests(data) if rust else unpack_requests(data, self._fetch):
                 if request_id in self._sender.lost:  # offered again before PTTH-Lost was sent: handle it again
@@ -7612,13 +7625,6 @@ class TunnelServer:
         raise _Stopped
 
 
-_NO_REQUEST = Request("GET", "-", Headers())  # in place of a request that is unknown or cannot be parsed
-
-
-class _Stopped(Exception):
-    """`TunnelServer.stop` was called."""
-
-
 def is_p3(status: int, headers: Headers) -> bool:
     """Return whether this is a P3 from a relay of this program, not from one in Rust."""
     return status == 200 and content_kind(headers) == "application/http"
@@ -7633,6 +7639,17 @@ def check_p3(status: int, headers: Headers, client: HTTPClient) -> bool:
     if status == 204 or status == 200 and not headers.get("content-type"):
         return True
     raise _refusal_of_p1(status, headers, client)
+
+
+_NO_RELAY = {  # status of an answer to P1 that is not from a relay: what to do about it
+    400: "if this port is for TLS, relay_url must begin with https://",
+    401: f"it asks for a login; let {BACKEND} pass without one, since servers show their keys there",
+    403: f"the proxy in front of the relay, or a firewall, forbids {BACKEND}; allow it there",
+    404: f"relay_url must be the relay's URL without /frontend/, and the proxy in front must pass {BACKEND} on",
+    407: "this network requires a proxy: set proxy_url, or HTTPS_PROXY in the environment",
+    429: f"the proxy in front of the relay limits requests; exclude {BACKEND} from that limit",
+    511: "log in to this network in a browser first",
+}
 
 
 def _asks_for_key(headers: Headers) -> bool:
@@ -7656,17 +7673,6 @@ def _refusal_of_p1(status: int, headers: Headers, client: HTTPClient) -> Excepti
     scheme = headers.get("www-authenticate", "").partition(" ")[0]
     what = f"{status}, {scheme or headers.get('content-type') or 'no type'}"[:80]
     return Refused(f"{client.origin.url}{through} is not a PTTH relay ({what}): {advice}")
-
-
-_NO_RELAY = {
-    400: "if this port is for TLS, relay_url must begin with https://",
-    401: f"it asks for a login; let {BACKEND} pass without one, since servers show their keys there",
-    403: f"the proxy in front of the relay, or a firewall, forbids {BACKEND}; allow it there",
-    404: f"relay_url must be the relay's URL without /frontend/, and the proxy in front must pass {BACKEND} on",
-    407: "this network requires a proxy: set proxy_url, or HTTPS_PROXY in the environment",
-    429: f"the proxy in front of the relay limits requests; exclude {BACKEND} from that limit",
-    511: "log in to this network in a browser first",
-}
 
 
 def _redirect_advice(origin: BaseURL, headers: Headers) -> str:

@@ -7109,7 +7109,7 @@ class TestServer:
         link._sender.probe, link._listen, link._set_distance = probe, listen, look
         failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         async with asyncio.TaskGroup() as link._workers.group:
-            await link._look(0.9, failure)
+            await link._measure(0.9, failure)
         near, far = (1, True), (ptth.FAR_P1, False)
         # 0.9 and three samples; then three at a time, one of which may fail, and then those before it count
         assert seen[:4] == [near, far, far, near]
