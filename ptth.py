@@ -2458,6 +2458,7 @@ class HTTPClient:
         except IncompleteBody as error:
             connection.fail(error)  # the server must not take it for a complete body
         except ConnectionError:
+            connection.must_close = True  # the error may be that of the body's source: this connection still works
             if connection.stalled:
                 connection.fail(TimeoutError("the peer does not take the request"))
             connection.limit_head(LINGER_TIMEOUT)  # it may have answered before it closed

@@ -1851,6 +1851,13 @@ class TestHTTPClient:
         status, _, content, idle, got = asyncio.run(self.ask(self.OK, request))
         assert (status, content, idle) == (200, b"hello", 0) and not got.endswith(b"0\r\n\r\n")
 
+    def test_a_connection_with_an_incomplete_request_is_not_used_again(self) -> None:
+        """The origin would take the next request for the rest of the body."""
+        body = self.Slow(2, ConnectionResetError("that of another connection, from which the body came"))
+        request = ptth.Request("POST", "/", ptth.Headers(), body=body)
+        status, _, content, idle, _ = asyncio.run(self.ask(self.OK, request, reads=b"xxxxx"))
+        assert (status, content, idle) == (200, b"hello", 0)
+
     def test_a_body_that_breaks_is_never_whole_for_the_origin(self) -> None:
         body = self.Slow(2, ptth.IncompleteBody("the client left"))
         with pytest.raises(ptth.IncompleteBody, match="the client left"):
