@@ -2764,8 +2764,8 @@ def is_loopback(address: str) -> bool:
 
 def is_local(request: Request) -> bool:
     """Return whether a request comes from this machine itself, and not through a proxy on it."""
-    if request.peer == "-" or not is_loopback(request.peer):
-        return False
+    if request.peer == "-" or not is_loopback(request.peer) or not request.minor:
+        return False  # nginx as it is installed speaks HTTP/1.0 and adds no fields
     added = re.compile("forwarded|via|x-real-ip|x-forwarded-.*")  # by proxies
     return not any(map(added.fullmatch, request.headers))
 
