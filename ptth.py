@@ -7667,7 +7667,7 @@ def _refusal_of_p1(status: int, headers: Headers, client: HTTPClient) -> Excepti
         return client.proxy.refusal(status, headers)
     through = f", or the proxy at {client.proxy.origin.place}," if client.proxy and not client.origin.tls else ""
     if status >= 500 and status not in _NO_RELAY:
-        return ConnectionError(f"the relay, or a proxy in front of it,{through} answers {status}")
+        return ConnectionError(f"a proxy in front of the relay, or the relay itself{through} answers {status}")
     if 300 <= status < 400:
         return Refused(f"relay_url leads to a redirect ({status}): {_redirect_advice(client.origin, headers)}")
     advice = _NO_RELAY.get(status, "a wrong relay_url, or a captive portal: log in to this network in a browser")

@@ -6608,7 +6608,7 @@ class TestServer:
 
     def test_a_status_that_may_be_a_forward_proxys(self) -> None:
         client = ptth.HTTPClient(ptth.parse_base_url("http://r.example"), ptth.parse_proxy("p:3128"))
-        with pytest.raises(ConnectionError, match="or the proxy at p:3128, answers 502") as caught:
+        with pytest.raises(ConnectionError, match="the relay itself, or the proxy at p:3128, answers 502") as caught:
             ptth.check_p3(502, ptth.Headers(), client)
         assert not isinstance(caught.value, ptth.Refused)  # tried again soon: a relay that is started again
         with pytest.raises(ptth.Refused, match="the proxy at p:3128 answers 407: it wants a login"):
