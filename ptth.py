@@ -885,7 +885,7 @@ class Connection:
         self.sock: socket.socket = writer.get_extra_info("socket")
         tls = writer.get_extra_info("sslcontext") is not None
         self.can_send_file = hasattr(os, "sendfile") and not tls and not limiter
-        self.can_splice = hasattr(os, "splice") and not tls  # by os.splice, from socket to socket
+        self.can_splice = hasattr(os, "splice") and not tls and not limiter  # by os.splice, from socket to socket
         name = writer.get_extra_info("peername")
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
         self.buffer = b""

@@ -1304,6 +1304,24 @@ class TestConnections:
             await writing
             assert got == data and body.complete
 
+    @in_loop
+    async def test_a_limit_holds_also_for_what_another_connection_receives(self) -> None:
+        counted: list[int] = []
+
+        class Counter(ptth.RateLimiter):
+            async def wait(self, count: int) -> None:
+                counted.append(count)
+
+        async with self.pair() as (source, sender), self.pair() as (sink, receiver):
+            limited = ptth.Connection(sink.reader, sink.writer, Counter(1 << 30))
+            writing = asyncio.ensure_future(ptth.IncomingBody(source, ptth.SPLICE_MIN).write_to(limited))
+            await asyncio.get_running_loop().sock_sendall(sender, bytes(ptth.SPLICE_MIN))
+            while not writing.done():
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    receiver.recv(1 << 20)
+            assert sum(counted) == ptth.SPLICE_MIN
+
     @staticmethod
     async def outcome(work: object) -> object:
         """Return the result of `work`, or the exception that it raised."""
