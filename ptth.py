@@ -1369,32 +1369,35 @@ class IncomingBody(Body):
         self.unread_data = data + self.unread_data
 
     async def _read_chunks(self) -> bytes:
-        """Return the data of all chunks that have arrived. One at a time would copy the rest of the buffer for each."""
-        connection = self.connection
+        """Return the data of all chunks that have arrived, when at least one byte has."""
+        while not (data := self._take_chunks()) and not self.complete:
+            if not await self.connection.fill():
+                raise IncompleteBody("the connection ended inside a body")
+        return data
+
+    def _take_chunks(self) -> bytes:
+        """Take the data of all chunks in the buffer. One at a time would copy the rest of the buffer for each."""
+        buffer = self.connection.buffer
         pieces = []
         at = 0
         while not self.complete:
-            buffer = connection.buffer
-            if self.remaining and at < len(buffer):
-                pieces.append(buffer[at : at + self.remaining])
-                at += len(pieces[-1])
-                self.remaining -= len(pieces[-1])
+            if self.remaining:
+                piece = buffer[at : at + self.remaining]
+                if not piece:
+                    break
+                pieces.append(piece)
+                at += len(piece)
+                self.remaining -= len(piece)
                 self._expected = "" if self.remaining else "end"
                 continue
-            end = -1 if self.remaining else buffer.find(b"\r\n", at)
-            if end >= 0:
-                self._take_line(buffer[at:end])
-                at = end + 2
-                continue
-            if not self.remaining and (b"\n" in buffer[at:] or len(buffer) - at > MAX_CHUNK_LINE):
-                raise ProtocolError(400, "a chunk without a valid size", close=True)
-            if pieces:
+            end = buffer.find(b"\r\n", at)
+            if end < 0:
+                if b"\n" in buffer[at:] or len(buffer) - at > MAX_CHUNK_LINE:
+                    raise ProtocolError(400, "a chunk without a valid size", close=True)
                 break
-            connection.buffer = buffer[at:]
-            at = 0
-            if not await connection.fill():
-                raise IncompleteBody("the connection ended inside a body")
-        connection.buffer = connection.buffer[at:]
+            self._take_line(buffer[at:end])
+            at = end + 2
+        self.connection.buffer = buffer[at:]
         return b"".join(pieces)
 
     def _take_line(self, line: bytes) -> None:
@@ -1421,15 +1424,15 @@ class IncomingBody(Body):
     async def check(self, *, discard: bool) -> None:
         """Check the framing of a chunked body before the handler runs: afterwards an error could not be sent.
 
-        Read one piece and put it back, or with `discard` drop up to MAX_DRAIN bytes. ProtocolError 400 or 408,
-        IncompleteBody.
+        Check what has arrived: the client may wait for the response before it sends more. With `discard`, drop up to
+        MAX_DRAIN bytes. ProtocolError 400, 408 or 431; IncompleteBody.
         """
         if not self.chunked or self.expects:
             return
         if discard:
             await self.drain()
         else:
-            self.unread(await self.read())
+            self.unread(self._take_chunks())
 
     async def drain(self) -> bool:
         if self.expects or (self.length or 0) > MAX_DRAIN:

@@ -5319,6 +5319,11 @@ class TestBodies:
             hand.sock.sendall(ptth.format_chunk(b"large") + b"0\r\n\r\n")
             assert one(answer + read(sock))[::2] == (413, b"large")
 
+    def test_an_app_may_answer_before_the_first_chunk(self, app_tunnel: Tunnel) -> None:
+        for port in (app_tunnel.app_port, app_tunnel.port):
+            with self.begin(port, "Transfer-Encoding: chunked", path="/refuse") as sock:
+                assert sock.recv(13) == b"HTTP/1.1 413 "
+
     @pytest.mark.parametrize("framing", ["Content-Length: 30000000", "Transfer-Encoding: chunked"])
     def test_an_early_refusal_reaches_a_client_that_sends_all_first(self, framing: str, app_tunnel: Tunnel) -> None:
         data = bytes(30_000_000)
