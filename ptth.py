@@ -1344,6 +1344,9 @@ class IncomingBody(Body):
             return await (self._read_chunks() if self.chunked else self._read_counted())
         except TimeoutError:
             raise ProtocolError(408, "the rest of the message did not arrive in time", close=True) from None
+        except ProtocolError:
+            self.connection.must_close = True  # where the body ends cannot be known any more
+            raise
         except OSError as error:  # a reset
             raise IncompleteBody(format_error(error)) from None
 
@@ -5394,11 +5397,8 @@ class UploadBody(Body):
         exchange.fetching = asyncio.current_task()
         try:
             await self._body.write_to(sink)
-        except IncompleteBody as error:
-            exchange.fail_with(error)  # the client has closed the connection
-            raise
-        except ProtocolError as error:
-            exchange.fail(error.status, error.reason)
+        except (IncompleteBody, ProtocolError) as error:
+            exchange.fail_with(error)
             raise
         except (OSError, asyncio.CancelledError):
             exchange.broke_at = asyncio.get_running_loop().time()  # a response may still arrive: see `_sweep`

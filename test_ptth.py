@@ -5324,6 +5324,15 @@ class TestBodies:
             with self.begin(port, "Transfer-Encoding: chunked", path="/refuse") as sock:
                 assert sock.recv(13) == b"HTTP/1.1 413 "
 
+    def test_after_a_bad_chunk_nothing_is_taken_for_a_request(self, app_tunnel: Tunnel) -> None:
+        app_tunnel.got = 0
+        head = b"PUT /x HTTP/1.1\r\nHost: n.example.com\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with connect(app_tunnel.port, head + b"5\r\nabc") as sock:
+            eventually(lambda: app_tunnel.got == 3)
+            # "de" are data. Read as a size they make a whole body of what follows.
+            sock.sendall(b"de\r\nZZ\r\n".ljust(4 + 0xDE) + b"\r\n0\r\n\r\n" + get("/frontend/relay_up_check"))
+            assert one(read(sock))[0] == 400
+
     @pytest.mark.parametrize("framing", ["Content-Length: 30000000", "Transfer-Encoding: chunked"])
     def test_an_early_refusal_reaches_a_client_that_sends_all_first(self, framing: str, app_tunnel: Tunnel) -> None:
         data = bytes(30_000_000)
