@@ -5312,6 +5312,7 @@ class Exchange:
         self.instance = ""  # PTTH-Instance of the server that it was offered to
         self.was_fetched = False  # a fetch of its body has begun
         self.fetching: asyncio.Task[object] | None = None
+        self.fetch_connection: Peer | None = None  # of the server, for the fetch
         self.broke_at: float | None = None  # when the fetch, or a P5 before the end of its head, broke off
         self.has_p5 = False  # a P5 for it has begun, and perhaps broken off
         self.p5_connection: Peer | None = None  # of the P5 that has claimed it
@@ -5337,6 +5338,14 @@ class Exchange:
     def is_late(self, now: float, response_timeout: float) -> bool:
         """Return whether the response's head is overdue. It is not during a fetch: one that stalls ends by itself."""
         return self.fetching is None and now - self.waits_since >= response_timeout
+
+    def check_fetch(self) -> None:
+        """End the fetch if its connection is at eof: a server does not half-close it, so it is gone.
+
+        As long as the client sends nothing, nothing else shows that.
+        """
+        if self.fetching and self.fetch_connection and self.fetch_connection.at_eof():
+            self.fetching.cancel()
 
     async def end_fetch(self) -> None:
         """End the fetch of the body, so that the HTTP server can read the client's connection again."""
@@ -6224,7 +6233,7 @@ class Backend:
         if method == "POST":
             return await self.responses.receive(request, exchange)
         stream = exchange.client_stream
-        return await self._give_stream(request, exchange, stream) if stream else self._give_body(exchange)
+        return await self._give_stream(request, exchange, stream) if stream else self._give_body(request, exchange)
 
     async def _verified_server(self, request: Request, name: str) -> RegisteredServer:
         """Return the server of this name, if the request has its key. ProtocolError 401."""
@@ -6287,7 +6296,7 @@ class Backend:
         return Response(200, fields, body, sent, close=self.state.stopping)
 
     @staticmethod
-    def _give_body(exchange: Exchange) -> Response:
+    def _give_body(request: Request, exchange: Exchange) -> Response:
         """Answer a fetch with the body of a request, from the client's connection. ProtocolError 410 if repeated.
 
         410 also when the client waits for 100 Continue, and its response has begun already.
@@ -6295,6 +6304,7 @@ class Backend:
         if exchange.body is None or exchange.was_fetched or exchange.body.expects and exchange.response.done():
             raise ProtocolError(410, "the body was fetched before, or is not wanted any more", headers=[NO_STORE])
         exchange.was_fetched = True
+        exchange.fetch_connection = request.connection
         return Response(200, _UPLOAD_FIELDS, UploadBody(exchange, exchange.body))
 
     @staticmethod
@@ -6712,11 +6722,14 @@ class Relay:
             now = self.state.loop.time()
             for server in share_of_turn(self.state.servers.values(), next(turns)):
                 self._sweep_server(server, now)
+            for exchange in self.state.uploads.values():
+                exchange.check_fetch()
             for exchange in list(self.state.unclaimed.values()):
                 if exchange.is_late(now, self.state.config.response_timeout):
                     exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
                 elif exchange.broke_at and now - exchange.broke_at > FETCH_GRACE:
-                    exchange.fail(502, "the connection to the server broke")
+                    why = "the connection to the server broke"
+                    exchange.fail_with(ProtocolError(502, why, close=exchange.was_fetched))
 
     def _sweep_server(self, server: RegisteredServer, now: float) -> None:
         """End P1 whose time is over or whose connection is at eof; answer 503 if the server stays disconnected."""

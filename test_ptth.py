@@ -5412,6 +5412,21 @@ class TestBodies:
         new.listen(0, "PTTH-Features: body")
         assert new.answer()[2] == b""
 
+    @pytest.mark.parametrize("framing", ["Content-Length: 1000000", "Transfer-Encoding: chunked"])
+    def test_a_server_that_dies_while_its_client_pauses_is_502_and_then_away(
+        self, framing: str, bare_relay: Tunnel, hand: Hand, monkeypatch: Patch
+    ) -> None:
+        monkeypatch.setattr(ptth, "FETCH_GRACE", 0.1)
+        monkeypatch.setattr(ptth, "RECONNECT_WAIT", 0.1)
+        hand.listen(20, "PTTH-Features: body")
+        head = f"PUT / HTTP/1.1\r\nHost: n.example.com\r\n{framing}\r\n\r\n".encode()
+        with connect(bare_relay.port, head + ptth.format_chunk(bytes(300_000))) as client:
+            hand.send("GET", f"http_request/{hand.request_id()}")
+            assert read(hand.sock, b"\0").startswith(b"HTTP/1.1 200")
+            hand.sock.shutdown(socket.SHUT_WR)
+            assert read(client).startswith(b"HTTP/1.1 502")
+        assert Client(bare_relay.port).answer()[0] == 503
+
     def test_a_wrong_key_gets_no_body(self, bare_relay: Tunnel, hand: Hand) -> None:
         hand.listen(20, "PTTH-Features: body")
         with self.begin(bare_relay.port, "Content-Length: 1000000"):
