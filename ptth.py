@@ -127,6 +127,7 @@ SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced
 SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile, which blocks the loop for about half a millisecond
 MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.2)
 MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashed
+STDERR_TIMEOUT = 1.0  # seconds to wait for somebody who reads the log from a full pipe
 MAX_SCRAPER_DAYS = 30  # days that a scraper's key may be valid
 MAX_P3_REQUESTS = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3, and of responses in one batch to an older relay
@@ -225,14 +226,34 @@ def format_error(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
-def write_stderr(text: str) -> None:
-    """Write to descriptor 2. A full disk or a closed stderr is ignored.
+class _Stderr:
+    """Descriptor 2. Not sys.stderr, which keeps unwritten text and raises again at exit."""
 
-    Not through sys.stderr, which keeps unwritten text and raises again at exit.
-    """
-    with contextlib.suppress(OSError):
-        os.write(2, text.encode("utf-8", "backslashreplace"))
+    _stuck = False  # text was lost, and none has been written since
+    _piece = getattr(select, "PIPE_BUF", 4096)  # bytes that never block when a pipe is ready
 
+    def write(self, text: str) -> None:
+        """Write, except to a full disk or a closed stderr. A pipe that nobody reads must not stop the program.
+
+        So after STDERR_TIMEOUT text is lost, until somebody reads.
+        """
+        data = text.encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError):
+            for start in range(0, len(data), self._piece):
+                if self._is_ready():
+                    os.write(2, data[start : start + self._piece])
+
+    def _is_ready(self) -> bool:
+        """Wait until a write does not block, but not again after text was lost; return whether that is so."""
+        if not hasattr(select, "poll"):
+            return True  # Windows cannot tell
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        self._stuck = not poll.poll(0 if self._stuck else STDERR_TIMEOUT * 1000)
+        return not self._stuck
+
+
+write_stderr = _Stderr().write
 
 # Control characters in a client's text could control the operator's terminal, or forge a line of the log.
 CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}

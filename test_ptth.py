@@ -61,6 +61,7 @@ import math
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -7825,6 +7826,30 @@ class TestCommandLine:
                         assert (answer.status, answer.read()) == (200, HELLO)
         assert process.returncode == 0
         assert "Traceback" not in process.stderr.read().decode()
+
+    @pytest.mark.skipif(not hasattr(select, "poll"), reason="no poll")
+    def test_a_log_that_nobody_reads_stops_nothing(self) -> None:
+        """More than a pipe holds is lost, and what comes when it is read again is there."""
+        code = """import ptth, sys
+ptth.STDERR_TIMEOUT = 0.01
+for number in range(5000):
+    ptth.log_line(f"{number:5} {'x' * 93}")
+print("written", flush=True)
+sys.stdin.readline()
+ptth.log_line("later")
+"""
+        command = [sys.executable, "-c", code]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        with subprocess.Popen(command, cwd=HERE, **pipes) as process:
+            killer = threading.Timer(60, process.kill)
+            killer.start()
+            assert process.stdout.readline() == b"written\n"
+            read = os.read(process.stderr.fileno(), 4096)
+            read += process.communicate(b"\n")[1]
+            killer.cancel()
+        lines = read.splitlines(keepends=True)
+        assert 100 < len(lines) < 5000 and lines[-1] == b"later\n"
+        assert [int(line.split()[0]) for line in lines[:-1]] == [*range(len(lines) - 1)]
 
     @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "too many"), ImportError("No module named '_ssl'")])
     def test_what_is_missing_round_the_program_is_one_line(
