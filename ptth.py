@@ -7847,14 +7847,14 @@ class TOMLTable:
             TOMLTable(value, f"{self.where}, [[{key}]] number {i}", self.problems) for i, value in enumerate(values, 1)
         ]
 
-    def allow_only(self, keys: Iterable[str]) -> None:
-        """Add a problem for each unknown key, with the most similar known one."""
+    def allow_only(self, keys: Iterable[str], hint: str = "") -> None:
+        """Add a problem for each unknown key, with the most similar known one; without one, also the `hint`."""
         import difflib
 
         known = list(keys)
         for key in [key for key in self.values if key not in known]:
             near = difflib.get_close_matches(key, known, 1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}{hint}"
             self.problem(f"unknown key {key}; {advice}")
 
 
@@ -7985,9 +7985,12 @@ def check_hosts(config: RelayConfig, table: TOMLTable) -> None:
             owners[host] = entry.name
 
 
+_BLOCKS_LAST = "; a key of the relay itself must be above the first block"
+
+
 def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
     """Read one [[servers]] block. Its name must not be in `names`, and is added there."""
-    block.allow_only(["name", "tripcode", "display_name", "sandbox", "host"])
+    block.allow_only(["name", "tripcode", "display_name", "sandbox", "host"], _BLOCKS_LAST)
     name, code = block.text("name"), block.tripcode("tripcode", "server --print-tripcode")
     if block.is_text("name") and not _NAME.fullmatch(name):
         block.problem(f"name {name!r} {NAME_RULE}")
@@ -8003,7 +8006,7 @@ def read_scraper_key(block: TOMLTable, names: set[str]) -> ScraperKey:
 
     A key is valid for at most 30 days, and so is a stolen one.
     """
-    block.allow_only(["name", "not_before", "not_after", "hash"])
+    block.allow_only(["name", "not_before", "not_after", "hash"], _BLOCKS_LAST)
     code = block.tripcode("hash", "relay --new-scraper-key NAME")
     key = ScraperKey(block.text("name"), code, block.time("not_before"), block.time("not_after"))
     if block.is_text("name") and not key.name:

@@ -7382,6 +7382,7 @@ class TestConfiguration:
         ("[[servers]]\nname='a'\ntripcode=['x']", 1, ["[[servers]] number 1", "tripcode", "string"]),
         (f"[[servers]]\nname='a'\n[[servers]]\nname='b'\ntripcode='{TRIP}'", 1, ["[[servers]] number 1", "tripcode"]),
         (2 * f"[[servers]]\nname='a'\ntripcode='{TRIP}'\n", 1, ["[[servers]] number 2", "two servers named a"]),
+        (f"[[servers]]\nname='a'\ntripcode='{TRIP}'\ndomain='a.org'", 1, ["unknown key domain", "above the first block"]),
     ]  # fmt: skip
 
     @pytest.mark.parametrize("value", ['"10.0.0.0/8"', '["10.0.0.0/8"]'])
@@ -7528,6 +7529,12 @@ class TestConfiguration:
         config.proxy_url = "socks5://q:2"
         with pytest.raises(ptth.UserError, match="proxy_url"):
             ptth.find_proxy(config, tls)
+
+    def test_all_lines_of_the_relays_example_can_be_used_where_they_are(self, tmp_path: object) -> None:
+        with open(os.path.join(HERE, "ptth_relay.toml.example")) as file:
+            text = re.sub(r"^# (?=\[|[a-z_]+ = )", "", file.read(), flags=re.MULTILINE)
+        config = load_relay(tmp_path, re.sub('"what [^"]*"', f'"{self.TRIP}"', text))
+        assert config.servers and config.scraper_keys and config.dev_mode
 
     def test_the_examples_are_the_defaults(self, tmp_path: object) -> None:
         assert ptth.load_relay_config(os.path.join(HERE, "ptth_relay.toml.example")) == ptth.RelayConfig()
