@@ -7914,7 +7914,7 @@ _NEWS_URL = re.compile(r"(?:https?://(?=[^/])|(?![A-Za-z][A-Za-z0-9+.-]*:))[^\s\
 
 
 def load_relay_config(path: str, domain: str | None = None) -> RelayConfig:
-    """Read ptth_relay.toml, whose domain `domain` overrides. UserError with a line for each problem."""
+    """Read ptth_relay.toml; `domain`, if given, replaces the one there. UserError with a line for each problem."""
     values = read_toml(path, "it needs a [[servers]] block from each `ptth.py server --print-tripcode`")
     table = TOMLTable(values, path)
     if values.pop("server_tripcodes", None) is not None:
@@ -8132,7 +8132,7 @@ def read_content(config: ServerConfig, table: TOMLTable) -> None:
 
 
 def parse_relay_url(url: str) -> BaseURL:
-    """Parse relay_url, optionally with the path of P1. Raises ValueError."""
+    """Parse relay_url, without the /7ZSFUKGV with which it ends in files of the original. Raises ValueError."""
     if not url:
         raise ValueError('is missing: set relay_url = "https://..." or give --relay-url')
     try:
@@ -8148,7 +8148,8 @@ def parse_relay_url(url: str) -> BaseURL:
 
 def read_site(table: TOMLTable) -> SiteOptions:
     """Read the keys for how the directory or app is served."""
-    flags: dict[str, Any] = {key: table.flag(key, key == "listing") for key in ("hidden", "listing", "cors")}
+    keys = ("hidden", "follow_symlinks", "listing", "cors", "upload")
+    flags: dict[str, Any] = {key: table.flag(key, key == "listing") for key in keys}  # only `listing` is on by default
     lines = table.values.get("headers", [])
     headers = []
     for line in lines if isinstance(lines, list) else [lines]:
@@ -8165,7 +8166,6 @@ def read_site(table: TOMLTable) -> SiteOptions:
     except ValueError as error:
         max_upload = 0
         table.problem(f"max_upload {error}")
-    flags |= {key: table.flag(key, False) for key in ("follow_symlinks", "upload")}
     return SiteOptions(**flags, headers=tuple(headers), auth=auth, max_upload=max_upload)
 
 
@@ -8315,6 +8315,7 @@ def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
     """Return an event that SIGINT and SIGTERM set. A second SIGINT ends the program at once.
 
     SIGHUP calls `hang_up`, which reads the configuration again. If the terminal was closed, SIGHUP sets the event, too.
+    Also sets the loop's exception handler.
     """
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(report_error)
@@ -8361,9 +8362,10 @@ def read_again(command: str, what: str, read: Callable[..., None], *args: object
 async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until SIGINT or SIGTERM. SIGHUP loads the certificate again."""
     root = check_root(args.dir, f"python3 ptth.py {args.command} .")
-    auth, headers = find_auth(args.auth), tuple(args.header)
-    shown = (args.hidden, args.follow_symlinks, not args.no_listing, args.cors)
-    options = SiteOptions(*shown, headers, auth, args.upload, args.max_upload)
+    options = SiteOptions(
+        hidden=args.hidden, follow_symlinks=args.follow_symlinks, listing=not args.no_listing, cors=args.cors,
+        headers=tuple(args.header), auth=find_auth(args.auth), upload=args.upload, max_upload=args.max_upload,
+    )  # fmt: skip
     files = args.tls_cert, args.tls_key
     tls = load_certificate(*files)
     site = Site(root, options, private=filter(None, files))
@@ -8548,7 +8550,7 @@ def reload_server(server: TunnelServer, config: ServerConfig, load: Callable[[],
     changed = [key for key in keys if getattr(fresh, key) != getattr(config, key)]
     if changed:
         log_line(f"ptth server: these changes take effect after a restart: {', '.join(changed)}")
-    fresh.name = config.name
+    fresh.name = config.name  # the relay knows the server by it until a restart
     server.workers.handler = make_content(fresh)
     log_line(f"ptth server: read {config.path} again: serving {describe_content(fresh)}")
 
@@ -8629,7 +8631,7 @@ _Option: TypeAlias = tuple[list[str], dict[str, Any]]  # what `add_argument` of 
 
 
 def _option(names: str, value: str, text: str, **settings: Any) -> _Option:
-    """Return an option with its help. `value`: what the help calls its value; an option without one is a switch."""
+    """Return an option with its help `text`; "" hides it. `value`: the help's word for its value; "" for a switch."""
     what = {"metavar": value} if value else {"action": "store_true"}
     return names.split(), {"help": text, **what, **settings}
 
@@ -8666,7 +8668,7 @@ def _port_option(text: str, **settings: Any) -> _Option:
 
 _DIR = _option("dir", "DIR", "directory to serve (default: the current one; / and your home only when named)",
                nargs="?", default="")  # fmt: skip
-_APP = _option("--app", "TARGET", "web app to serve instead: its port here, HOST:PORT, a URL, or unix:PATH")
+_APP = _option("--app", "TARGET", "web app to serve instead of a directory: a port here, HOST:PORT, a URL, unix:PATH")
 _QUIET = _option("-q --quiet", "", "do not write the access log to stderr")
 _UPLOADS = (
     _option("--upload", "", "take new files, by PUT and by a form in the listing"),
@@ -8689,12 +8691,12 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, No
     "server": (run_server, "serve a directory or a web app through a relay; makes only outgoing connections", (
         _config_option("ptth_server.toml"),
         _option("--name", "NAME", "this server's name at the relay; overrides the file"),
-        _option("--relay-url", "URL", "for example https://relay.example.com; repeat it for several relays",
-                action="append"),
+        _option("--relay-url", "URL", "the relay, for example https://relay.example.com; repeat it for several relays; "
+                "overrides the file", action="append"),
         _option("--file-server-root", "DIR",
                 "directory to serve (default: file_server_root in the file, else the current one)"),
         _APP,
-        _option("--print-tripcode", "", "print the relay's [[servers]] block, and exit"),
+        _option("--print-tripcode", "", "print the [[servers]] block for the relay's file, and exit"),
         _option("--new-key", "", "print a ptth_server.toml with a new key on stdout and the relay's [[servers]] block "
                 "on stderr, and exit"),
         _option("-q --quiet", "", ""),  # accepted, but there is no access log
@@ -8705,19 +8707,20 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, No
         _option("--hidden", "", "list and serve names that begin with a dot, too"),
         _option("--follow-symlinks", "", "follow links that leave the directory, too"),
         _option("--no-listing", "", "no listings, no zip, no JSON: only files"),
-        _option("--cors", "", "send Access-Control-Allow-Origin: *"),
+        _option("--cors", "", "send Access-Control-Allow-Origin: *, so that scripts of all sites can read the files"),
         _option("--header", "'NAME: VALUE'", "add a field to every response; may be repeated",
                 action="append", default=[], type=option_type(parse_header_option)),
-        _option("--auth", "USER:PASSWORD", "ask for a password; or set PTTH_AUTH", default=""),
+        _option("--auth", "USER:PASSWORD", "ask for this password (so does PTTH_AUTH, which no process list shows)",
+                default=""),
         _option("--tls-cert", "FILE", "serve https with this certificate chain (PEM)"),
         _option("--tls-key", "FILE", "private key (PEM), if the --tls-cert file does not contain it"),
     )),
 }  # fmt: skip
 _EPILOG = (
     "Environment: PTTH_AUTH=USER:PASSWORD and PTTH_API_KEY, if the file does not have them; HTTP_PROXY, HTTPS_PROXY, "
-    "NO_PROXY and SSL_CERT_FILE for a server's way to its relay. SIGHUP makes a relay or a server read its file again, "
-    "and a file server its certificate. SIGTERM and Ctrl-C stop within 30 seconds. Exit status: 0 stopped or printed, "
-    "1 not possible, 2 wrong usage."
+    "ALL_PROXY, NO_PROXY and SSL_CERT_FILE for a server's way to its relay. SIGHUP makes a relay or a server read its "
+    "file again, and a file server its certificate. SIGTERM and Ctrl-C stop within 30 seconds. Exit status: 0 stopped "
+    "or printed, 1 not possible, 2 wrong usage."
 )
 
 
