@@ -1486,9 +1486,12 @@ class IncomingBody(Body):
             await take_buffered(connection)
             while self.unread_data or connection.buffer and self.remaining:
                 await sink.send(await self.read())
-            if self.remaining and await sink.splice(connection, self.remaining):
-                self.remaining = 0
-                self.complete = True
+            while count := min(self.remaining, 4 * SENDFILE_SIZE):
+                if not await sink.splice(connection, count):
+                    break
+                self.remaining -= count
+                await asyncio.sleep(0)  # let other connections run, however fast both peers are
+            self.complete = not self.remaining
         except OSError as error:
             if connection.is_reset():
                 raise IncompleteBody(format_error(error)) from None

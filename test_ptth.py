@@ -1388,9 +1388,9 @@ class TestConnections:
                 result = await self.outcome(stream.send_file(file.fileno(), 0, 20_000_000))
         assert "stalls" in str(result)
 
-    @sends_files
+    @pytest.mark.parametrize("by", [pytest.param("sendfile", marks=sends_files), pytest.param("splice", marks=splices)])
     @in_loop
-    async def test_a_fast_reader_does_not_keep_the_loop_from_the_others(self, monkeypatch: Patch) -> None:
+    async def test_fast_peers_do_not_keep_the_loop_from_the_others(self, by: str, monkeypatch: Patch) -> None:
         turns = 0
 
         def turn() -> None:
@@ -1398,10 +1398,14 @@ class TestConnections:
             turns += 1
             stream.loop.call_soon(turn)
 
-        monkeypatch.setattr(os, "sendfile", lambda out, file, offset, count: count)  # the reader takes all at once
-        async with self.pair() as (stream, _):
+        # The reader takes all at once, and the sender has all of it.
+        monkeypatch.setattr(os, by, lambda first, second, *offset_and_count, **flags: offset_and_count[-1])
+        async with self.pair() as (stream, _), self.pair() as (source, _):
             turn()
-            await stream.send_file(0, 0, 50 * ptth.SENDFILE_SIZE)
+            if by == "sendfile":
+                await stream.send_file(0, 0, 50 * ptth.SENDFILE_SIZE)
+            else:
+                await ptth.IncomingBody(source, 200 * ptth.SENDFILE_SIZE).write_to(stream)
         assert turns > 40
 
     @pytest.mark.parametrize("how", ["ends", "is silent", "sends much", "sends for long"])
