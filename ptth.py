@@ -1164,6 +1164,15 @@ async def wait_ready(connection: Connection, fd: int, add: Callable[..., None], 
         remove(fd)
 
 
+def keep_received(connection: Connection) -> None:
+    """Give the reader what the socket holds: after a failed write, asyncio closes it in the loop's next turn."""
+    if connection.writer.get_extra_info("sslcontext"):
+        return  # the socket holds records of TLS
+    with contextlib.suppress(OSError), connection.sock.dup() as twin:
+        if data := twin.recv(READ_SIZE):
+            connection.reader.feed_data(data)
+
+
 async def take_buffered(connection: Connection) -> None:
     """Pause reading, and move into `buffer` all that asyncio has read: the rest stays in the socket."""
     while True:
@@ -2491,7 +2500,8 @@ class HTTPClient:
             connection.must_close = True  # the error may be that of the body's source: this connection still works
             if connection.stalled:
                 connection.fail(TimeoutError("the peer does not take the request"))
-            connection.limit_head(LINGER_TIMEOUT)  # it may have answered before it closed
+            keep_received(connection)  # it may have answered before it closed
+            connection.limit_head(LINGER_TIMEOUT)
         except Exception as error:
             connection.fail(error)
 

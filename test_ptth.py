@@ -1881,6 +1881,24 @@ class TestHTTPClient:
         status, _, content, idle, _ = asyncio.run(self.ask(self.OK, request, reads=b"xxxxx"))
         assert (status, content, idle) == (200, b"hello", 0)
 
+    @in_loop
+    async def test_a_response_before_a_reset_comes_through(self) -> None:
+        """An origin that answers and closes with unread bytes resets: what it sent can still be read."""
+
+        async def upload() -> object:
+            yield b"x" * 1000
+            answering, _ = origin.accept()
+            answering.sendall(b"HTTP/1.1 413 No\r\nContent-Length: 5\r\n\r\nlarge")
+            reset(answering)
+            yield b"y"  # written before the event loop has seen anything of that
+
+        with socket.create_server(("127.0.0.1", 0)) as origin:
+            client = client_of(origin.getsockname()[1])
+            response = await client.handle(ptth.Request("POST", "/", ptth.Headers(), body=Stream(upload)))
+            assert (response.status, await response.body.read_all(9)) == (413, b"large")
+            await response.body.aclose()
+            client.close()
+
     def test_a_body_that_breaks_is_never_whole_for_the_origin(self) -> None:
         body = self.Slow(2, ptth.IncompleteBody("the client left"))
         with pytest.raises(ptth.IncompleteBody, match="the client left"):
