@@ -174,6 +174,7 @@ DRAIN_TIME = 7.0  # seconds that such a relay still serves at a stop; HAProxy ne
 UNAVAILABLE_AFTER = 60.0  # seconds without a connection after which new requests do not wait, but get 503 at once
 MAX_IDLE_AGE = 20.0  # seconds; an idle connection older than this is not reused: a NAT may have dropped it
 APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response, then 504
+PROBE_TIMEOUT = 5.0  # seconds for an app's answer to GET / before a first POST, which is then sent without one
 APP_WAIT = 2.0  # seconds in which a connection to an app is tried again, because it may be restarting
 CONNECT_TIMEOUT = 10.0  # seconds to open a connection
 CONNECT_DELAY = 0.25  # seconds before the next address of a name is tried, too (RFC 8305, 5)
@@ -2893,9 +2894,14 @@ class App:
         # Without Origin and Referer: the app may refuse a page of another site, and not the Host.
         fields = [pair for pair in request.headers.pairs if pair[0].lower() not in ("origin", "referer")]
         first = Request("GET", "/", Headers(fields), connection=request.connection)
-        status = await self._status(first, local=False)
-        if status in REFUSALS and await self._status(first, local=True) not in REFUSALS:
-            self._stay_local(status)
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                status = await self._status(first, local=False)
+                if status in REFUSALS and await self._status(first, local=True) not in REFUSALS:
+                    self._stay_local(status)
+        except (TimeoutError, ProtocolError):  # that says nothing about the Host
+            if not self.client.is_reachable:
+                raise
         self._asked = True
 
     async def _status(self, request: Request, *, local: bool) -> int:

@@ -4400,6 +4400,35 @@ class TestApp:
         posts = [("POST", [("Origin", origin)], b"x") for origin in ("http://evil.example", "https://n.example.com")]
         assert [status for status, *_ in self.ask(posts, refuse=refuse)] == [403, 200]
 
+    @pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n", None])
+    @in_loop
+    async def test_an_app_that_does_not_answer_its_first_page_gets_the_first_post(
+        self, answer: bytes | None, monkeypatch: Patch
+    ) -> None:
+        """It closes, sends nonsense, or sends nothing; and it is not asked again."""
+        monkeypatch.setattr(ptth, "PROBE_TIMEOUT", 20 if answer is not None else 0.01)
+        asked = []
+
+        async def app(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head, _ = await read_request(reader)
+            asked.append(head.partition(b" HTTP")[0])
+            if head.startswith(b"POST"):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            elif answer is not None:
+                writer.write(answer)
+            else:
+                await reader.read()
+            writer.close()
+
+        async with client_to(app) as client, asyncio.timeout(10):
+            handler = ptth.App(client)
+            for _ in range(2):
+                headers = ptth.Headers(self.PUBLIC)
+                response = await handler.handle(ptth.Request("POST", "/rpc", headers, body=ptth.BytesBody(b"x")))
+                await response.body.aclose()
+                assert response.status == 200
+        assert asked == [b"GET /", b"POST /rpc", b"POST /rpc"]
+
     def test_a_refusal_that_is_not_for_the_name_stays(self, capfd: Output) -> None:
         def refuse(request: ptth.Request) -> int:
             return 403 if request.target != "/" else 0
