@@ -704,11 +704,11 @@ def check_partial_head(data: bytes, start: int = 0) -> None:
         raise ProtocolError(431, f"the head is larger than {MAX_HEAD} bytes", close=True)
 
 
-def parse_fields(lines: str, limit: int = MAX_FIELDS) -> Headers:
-    """Parse field lines that a head's pattern has matched; ProtocolError 431 for more than `limit` fields."""
+def parse_fields(lines: str, limit: int = MAX_FIELDS, status: int = 431) -> Headers:
+    """Parse field lines that a head's pattern has matched; ProtocolError `status` for more than `limit` fields."""
     pairs = _FIELD.findall(lines)
     if len(pairs) > limit:
-        raise ProtocolError(431, f"more than {limit} header fields", close=True)
+        raise ProtocolError(status, f"more than {limit} header fields", close=True)
     return Headers(pairs)
 
 
@@ -776,7 +776,7 @@ def parse_response_head(data: bytes, limit: int = MAX_FIELDS) -> tuple[int, Head
     status = int(match[1])
     if not 100 <= status <= 599:
         raise ProtocolError(502, f"{status} is not a status", close=True)
-    return status, parse_fields(match[2], limit)
+    return status, parse_fields(match[2], limit, 502)
 
 
 def format_request_head(method: str, target: str, fields: Fields) -> bytes:
