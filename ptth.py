@@ -1249,6 +1249,8 @@ async def read_response_head(connection: Connection, timeout: float) -> tuple[in
 async def _receive_response_head(connection: Connection) -> bytes:
     """Return the bytes of the next response head, interim or not, which must arrive before `head_deadline`."""
     while (end := connection.buffer.find(b"\r\n\r\n") + 4) < 4 and len(connection.buffer) <= MAX_HEAD:
+        if _NEVER.search(connection.buffer):  # as in a request head, do not wait for an end that may never come
+            raise ProtocolError(502, "the response head cannot be read", close=True)
         left = (connection.head_deadline or 0) - connection.loop.time()
         if left <= 0:  # `fill` returns early for each byte, so the sum of the waits is checked here
             raise TimeoutError("the peer sends the response head too slowly")

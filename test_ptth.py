@@ -1815,6 +1815,7 @@ class TestHTTPClient:
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", "GET", 502),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 101 + b"\r\n", "GET", 502),
         (b"SSH-2.0-x\r\n\r\n", "GET", 502),
+        (b"HTTP/1.1 200 OK\nContent-Length: 5\n\nhello", "GET", 502),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("reply", "method", "expected"), REPLIES, ids=range(len(REPLIES)))
