@@ -2538,7 +2538,8 @@ class HTTPClient:
 
     def _format_request(self, request: Request) -> bytes:
         """Format a request's head, in absolute form if a proxy reads it (RFC 9112, 3.2.2)."""
-        target, length = self.origin.path + request.target, request.body.length
+        target = "*" if request.target == "*" else self.origin.path + request.target
+        length = request.body.length
         fields = request.headers.pairs
         if "host" not in request.headers:  # this program made the request
             fields = [("Host", self.origin.authority), USER_AGENT, *fields]

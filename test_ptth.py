@@ -1832,6 +1832,10 @@ class TestHTTPClient:
         assert got.startswith(f"{method} /base/x?y HTTP/1.1\r\nHost: 127.0.0.1:".encode())
         assert got.endswith(b"\r\nA: b\r\n\r\n")
 
+    def test_a_path_is_not_put_before_an_asterisk(self) -> None:
+        got = asyncio.run(self.ask(self.OK, ptth.Request("OPTIONS", "*", ptth.Headers())))[-1]
+        assert got.startswith(b"OPTIONS * HTTP/1.1\r\n")
+
     @pytest.mark.parametrize(
         ("reply", "data"),
         [(OK, b"hello"), (OK.replace(b"5", b"0")[:-5], b""), (OK[:-1], None), (OK.replace(b"5", b"6"), None),
