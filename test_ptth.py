@@ -548,12 +548,7 @@ class Process:
     """ptth.py as a real process; `port` is the one that it prints."""
 
     def __init__(
-        self,
-        *args: str,
-        cwd: str | None = None,
-        env: dict[str, str] | None = None,
-        quiet: bool = True,
-        **constants: float,
+        self, *args: str, cwd: str | None = None, env: dict[str, str] | None = None, **constants: float
     ) -> None:
         """Start it; `constants` are values for names of the module, such as SWEEP_INTERVAL."""
         command = [PROGRAM]
@@ -563,7 +558,7 @@ class Process:
             lines += [f"import sys\nsys.path.insert(0, {HERE!r})\nimport ptth", f"vars(ptth).update({constants!r})"]
             command = ["-c", "\n".join([*lines, "sys.exit(ptth.main())"])]
         self.process = subprocess.Popen(
-            [sys.executable, *command, *args, *(["-q"] if quiet else [])],
+            [sys.executable, *command, *args, "-q"],
             cwd=cwd,
             env={**os.environ, **(env or {})},
             stdout=subprocess.PIPE,
@@ -797,15 +792,8 @@ class TestShape:
 
     def test_functions_have_few_branches(self) -> None:
         kinds = (
-            ast.If,
-            ast.For,
-            ast.AsyncFor,
-            ast.While,
-            ast.ExceptHandler,
-            ast.IfExp,
-            ast.comprehension,
-            ast.match_case,
-        )
+            ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.match_case,
+        )  # fmt: skip
         for function in ast.walk(self.tree):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 inner = list(ast.walk(function))
@@ -1485,7 +1473,7 @@ class TestHTTPServer:
 
     @pytest.mark.parametrize("framing", ["Content-Length: 5000", "Transfer-Encoding: chunked"])
     def test_a_client_that_resets_inside_a_body_is_no_fault(
-        self, framing: str, background: Background, capfd: pytest.CaptureFixture[str]
+        self, framing: str, background: Background, capfd: Output
     ) -> None:
         seen: queue.Queue[object] = queue.Queue()
 
@@ -1762,9 +1750,7 @@ class TestHTTPServer:
 class TestHTTPClient:
     """`HTTPClient.handle` with a server that the test plays itself."""
 
-    async def ask(
-        self, reply: bytes, request: ptth.Request, *, chunks: int = 1, reads: bytes = b"", **options: object
-    ) -> object:
+    async def ask(self, reply: bytes, request: ptth.Request, *, chunks: int = 1, reads: bytes = b"") -> object:
         """Return (status, fields, body, bytes that the server got) for a server that responds after reading `reads`."""
         got = bytearray()
         ended = asyncio.Event()
@@ -1789,7 +1775,7 @@ class TestHTTPClient:
         try:
             async with client_to(origin, "/base") as client, asyncio.timeout(20):
                 sweeper = asyncio.create_task(ptth.sweep(client.connections))
-                response = await client.handle(request, **options)
+                response = await client.handle(request)
                 try:
                     body = await response.body.read_all(1 << 20)
                 finally:
@@ -2483,9 +2469,7 @@ class TestFileServer:
         Links().feed(one(say(self.site(tmp_path), get(path)))[2].decode())
         assert found == links
 
-    def test_every_entry_of_the_json_has_a_link_that_works_and_a_valid_name(
-        self, root: str, files_tunnel: Tunnel
-    ) -> None:
+    def test_every_entry_of_the_json_has_a_link_that_works_and_a_valid_name(self, files_tunnel: Tunnel) -> None:
         for base in ("/frontend/servers/n/api/v1/dir/", "/frontend/servers/n/files/"):
             body = one(files_tunnel.fetch(get(base, "Accept: application/json")))[2]
             for entry in json.loads(body)["entries"]:
@@ -3369,12 +3353,8 @@ class TestUploads:
             (inbox.root / name).mkdir()
         os.mkfifo(inbox.root / "fifo")
         links = {
-            "link": "hello",
-            "dangling": tmp_path / "new",
-            "out": tmp_path / "secret",
-            "dead": "/no",
-            "sub": "folder",
-        }
+            "link": "hello", "dangling": tmp_path / "new", "out": tmp_path / "secret", "dead": "/no", "sub": "folder",
+        }  # fmt: skip
         for link, aim in links.items():
             (inbox.root / link).symlink_to(aim)
         before = sorted(os.walk(tmp_path))
@@ -3677,17 +3657,8 @@ class TestUploads:
     def test_a_form_says_what_it_could_not_store(self, inbox: Inbox) -> None:
         (inbox.root / "old").write_bytes(b"old")
         names = [
-            b"old",
-            b"../up",
-            b".x",
-            b"/etc/x",
-            b"a%0Ab",
-            b"a%0Db",
-            b"..",
-            b"ptth_server.toml",
-            b"x" * 256,
-            b"fine",
-        ]
+            b"old", b"../up", b".x", b"/etc/x", b"a%0Ab", b"a%0Db", b"..", b"ptth_server.toml", b"x" * 256, b"fine",
+        ]  # fmt: skip
         status, _, text = self.post(inbox, *self.form(*[self.part(name, b"new") for name in names]))
         assert (status, inbox.files()) == (409, {"old": b"old", "fine": b"new"})
         assert "not stored: old (the name is taken), ../up (" in text and "; stored: fine" in text
@@ -4331,13 +4302,8 @@ class TestApp:
 
     def test_the_public_way_sends_what_the_visitor_sent(self) -> None:
         more = [
-            ("Origin", "https://n.example.com"),
-            ("Cookie", "a=b"),
-            ("X-ApiKey", "mine"),
-            ("Connection", "x"),
-            ("X", "hop"),
-            ("TE", "trailers"),
-        ]
+            ("Origin", "https://n.example.com"), ("Cookie", "a=b"), ("X-ApiKey", "mine"), ("Connection", "x"), ("X", "hop"), ("TE", "trailers"),
+        ]  # fmt: skip
         ((status, fields, got),) = self.ask([("POST", more, b"12345")], "public", [("X-ApiKey", "new")])
         assert fields["X-ApiKey"] == "new"
         assert (status, got["method"], got["target"], got["body"]) == (200, "POST", "/x?y", 5)
@@ -4907,7 +4873,7 @@ class TestRelay:
 
     @pytest.mark.parametrize("turns", range(6))
     def test_a_client_that_leaves_while_its_p3_is_made_does_not_end_the_p1(
-        self, turns: int, background: Background, capfd: pytest.CaptureFixture[str]
+        self, turns: int, background: Background, capfd: Output
     ) -> None:
         """The P3 in the form of the original cannot carry its request, and it takes no error any more."""
 
@@ -5275,7 +5241,7 @@ class TestKeys:
 
 @pytest.fixture(scope="module")
 def app_tunnel(background: Background) -> object:
-    """A tunnel to an app that responds with what it got. Some tests use its `hold` and `heard`."""
+    """A tunnel to an app that responds with what it got. Some tests use its `hold`, `got` and `complete`."""
 
     async def app(request: ptth.Request) -> ptth.Response:
         path = request.target.partition("?")[0]
@@ -5341,9 +5307,7 @@ class TestBodies:
                 answers.append(told)
             assert not {"ptth-request-id", "ptth-body-length"} & set(answers[1]["fields"])
 
-    def test_the_fetch_of_a_body_names_the_program_once(
-        self, app_tunnel: Tunnel, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_fetch_of_a_body_names_the_program_once(self, app_tunnel: Tunnel, monkeypatch: Patch) -> None:
         agents: list[str] = []
 
         async def record(request: ptth.Request) -> ptth.Response:
@@ -5562,7 +5526,7 @@ def streams(background: Background) -> object:
     app.port, app.loop = background.run(app.start()), background.loop
     tunnel = Tunnel(background, ptth.App(client_of(app.port), "public").handle)
     with background.serve(ptth.App(client_of(app.port), "public").handle) as direct:
-        app.tunnel, app.ports = tunnel, {"direct": direct, "tunnel": tunnel.port}
+        app.ports = {"direct": direct, "tunnel": tunnel.port}
         yield app
     tunnel.close()
     background.loop.call_soon_threadsafe(app.server.close)
@@ -5737,12 +5701,10 @@ class Parts:
         self.identity = re.search(rb"PTTH-Request-Id: (\w+)", self.p3)[1].decode()
         self.head, self.data = b"", b""
 
-    def send(
-        self, data: bytes, offset: int, *, more: bool = True, first: bool = False, hand: Hand | None = None
-    ) -> None:
+    def send(self, data: bytes, offset: int, *, more: bool = True, first: bool = False) -> None:
         fields = [f"PTTH-Offset: {offset}", f"Content-Type: application/{'http' if first else 'octet-stream'}"]
         fields += ["PTTH-More: 1"] if more else []
-        (hand or self.hand).send("POST", f"http_response/{self.identity}", data, *fields)
+        self.hand.send("POST", f"http_response/{self.identity}", data, *fields)
 
     def post(self, data: bytes, offset: int, **options: bool) -> int:
         """Send a part; return the status of its response."""
@@ -7077,11 +7039,8 @@ class TestServer:
             raise asyncio.CancelledError
 
         errors = {
-            "timeout": TimeoutError,
-            "broken": ptth.IncompleteBody,
-            "value": ValueError,
-            "reset": ConnectionResetError,
-        }
+            "timeout": TimeoutError, "broken": ptth.IncompleteBody, "value": ValueError, "reset": ConnectionResetError,
+        }  # fmt: skip
 
         async def handler(request: ptth.Request) -> ptth.Response:
             kind = request.target[1:]
@@ -8082,15 +8041,8 @@ ptth.log_line("later")
             return one(fetch(demo.port, get(path, host=host)))[0]
 
         for host in (
-            "localhost",
-            "LocalHost:80",
-            "localhost.",
-            "127.0.0.1",
-            "127.1.2.3:9",
-            "[::1]",
-            "[::1]:4000",
-            "127.0.0.1:",
-        ):
+            "localhost", "LocalHost:80", "localhost.", "127.0.0.1", "127.1.2.3:9", "[::1]", "[::1]:4000", "127.0.0.1:",
+        ):  # fmt: skip
             assert status(host) == 200, host
         for host in ("evil.example", "evil.example:4000", "localhost.evil.example", "evillocalhost", "127.0.0.1.evil.example", "[::2]", "10.0.0.1",
                      "0.0.0.0", "[::127.0.0.1]", "[localhost]", "localhost:80.evil.example", ""):  # fmt: skip
@@ -8348,7 +8300,7 @@ class TestFaults:
         eventually(lambda: b"(2 servers)" not in fetch(pair.port, get("/frontend/servers/")))
         assert one(pair.get("/hello.txt"))[2] == HELLO
 
-    def test_without_descriptors_new_connections_get_503(self, tmp_path: object, files: str) -> None:
+    def test_without_descriptors_new_connections_get_503(self, files: str) -> None:
         port = free_port()
         command = f"ulimit -n 128; exec {sys.executable} {PROGRAM} file-server {files} --port {port} -q"
         with program("bash", "-c", command, port=port, stderr=subprocess.PIPE) as process:
