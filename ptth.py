@@ -5329,7 +5329,11 @@ NO_BODIES = "this server is too old to take request bodies"
 
 
 class Exchange:
-    """One client's request in flight: it waits, is offered in a P3, and is claimed by the P5 with its response."""
+    """One client's request in flight: it waits, is offered in a P3, and is claimed by the P5 with its response.
+
+    Until it is claimed, it is in `unclaimed` of the relay's state and in `waiting` or `offered` of its server: see
+    `forget`. Until its client has the response, it is in the other tables of both: see `set_delivered`.
+    """
 
     def __init__(self, state: RelayState, route: Route, request: Request, inline: bytes | None, address: str) -> None:
         self._state = state
@@ -5491,12 +5495,12 @@ class ClientStream:
 
     async def end(self) -> None:
         """Stop reading the client's connection, because the HTTP server reads it again. Further polls get b""."""
-        self._reading = self._reading or asyncio.create_task(self._body.read())
+        self._reading = self._reading or asyncio.create_task(self._body.read())  # even if only for `poll` to see
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)
 
 
-class LastBody(Body):
+class FetchEndingBody(Body):
     """A response's body. When it is closed, the fetch of the request's body ends."""
 
     def __init__(self, exchange: Exchange, body: Body) -> None:
@@ -5928,7 +5932,7 @@ class RelayState:
         return server
 
     def forget(self, exchange: Exchange) -> None:
-        """Remove a request from the lists of those without a response."""
+        """Remove a request from the tables of those without a response."""
         request_id = exchange.request_id
         self.unclaimed.pop(request_id, None)
         exchange.server.waiting.pop(request_id, None)
@@ -6488,9 +6492,9 @@ class Responses:
             status, headers, content = await self._read_response(request, exchange)
             if parse_offset(request.headers):
                 raise ProtocolError(502, "its first bytes are missing")
-            if self.state.unclaimed.pop(exchange.request_id, None) is None or exchange.response.done():
+            if exchange.request_id not in self.state.unclaimed or exchange.response.done():
                 raise _gone()  # another P5 was first, or the client got 504
-            exchange.server.offered.pop(exchange.request_id, None)
+            self.state.forget(exchange)
             part = Part(content, request.connection, 0, "ptth-more" in request.headers, self.state.loop.create_future())
             response = self._make_response(exchange, status, headers, content, part)
             exchange.delivered = self.state.loop.create_future()
@@ -6575,11 +6579,11 @@ class Responses:
         if announced is not None and length not in (None, announced):
             raise ProtocolError(502, "its Content-Length is not the length of its body")
         if part:
-            content = self._tunnel_body(exchange, part, length if announced is None else announced)
+            content = self._begin_body(exchange, part, length if announced is None else announced)
         return Response(status, fields, content, exchange.set_delivered)
 
-    def _tunnel_body(self, exchange: Exchange, part: Part, length: int | None) -> TunnelBody:
-        """Make the body of a response that begins with this part. ProtocolError 410 for too many without an end."""
+    def _begin_body(self, exchange: Exchange, part: Part, length: int | None) -> TunnelBody:
+        """Begin a response's body, which later parts may continue. ProtocolError 410 for too many without an end."""
         if part.more and length is None:
             exchange.server.add_stream(exchange)
         timeout = FETCH_GRACE if "parts" in exchange.server.features else 0
@@ -6723,7 +6727,7 @@ class Relay:
             self._inline -= exchange.inline_size
             self.state.forget(exchange)
         if exchange.body or exchange.upgrade:
-            response.body = LastBody(exchange, response.body)
+            response.body = FetchEndingBody(exchange, response.body)
         return response
 
     async def _read_inline(self, request: Request, server: RegisteredServer) -> bytes | None:
@@ -6781,7 +6785,7 @@ class Relay:
         server.forget_instances(now)
         if server.has_connection or server.last_seen is None and not server.waiting:
             return
-        if was_connected:
+        if was_connected:  # its last P1 has just ended
             server.last_seen = now
         absent_since = server.last_seen or self.state.started
         if server.connected and now - absent_since >= DISCONNECTED_AFTER:
@@ -6908,10 +6912,10 @@ class Workers:
             self._count -= 1
             self._look_for_room()
 
-    async def _call_handler(self, request: Request) -> Response:
+    async def _run_handler(self, request: Request) -> Response:
         """Return the handler's response. ProtocolError 504 for its TimeoutError, 502 for its IncompleteBody.
 
-        The request has arrived completely, so that both are errors of the handler.
+        RuntimeError if something in the handler has cancelled it: that does not end the server.
         """
         try:
             response = await self.handler(request)
@@ -6934,7 +6938,7 @@ class Workers:
                 response = error_response(_NO_REQUEST, request)
                 request = _NO_REQUEST
             else:
-                response = await call_handler(self._call_handler, request)
+                response = await call_handler(self._run_handler, request)
             address = outer_address(request.headers.get("x-forwarded-for", ""))
             if not sender.can_batch(response) and not self._may_send(address):
                 await response.body.aclose()
@@ -7067,15 +7071,16 @@ class Sender:
     def __init__(self, client: HTTPClient, name: str, key: str, workers: Workers, log: Callable[[str], None]) -> None:
         self.client = client
         self.name = name
+        # These three are kept up to date by `Link`.
         self.rust_relay = False  # the relay uses the Rust form
         self.features: set[str] = set()  # of the relay
+        self.near = True  # the round trip to the relay is shorter than NEAR_ROUND_TRIP
         self._part_size = 0  # bytes of a POST that the proxy in front of the relay probably accepts; 0: no limit known
         self._passed = 0  # bytes of the largest POST that was accepted
-        self.near = True  # the round trip to the relay is shorter than NEAR_ROUND_TRIP
         self._key = key
         self._workers = workers
         self._log_change = log
-        self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach the relay
+        self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach it; `Link` takes them
         self.on_loss: Callable[[], object] = int  # called when `lost` has grown; int does nothing
         self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
         self._sending = 0  # batches in flight
