@@ -2285,6 +2285,15 @@ def is_exempt(origin: BaseURL, exceptions: str) -> bool:
     return False
 
 
+def number_zone(host: str) -> str:
+    """Return an address with its zone as a number: getaddrinfo accepts a name for link-local addresses only."""
+    address, _, zone = host.partition("%")
+    try:
+        return f"{address}%{socket.if_nametoindex(zone)}"
+    except OSError:  # there is no zone, or it is a number already
+        return host
+
+
 async def open_tcp(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to a host.
 
@@ -2293,7 +2302,7 @@ async def open_tcp(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.
     """
     is_own = re.fullmatch(r"(?:.*\.)?localhost\.?", host)
     errors: list[OSError] = []
-    for address in ("localhost", "::1", "127.0.0.1") if is_own else (host,):
+    for address in ("localhost", "::1", "127.0.0.1") if is_own else (number_zone(host),):
         try:
             return await asyncio.open_connection(
                 address, port, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
@@ -8304,7 +8313,8 @@ def open_socket(bind: str, port: int) -> socket.socket:
     try:
         if not bind and not both:
             return socket.create_server(("", port))
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(number_zone(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
         both = both and address[0] == "::"
         try:  # the whole address: after the port it has the interface of a link-local address
             return socket.create_server(address, family=family, dualstack_ipv6=both)

@@ -2197,7 +2197,8 @@ class TestConnecting:
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     def test_a_zone_says_where_to_connect(self) -> None:
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
-            asyncio.run(self.reach(f"http://[::1%25{socket.if_nameindex()[0][0]}]:{sock.getsockname()[1]}"))
+            for zone in socket.if_nameindex()[0]:  # its number and its name
+                asyncio.run(self.reach(f"http://[::1%25{zone}]:{sock.getsockname()[1]}"))
 
     @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
     @pytest.mark.parametrize("name", ["localhost", "localhost.", "demo.localhost"])
@@ -7703,7 +7704,8 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("bind", "answering"),
         [("::", ["127.0.0.1", "::1"]), ("[::]", ["127.0.0.1", "::1"]), ("0::0", ["127.0.0.1", "::1"]), ("", ["127.0.0.1", "::1"]), ("[::1]", ["::1"]), ("::1", ["::1"]),
-         ("0.0.0.0", ["127.0.0.1"]), ("127.0.0.1", ["127.0.0.1"]), ("::1%1", ["::1"]), ("[::1%251]", ["::1"])],
+         ("0.0.0.0", ["127.0.0.1"]), ("127.0.0.1", ["127.0.0.1"]), ("::1%1", ["::1"]), ("[::1%251]", ["::1"]),
+         (f"::1%{socket.if_nameindex()[0][1]}", ["::1"])],
     )  # fmt: skip
     def test_where_a_socket_listens_and_which_urls_are_printed(self, bind: str, answering: list[str]) -> None:
         with ptth.open_socket(bind, 0) as sock:
