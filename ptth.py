@@ -8315,7 +8315,7 @@ def open_socket(bind: str, port: int) -> socket.socket:
             return socket.create_server(("", port))
         found = socket.getaddrinfo(number_zone(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        both = both and address[0] == "::"
+        both = both and (address[0] == "::" or str(address[0]).startswith("::ffff:"))  # IPv4 in IPv6
         try:  # the whole address: after the port it has the interface of a link-local address
             return socket.create_server(address, family=family, dualstack_ipv6=both)
         except OSError as error:
@@ -8331,7 +8331,7 @@ def open_socket(bind: str, port: int) -> socket.socket:
 def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
     """Return the URLs at which a listening socket answers, the one for this machine first."""
     host, port, *more = sock.getsockname()
-    hosts = [host]
+    hosts = [host.removeprefix("::ffff:")]
     if host in ("::", "0.0.0.0"):
         six = sock.family == socket.AF_INET6
         four = not six or not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)

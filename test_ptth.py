@@ -7705,7 +7705,7 @@ class TestCommandLine:
         ("bind", "answering"),
         [("::", ["127.0.0.1", "::1"]), ("[::]", ["127.0.0.1", "::1"]), ("0::0", ["127.0.0.1", "::1"]), ("", ["127.0.0.1", "::1"]), ("[::1]", ["::1"]), ("::1", ["::1"]),
          ("0.0.0.0", ["127.0.0.1"]), ("127.0.0.1", ["127.0.0.1"]), ("::1%1", ["::1"]), ("[::1%251]", ["::1"]),
-         (f"::1%{socket.if_nameindex()[0][1]}", ["::1"])],
+         (f"::1%{socket.if_nameindex()[0][1]}", ["::1"]), ("::ffff:127.0.0.1", ["127.0.0.1"]), ("[::FFFF:7f00:1]", ["127.0.0.1"])],
     )  # fmt: skip
     def test_where_a_socket_listens_and_which_urls_are_printed(self, bind: str, answering: list[str]) -> None:
         with ptth.open_socket(bind, 0) as sock:
