@@ -3650,7 +3650,7 @@ def file_error(error: OSError, place: bytes = b"", table: ErrorTable = _READ_ERR
     return ProtocolError(500, "the file system failed; the server's log has the details")
 
 
-_DIGITS = re.compile("0*([0-9]+)")
+_DIGITS = re.compile(r"0*(\d+)")  # of any script
 _LETTERS = str.maketrans(  # that Unicode does not decompose
     {"\xf8": "o", "\u0142": "l", "\u0111": "d", "\u0127": "h", "\u0131": "i", "\xe6": "ae", "\u0153": "oe"}
 )

@@ -2483,7 +2483,7 @@ class TestFileServer:
         ["a1", "a2", "a10", "a11"], ["1", "2", "10", "11"], ["v1.9.2", "v1.10.0", "v1.10.1"], ["file.txt", "file1.txt", "file2.txt"],
         ["Apfel", "\u00c4pfel", "Birne", "\u00e9clair", "Elch", "Zebra"], ["a\u0301b", "\u00e1c", "ad"], ["\u0141\u00f3d\u017a", "lodz2", "\u00d8rsted", "Oz"],
         ["stra\u00dfe 2", "STRASSE 10"], ["x" + "9" * 200, "x1" + "0" * 200], ["0" * 250, "1"], ["007", "7", "08", "8"], ["a", "a1", "a1b", "ab"], ["", "a"],
-        ["x\u00b2", "x2", "x\uff13"],
+        ["x\u00b2", "x2", "x\uff13"], ["\u0662", "\u0661\u0660"], ["x\u096f", "x\u0967\u0966"],
     ]  # fmt: skip
 
     @pytest.mark.parametrize("names", ORDER, ids=lambda names: names[0][:20])
