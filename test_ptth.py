@@ -1293,6 +1293,23 @@ class TestConnections:
             await writing
             assert got == data and body.complete
 
+    @pytest.mark.parametrize("framing", [5, ptth.CHUNKED, None])
+    @in_loop
+    async def test_a_body_whose_connection_fails_is_incomplete(self, framing: int | None) -> None:
+        for error in (
+            ConnectionResetError(),
+            ssl.SSLError(1, "bad record mac"),
+            OSError(errno.EHOSTUNREACH, "no route"),
+        ):
+            async with self.pair() as (stream, _):
+                stream.reader.set_exception(error)
+                with pytest.raises(ptth.IncompleteBody):
+                    await ptth.IncomingBody(stream, framing).read()
+        async with self.pair() as (stream, _):
+            stream.abort()
+            with pytest.raises(ptth.IncompleteBody):  # 100 Continue cannot be sent
+                await ptth.IncomingBody(stream, framing, expects=True).read()
+
     @in_loop
     async def test_a_limit_holds_also_for_what_another_connection_receives(self) -> None:
         counted: list[int] = []
