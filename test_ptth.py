@@ -346,6 +346,11 @@ def get(path: str, *fields: str, method: str = "GET", host: str = "example.com")
     return "\r\n".join(lines).encode("latin-1")
 
 
+def ask(handler: ptth.Handler, path: str, *fields: str, **options: str) -> tuple[int, dict[str, str], bytes]:
+    """Return an HTTP server's response to one request."""
+    return one(say(handler, get(path, *fields, **options)))
+
+
 MTIME = 1_700_000_000  # Tue, 14 Nov 2023 22:13:20 GMT
 DATE = "Tue, 14 Nov 2023 22:13:20 GMT"
 HELLO = b"hello, world\n"
@@ -519,6 +524,10 @@ class Tunnel:
     def fetch(self, request: bytes, **options: bool) -> bytes:
         """Send raw bytes to the relay and return all that comes back."""
         return fetch(self.port, request, **options)
+
+    def get(self, path: str, *fields: str, **options: str) -> tuple[int, dict[str, str], bytes]:
+        """Return the relay's response to one request."""
+        return one(self.fetch(get(path, *fields, **options)))
 
     def close(self) -> None:
         self.background.run(self._stop())
@@ -1530,7 +1539,7 @@ class TestHTTPServer:
         async def handler(request: ptth.Request) -> ptth.Response:
             return ptth.Response(200, [], Stream(generate))
 
-        status, fields, body = one(say(handler, get("/")))
+        status, fields, body = ask(handler, "/")
         assert (fields["transfer-encoding"], body) == ("chunked", b"onetwo")
         old = say(handler, b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
         assert old.endswith(b"\r\n\r\nonetwo") and b"close" in old and b"chunked" not in old
@@ -1558,7 +1567,7 @@ class TestHTTPServer:
         async def broken(request: ptth.Request) -> ptth.Response:
             raise error
 
-        answer = one(say(broken, get("/")))
+        answer = ask(broken, "/")
         assert answer[0] == status and b"secret" not in answer[2]
         told = capfd.readouterr().err
         assert ("Traceback" in told) is (status == 500)
@@ -2395,7 +2404,7 @@ class TestFileServer:
         root: str,
         files_tunnel: Tunnel,
     ) -> None:
-        tag = one(say(self.site(root), get("/hello.txt")))[1]["etag"]
+        tag = ask(self.site(root), "/hello.txt")[1]["etag"]
         expected = {name: value and value.replace(ETAG, tag) for name, value in expected.items()}
         answer = self.both(root, files_tunnel, path, [field.replace(ETAG, tag) for field in fields])
         assert answer[0] == status
@@ -2440,7 +2449,7 @@ class TestFileServer:
     def test_json_tells_name_size_kind_and_time(self, root: str, files_tunnel: Tunnel) -> None:
         entries = json.loads(self.both(root, files_tunnel, "/sub/", ["Accept: application/json"])[2])
         assert entries == {"entries": [{"name": "file", "size": 7, "is_dir": False, "mtime": MTIME, "href": "file"}]}
-        original = one(files_tunnel.fetch(get("/frontend/servers/n/api/v1/dir/sub/")))
+        original = files_tunnel.get("/frontend/servers/n/api/v1/dir/sub/")
         assert json.loads(original[2]) == entries and original[1]["content-type"] == "application/json; charset=UTF-8"
 
     ODD_NAMES = [
@@ -2457,7 +2466,7 @@ class TestFileServer:
     def test_programs_find_the_entries_of_a_listing_and_nothing_else(self, reader: str, tmp_path: object) -> None:
         write_files(tmp_path / "one" / "two", dict.fromkeys(self.ODD_NAMES, "0123456789" * 200))
         (tmp_path / "one" / "two" / "sub dir").mkdir()
-        page = one(say(self.site(tmp_path, hidden=True), get("/one/two/")))[2].decode()
+        page = ask(self.site(tmp_path, hidden=True), "/one/two/")[2].decode()
         found = []
         for link, text, rest in re.findall(self.READERS[reader], page):
             name = os.fsdecode(urllib.parse.unquote_to_bytes(link.removesuffix("/")))
@@ -2484,17 +2493,17 @@ class TestFileServer:
                     found.append(dict(attributes)["href"])
 
         (tmp_path / "one" / "two").mkdir(parents=True)
-        Links().feed(one(say(self.site(tmp_path), get(path)))[2].decode())
+        Links().feed(ask(self.site(tmp_path), path)[2].decode())
         assert found == links
 
     def test_every_entry_of_the_json_has_a_link_that_works_and_a_valid_name(self, files_tunnel: Tunnel) -> None:
         for base in ("/frontend/servers/n/api/v1/dir/", "/frontend/servers/n/files/"):
-            body = one(files_tunnel.fetch(get(base, "Accept: application/json")))[2]
+            body = files_tunnel.get(base, "Accept: application/json")[2]
             for entry in json.loads(body)["entries"]:
                 entry["name"].encode()  # a lone surrogate is an error here
                 target = urllib.parse.urljoin(base, entry["href"])
                 assert target.startswith(base) and target.endswith("/") is entry["is_dir"]
-                assert one(files_tunnel.fetch(get(target)))[0] == 200
+                assert files_tunnel.get(target)[0] == 200
 
     ORDER = [  # each row is sorted already
         ["a1", "a2", "a10", "a11"], ["1", "2", "10", "11"], ["v1.9.2", "v1.10.0", "v1.10.1"], ["file.txt", "file1.txt", "file2.txt"],
@@ -2523,9 +2532,9 @@ class TestFileServer:
         os.symlink(secret, tmp_path / "soft")
         site = self.site(tmp_path, private=[str(secret)])
         for name, status in (("ptth_server.toml", 404), ("hard", 404), ("soft", 404), ("other", 200)):
-            assert one(say(site, get(f"/{name}")))[0] == status
+            assert ask(site, f"/{name}")[0] == status
         (tmp_path / "new").rename(secret)  # an editor's way to save: another inode under the same name
-        assert one(say(site, get("/ptth_server.toml")))[0] == 404
+        assert ask(site, "/ptth_server.toml")[0] == 404
         assert b"toml" not in say(site, get("/"))
 
     COPIES = [
@@ -2549,19 +2558,19 @@ class TestFileServer:
         site = self.site(tmp_path, hidden=True, private=[f"/elsewhere/{name}"])
         for folder in ("", "sub/"):
             for each, status in (*((secret, 404) for secret in secrets), *((other, 200) for other in others)):
-                assert one(say(site, get(f"/{folder}{ptth.quote(each.encode())}")))[0] == status, each
-            rows = json.loads(one(say(site, get(f"/{folder}", "Accept: application/json")))[2])["entries"]
+                assert ask(site, f"/{folder}{ptth.quote(each.encode())}")[0] == status, each
+            rows = json.loads(ask(site, f"/{folder}", "Accept: application/json")[2])["entries"]
             assert {row["name"] for row in rows} - {"sub"} == set(others)
-        with zipfile.ZipFile(io.BytesIO(one(say(site, get("/?zip")))[2])) as archive:
+        with zipfile.ZipFile(io.BytesIO(ask(site, "/?zip")[2])) as archive:
             assert set(archive.namelist()) == {"sub/", *others, *(f"sub/{each}" for each in others)}
         for path in ("/link.txt", f"/sub/{ptth.quote(name.encode())}~~"):
-            assert one(say(site, get(path)))[0] == 404
+            assert ask(site, path)[0] == 404
 
     def test_a_configuration_of_this_program_is_never_served(self, tmp_path: object) -> None:
         names = ("ptth_server.toml", "deep/er/ptth_relay.toml", "deep/PTTH_Server2.toml", "deep/old_ptth_relay.toml.x")
         write_files(tmp_path, dict.fromkeys(names, "api_key"))
         site = self.site(tmp_path)
-        assert [one(say(site, get(f"/{name}")))[0] for name in names] == [404] * 4
+        assert [ask(site, f"/{name}")[0] for name in names] == [404] * 4
         assert b"toml" not in say(site, get("/deep/"))
 
     def test_a_secret_behind_a_link_that_changes_is_never_served(self, tmp_path: object) -> None:
@@ -2570,7 +2579,7 @@ class TestFileServer:
         for aim, expected in (("a", [404, 200, 404]), ("b", [200, 404, 404])):
             (tmp_path / "key.pem").unlink(missing_ok=True)
             (tmp_path / "key.pem").symlink_to(aim)
-            assert [one(say(site, get(f"/{name}")))[0] for name in ("a", "b", "key.pem")] == expected
+            assert [ask(site, f"/{name}")[0] for name in ("a", "b", "key.pem")] == expected
 
     def test_the_operator_is_told_which_secrets_lie_below_the_root(self, tmp_path: object, capfd: Output) -> None:
         root = tmp_path / "root"
@@ -2626,11 +2635,11 @@ class TestFileServer:
             if name in "bd":
                 (tmp_path / name).mkdir()
             os.utime(tmp_path / name, (when, when))
-        page = one(say(self.site(tmp_path), get("/" + query)))[2].decode()
+        page = ask(self.site(tmp_path), "/" + query)[2].decode()
         assert re.findall(r'<td[^>]*><a href="([^/"]+)/?"', page) == names.split()
 
     def test_a_listing_is_small_and_needs_no_script(self, root: str) -> None:
-        page = one(say(self.site(root), get("/sub/")))[2]
+        page = ask(self.site(root), "/sub/")[2]
         assert len(page) < 12_000 and page.count(b"<script>") == 1 and b"src=" not in page
         assert b'<button name="zip"' in page and b'<button name="sort"' in page
 
@@ -2646,7 +2655,7 @@ class TestFileServer:
         for link, aim in (("out", "../secret"), ("in", "a.txt"), ("loop", "."), ("sub/up", "..")):
             (base / link).symlink_to(aim)
         os.mkfifo(base / "fifo")
-        status, fields, body = one(say(self.site(base), get("/?zip")))
+        status, fields, body = ask(self.site(base), "/?zip")
         assert (status, fields["content-type"]) == (200, "application/zip")
         assert fields["content-disposition"] == "attachment; filename=\"files.zip\"; filename*=UTF-8''files.zip"
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
@@ -2654,7 +2663,7 @@ class TestFileServer:
             expected = {*files, "sub/", "sub/deep/", "empty/", "\u00fcml\u00e4ut/", "in", "\ufffd"}
             assert set(archive.namelist()) == expected
             assert {name: archive.read(name) for name in files} == files
-        assert fields["content-disposition"] != one(say(self.site(base), get("/sub/?zip=")))[1]["content-disposition"]
+        assert fields["content-disposition"] != ask(self.site(base), "/sub/?zip=")[1]["content-disposition"]
         assert say(self.site(base), get("/sub/?zip", method="HEAD")).endswith(b"\r\n\r\n")
 
     @staticmethod
@@ -2693,18 +2702,18 @@ class TestFileServer:
         files = {f"f{size}": random.Random(size).randbytes(size) for size in sizes}
         write_files(tmp_path, files)
         (tmp_path / "sub").mkdir()
-        body = one(say(self.site(tmp_path), get("/?zip")))[2]
+        body = ask(self.site(tmp_path), "/?zip")[2]
         assert self.unpack(body) == {**files, "sub/": b""}
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             assert {name: archive.read(name) for name in archive.namelist()} == {**files, "sub/": b""}
         (tmp_path / "none").mkdir()
-        empty = one(say(self.site(tmp_path), get("/none/?zip")))[2]
+        empty = ask(self.site(tmp_path), "/none/?zip")[2]
         assert self.unpack(empty) == {} and zipfile.ZipFile(io.BytesIO(empty)).namelist() == []
 
     @needs("busybox")
     def test_busybox_unpacks_small_files_from_a_pipe(self, tmp_path: object) -> None:
         write_files(tmp_path / "from", {name: name * 100_000 for name in "abc"})
-        body = one(say(self.site(tmp_path / "from"), get("/?zip")))[2]
+        body = ask(self.site(tmp_path / "from"), "/?zip")[2]
         subprocess.run(["busybox", "unzip", "-q", "-"], input=body, cwd=tmp_path, check=True, timeout=60)
         assert [(tmp_path / name).read_text() for name in "abc"] == [name * 100_000 for name in "abc"]
 
@@ -2731,14 +2740,14 @@ class TestFileServer:
         self, names: list[bytes], members: list[str] | None, tmp_path: object, monkeypatch: Patch
     ) -> None:
         write_files(tmp_path, {name: str(i) for i, name in enumerate(names)})
-        found = self.unpack(one(say(self.site(tmp_path), get("/?zip")))[2])
+        found = self.unpack(ask(self.site(tmp_path), "/?zip")[2])
         files = {name: data for name, data in found.items() if name[-1] != "/"}
         assert sorted(files.values()) == sorted(str(i).encode() for i in range(len(names)))
         assert not re.search(r"[\x00-\x1f\\]", "".join(found))
         assert len({name.strip("/") for name in found}) == len(found)
         assert members is None or sorted(files) == members
         monkeypatch.setattr(ptth.FolderZip, "_file", failing(errno.EACCES))
-        notes = self.unpack(one(say(self.site(tmp_path), get("/?zip")))[2])
+        notes = self.unpack(ask(self.site(tmp_path), "/?zip")[2])
         note = [data for name, data in notes.items() if name[-1] != "/"]
         assert len(note) == 1 and note[0].count(b": Permission denied\n") == len(names)
 
@@ -2753,7 +2762,7 @@ class TestFileServer:
         for name, when in times.items():
             os.utime(tmp_path / "from" / name, (when, when))
         (tmp_path / "from" / "script").chmod(0o750)
-        (tmp_path / "x.zip").write_bytes(one(say(self.site(tmp_path / "from"), get("/?zip")))[2])
+        (tmp_path / "x.zip").write_bytes(ask(self.site(tmp_path / "from"), "/?zip")[2])
         zone = {**os.environ, "TZ": "XXX-9YYY"}
         subprocess.run(["unzip", "-q", "x.zip", "-d", "to"], cwd=tmp_path, check=True, env=zone, timeout=60)
         assert {name: int((tmp_path / "to" / name).stat().st_mtime) for name in times} == times
@@ -2779,7 +2788,7 @@ class TestFileServer:
 
     def test_a_zip_of_a_folder_with_an_odd_name(self, tmp_path: object) -> None:
         (tmp_path / os.fsdecode(b'\xff"\n')).mkdir()
-        fields = one(say(self.site(tmp_path), get("/%FF%22%0A/?zip")))[1]
+        fields = ask(self.site(tmp_path), "/%FF%22%0A/?zip")[1]
         assert fields["content-disposition"].startswith('attachment; filename="___.zip"; filename*=UTF-8')
 
     def test_what_cannot_be_read_is_told_in_the_listing_the_json_and_the_zip(
@@ -2810,22 +2819,22 @@ class TestFileServer:
         monkeypatch.setattr(os, "scandir", scandir)
         refuse_to_open(monkeypatch, b"/shut", errno.EACCES)  # what the zip alone does
         handler = self.site(tmp_path)
-        page = one(say(handler, get("/")))[2].decode()
+        page = ask(handler, "/")[2].decode()
         assert "1 folder, 2 files, 2 B, 2 not readable" in page and page.count("not readable</td>") == 2
         assert 'title="Permission denied"' in page and ">bad&amp;name</i>" in page and ">locked/</i>" in page
         assert set(re.findall(r'href="([^"]+)"', page)) == {"closed/", "good", "shut"}
-        entries = json.loads(one(say(handler, get("/", "Accept: application/json")))[2])["entries"]
+        entries = json.loads(ask(handler, "/", "Accept: application/json")[2])["entries"]
         told = {entry["name"]: (entry["is_dir"], entry.get("error")) for entry in entries}
         bad = {"bad&name": (False, "Permission denied"), "locked": (True, os.strerror(errno.EIO))}
         assert told == {"good": (False, None), "shut": (False, None), "closed": (True, None), **bad}
-        members = self.unpack(one(say(handler, get("/?zip")))[2])
+        members = self.unpack(ask(handler, "/?zip")[2])
         note = members.pop("could-not-be-read.txt").decode().splitlines()
         assert members == {"good": b"x", "closed/": b""}
         denied = [f"{name}: Permission denied" for name in ("bad&name", "closed")]
         assert sorted(note) == [*denied, f"locked: {os.strerror(errno.EIO)}", "shut: Permission denied"]
         for fields in ([], ["Accept: application/json"]):
-            assert one(say(handler, get("/closed/", *fields)))[0] == 403
-        assert one(say(handler, get("/closed/?zip")))[0] == 403
+            assert ask(handler, "/closed/", *fields)[0] == 403
+        assert ask(handler, "/closed/?zip")[0] == 403
 
     CHANGES = {  # changes of a file of 3 MiB while it is zipped: (the member's content, the line in could-not-be-read.txt)
         "it grows": (3 << 20, ""), "it shrinks": (1 << 20, "changed"), "it is written again": (3 << 20, "changed"),
@@ -2878,7 +2887,7 @@ class TestFileServer:
         before = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patched:
             patched.setattr(os, "scandir", failing(errno.EMFILE))
-            assert one(say(site, get("/")))[0] == 503
+            assert ask(site, "/")[0] == 503
         with monkeypatch.context() as patched:
             patched.setattr(ptth, "read_at", failing(errno.EIO))
             assert b"x" not in say(site, get("/x")).partition(b"\r\n\r\n")[2]
@@ -2898,7 +2907,7 @@ class TestFileServer:
         refuse_to_open(monkeypatch, b"index.html", number)
         if not searchable:
             monkeypatch.setattr(os, "access", lambda path, mode: mode != os.X_OK)
-        answer = one(say(self.site(tmp_path), get("/")))
+        answer = ask(self.site(tmp_path), "/")
         assert (answer[0], b"other" in answer[2]) == (status, there == "other")
 
     def test_a_folder_that_vanishes_does_not_break_the_zip(self, tmp_path: object) -> None:
@@ -2912,29 +2921,29 @@ class TestFileServer:
         assert [name for _, name, _ in walk] == [] and "b: " in made.failed[0]
 
     def test_hidden_names_when_asked_for(self, root: str) -> None:
-        assert one(say(self.site(root, hidden=True), get("/.secret")))[0] == 200
+        assert ask(self.site(root, hidden=True), "/.secret")[0] == 200
         assert b".secret" in say(self.site(root, hidden=True), get("/"))
 
     def test_links_that_leave_when_asked_for(self, root: str) -> None:
-        assert one(say(self.site(root, follow_symlinks=True), get("/outdir/secret")))[2] == b"secret\n"
+        assert ask(self.site(root, follow_symlinks=True), "/outdir/secret")[2] == b"secret\n"
 
     def test_without_listing_there_is_no_json_and_no_zip(self, root: str) -> None:
         handler = self.site(root, listing=False)
         for path, fields in (("/", []), ("/?zip", []), ("/", ["Accept: application/json"])):
-            assert one(say(handler, get(path, *fields)))[0] == 404
-        assert one(say(handler, get("/index/", "Accept: application/json")))[2] == b"the index\n"
-        assert [one(say(handler, get(path)))[0] for path in ("/hello.txt", "/index/")] == [200, 200]
+            assert ask(handler, path, *fields)[0] == 404
+        assert ask(handler, "/index/", "Accept: application/json")[2] == b"the index\n"
+        assert [ask(handler, path)[0] for path in ("/hello.txt", "/index/")] == [200, 200]
 
     def test_other_origins_may_read_when_asked_for(self, root: str) -> None:
         handler = self.site(root, cors=True, auth="u:p")
         for path in ("/hello.txt", "/missing"):
-            assert one(say(handler, get(path)))[1]["access-control-allow-origin"] == "*"
-        status, fields, _ = one(say(handler, get("/hello.txt", "Access-Control-Request-Method: GET", method="OPTIONS")))
+            assert ask(handler, path)[1]["access-control-allow-origin"] == "*"
+        status, fields, _ = ask(handler, "/hello.txt", "Access-Control-Request-Method: GET", method="OPTIONS")
         assert (status, fields["access-control-allow-methods"]) == (204, "GET, HEAD")
 
     def test_fields_of_the_operator_replace_ours(self, root: str) -> None:
         handler = self.site(root, headers=(("X-Mine", "1"), ("content-type", "text/x")))
-        status, fields, _ = one(say(handler, get("/hello.txt")))
+        status, fields, _ = ask(handler, "/hello.txt")
         assert (status, fields["x-mine"], fields["content-type"]) == (200, "1", "text/x")
 
     def test_a_handlers_response_stays_as_it_made_it(self) -> None:
@@ -2965,7 +2974,7 @@ class TestFileServer:
             (self.site(root, auth="u:p:q"), "files"),
             (ptth.server_handler(ptth.Site(root, ptth.SiteOptions(auth="u:p:q")), "my-server"), "my-server"),
         ):
-            answer = one(say(handler, get("/", *([f"Authorization: {value}"] if value else []))))
+            answer = ask(handler, "/", *([f"Authorization: {value}"] if value else []))
             assert answer[0] == status
             assert status == 200 or answer[1]["www-authenticate"] == f'Basic realm="{realm}", charset="UTF-8"'
 
@@ -2982,14 +2991,14 @@ class TestFileServer:
         self, fields: list[str], coding: str | None, body: bytes, tmp_path: object
     ) -> None:
         write_files(tmp_path, {"x.txt": b"plain", "x.txt.gz": b"\x1f\x8bzipped", "x.txt.br": b"brotli"})
-        status, answer, got = one(say(self.site(tmp_path), get("/x.txt", *fields)))
+        status, answer, got = ask(self.site(tmp_path), "/x.txt", *fields)
         assert (answer.get("content-encoding"), got) == (coding, body)
         assert answer["content-type"] == "text/plain; charset=utf-8"
         assert ("accept-encoding" in answer.get("vary", "").lower()) is ("Accept-Encoding" in str(fields))
         if "Range" not in str(fields):
             again = get("/x.txt", *fields, "If-None-Match: " + answer["etag"])
             assert one(say(self.site(tmp_path), again))[0] == 304
-        plain = one(say(self.site(tmp_path), get("/x.txt")))[1]
+        plain = ask(self.site(tmp_path), "/x.txt")[1]
         assert (answer["etag"] == plain["etag"]) is (coding is None)
 
     TYPES = [
@@ -3005,7 +3014,7 @@ class TestFileServer:
     @pytest.mark.parametrize(("name", "kind"), TYPES)
     def test_types(self, name: str, kind: str, tmp_path: object) -> None:
         write_files(tmp_path, {name.encode("latin-1"): b"\0"})
-        assert one(say(self.site(tmp_path), get("/" + ptth.quote(name.encode("latin-1")))))[1]["content-type"] == kind
+        assert ask(self.site(tmp_path), "/" + ptth.quote(name.encode("latin-1")))[1]["content-type"] == kind
 
     SNIFFED = [
         ("README", b"read me\n", True), ("x.rs", "\u00e4".encode() * 5000, True), ("x.diff", b"x" + "\u20ac".encode() * 5000, True), ("LICENSE", b"", True),
@@ -3023,29 +3032,29 @@ class TestFileServer:
             answer = say(self.site(tmp_path, hidden=True), get(f"/{name}", *fields, method=method))
             assert (b"Content-Type: text/plain; charset=utf-8\r\n" in answer) is text
             assert (b"Content-Type: application/octet-stream\r\n" in answer) is not text
-        assert one(say(self.site(tmp_path, hidden=True), get(f"/{name}")))[2] == data
+        assert ask(self.site(tmp_path, hidden=True), f"/{name}")[2] == data
 
     def test_another_file_of_the_same_size_and_time_has_another_tag(self, tmp_path: object) -> None:
         site = self.site(tmp_path)
         write_files(tmp_path, {"x": b"old", "y": b"new"})
         for name in "xy":
             os.utime(tmp_path / name, (1, 1))
-        fields = one(say(site, get("/x")))[1]
+        fields = ask(site, "/x")[1]
         tag = fields["etag"]
-        assert one(say(self.site(tmp_path), get("/x")))[1]["etag"] == tag and tag[0] == '"'
-        assert one(say(site, get("/x", f"If-None-Match: {tag}")))[0] == 304
-        assert one(say(site, get("/x", "Range: bytes=1-", f"If-Range: {tag}")))[2] == b"ld"
+        assert ask(self.site(tmp_path), "/x")[1]["etag"] == tag and tag[0] == '"'
+        assert ask(site, "/x", f"If-None-Match: {tag}")[0] == 304
+        assert ask(site, "/x", "Range: bytes=1-", f"If-Range: {tag}")[2] == b"ld"
         (tmp_path / "y").rename(tmp_path / "x")
         for field in (f"If-None-Match: {tag}", f"If-Modified-Since: {fields['last-modified']}"):
-            assert one(say(site, get("/x", field)))[2] == b"new"
+            assert ask(site, "/x", field)[2] == b"new"
         for value in (tag, fields["last-modified"]):
-            assert one(say(site, get("/x", "Range: bytes=1-", f"If-Range: {value}")))[2] == b"new"
-        assert one(say(site, get("/x", f"If-Match: {tag}")))[0] == 412
+            assert ask(site, "/x", "Range: bytes=1-", f"If-Range: {value}")[2] == b"new"
+        assert ask(site, "/x", f"If-Match: {tag}")[0] == 412
 
     def test_a_file_written_in_place_has_another_tag(self, tmp_path: object) -> None:
         (tmp_path / "x").write_bytes(b"old")
         facts = os.stat(tmp_path / "x")
-        tag = one(say(self.site(tmp_path), get("/x")))[1]["etag"]
+        tag = ask(self.site(tmp_path), "/x")[1]["etag"]
 
         def write() -> bool:  # until the clock of the file system has moved on
             (tmp_path / "x").write_bytes(b"new")
@@ -3053,7 +3062,7 @@ class TestFileServer:
             return os.stat(tmp_path / "x").st_ctime_ns != facts.st_ctime_ns
 
         eventually(write)
-        assert one(say(self.site(tmp_path), get("/x", f"If-None-Match: {tag}")))[2] == b"new"
+        assert ask(self.site(tmp_path), "/x", f"If-None-Match: {tag}")[2] == b"new"
 
     GZIPPED = gzip.compress(b"new")
     STALE = [  # (the compressed file, how much newer than the plain one it is in nanoseconds, whether it is sent)
@@ -3070,14 +3079,14 @@ class TestFileServer:
         os.utime(tmp_path / "x.json", ns=(when, when))
         os.utime(tmp_path / "x.json.gz", ns=(when + newer, when + newer))
         before = len(os.listdir("/proc/self/fd"))
-        _, fields, body = one(say(self.site(tmp_path), get("/x.json", "Accept-Encoding: gzip")))
+        _, fields, body = ask(self.site(tmp_path), "/x.json", "Accept-Encoding: gzip")
         assert (fields.get("content-encoding"), body) == (("gzip", data) if taken else (None, b"new"))
         assert len(os.listdir("/proc/self/fd")) == before
 
     def test_an_empty_or_special_compressed_file_is_not_used(self, tmp_path: object) -> None:
         write_files(tmp_path, {"x": b"plain", "x.br": b""})
         os.mkfifo(tmp_path / "x.gz")
-        assert one(say(self.site(tmp_path), get("/x", "Accept-Encoding: br, gzip")))[2] == b"plain"
+        assert ask(self.site(tmp_path), "/x", "Accept-Encoding: br, gzip")[2] == b"plain"
 
     @pytest.mark.parametrize("below", ["", "/sub", "/sub/..", "/deep/../sub"])
     def test_the_root_that_was_named_is_followed(self, below: str, tmp_path: object) -> None:
@@ -3092,7 +3101,7 @@ class TestFileServer:
         site = self.site(f"{tmp_path}/current{below}")
 
         def check(name: str) -> None:
-            assert [one(say(site, get(path)))[2] for path in ("/x", "/inside")] == [name.encode()] * 2
+            assert [ask(site, path)[2] for path in ("/x", "/inside")] == [name.encode()] * 2
             listing = say(site, get("/"))
             assert f"only-in-{name}".encode() in listing and listing.count(b"only-in-") == 2
             assert f"only-in-{name}".encode() in say(site, get("/?zip"))
@@ -3101,11 +3110,11 @@ class TestFileServer:
         (tmp_path / "next").symlink_to("b")
         (tmp_path / "next").rename(tmp_path / "current")
         check("b")
-        assert one(say(site, get("/outside")))[0] == 404
+        assert ask(site, "/outside")[0] == 404
         shutil.rmtree(tmp_path / "a")
         check("b")
         (tmp_path / "b").rename(tmp_path / "c")
-        assert one(say(site, get("/x")))[0] == 404
+        assert ask(site, "/x")[0] == 404
         (tmp_path / "current").unlink()
         (tmp_path / "c").rename(tmp_path / "current")  # now it is no link any more
         check("b")
@@ -3115,7 +3124,7 @@ class TestFileServer:
         monkeypatch.chdir(tmp_path / "a")
         site = self.site("root")
         monkeypatch.chdir(tmp_path / "b")
-        assert one(say(site, get("/x")))[2] == b"a"
+        assert ask(site, "/x")[2] == b"a"
 
     MADE_UP = ["/proc/sys/kernel/ostype", "/proc/cpuinfo", "/sys/kernel/mm/transparent_hugepage/enabled"]
 
@@ -3150,8 +3159,8 @@ class TestFileServer:
         if not os.path.exists("/proc/self/environ"):
             pytest.skip("there is no /proc")
         for path in ("/self/environ", f"/{os.getpid()}/environ", f"/{os.getpid()}/maps"):
-            assert one(say(self.site("/proc"), get(path)))[0] == 404
-        assert one(say(self.site("/proc/self"), get("/status")))[0] == 404
+            assert ask(self.site("/proc"), path)[0] == 404
+        assert ask(self.site("/proc/self"), "/status")[0] == 404
 
     ERRORS = [
         (errno.ENOENT, 404), (errno.ENOTDIR, 404), (errno.ELOOP, 404), (errno.ENAMETOOLONG, 404), (errno.EILSEQ, 404), (errno.EINVAL, 404), (errno.ENXIO, 404),
@@ -3165,7 +3174,7 @@ class TestFileServer:
     ) -> None:
         (tmp_path / "x").write_text("x")
         refuse_to_open(monkeypatch, os.fsencode(tmp_path / "x"), number)
-        assert one(say(self.site(tmp_path), get("/x")))[0] == status
+        assert ask(self.site(tmp_path), "/x")[0] == status
         told = capfd.readouterr().err
         assert (f"{tmp_path}/x" in told and "cannot read" in told) is (status == 500)
         assert told.count("\n") == (status == 500)
@@ -3178,7 +3187,7 @@ class TestFileServer:
         (tmp_path / name).write_bytes(b"x" * (50_000 if name == "large.txt" else 10))
         before = len(os.listdir("/proc/self/fd"))
         monkeypatch.setattr(ptth, "read_at", failing(number))
-        assert one(say(self.site(tmp_path), get(f"/{name}")))[0] == 500
+        assert ask(self.site(tmp_path), f"/{name}")[0] == 500
         assert f"{tmp_path}/{name}: {os.strerror(number).lower()}" in capfd.readouterr().err
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -3206,8 +3215,8 @@ class TestFileServer:
         }  # fmt: skip
         os.seteuid(65534)
         try:
-            got = {path: one(say(site, get(path)))[0] for path in statuses}
-            index = one(say(site, get("/link/", "Accept: application/json")))[2]
+            got = {path: ask(site, path)[0] for path in statuses}
+            index = ask(site, "/link/", "Accept: application/json")[2]
         finally:
             os.seteuid(0)
         assert got == statuses and index == b"the index"
@@ -3215,9 +3224,9 @@ class TestFileServer:
     def test_a_time_that_no_calendar_has_is_no_error(self, tmp_path: object) -> None:
         (tmp_path / "f").write_text("x")
         os.utime(tmp_path / "f", (2**33, 2**33))
-        status, fields, _ = one(say(self.site(tmp_path), get("/f")))
+        status, fields, _ = ask(self.site(tmp_path), "/f")
         assert (status, ptth.parse_date(fields["last-modified"], 1.8e9) <= time.time()) == (200, True)
-        assert one(say(self.site(tmp_path), get("/")))[0] == 200
+        assert ask(self.site(tmp_path), "/")[0] == 200
         assert ptth.clamped_seconds(2**62 * 10**9) == 253402300799
 
     def test_no_descriptor_stays_open(self, root: str) -> None:
@@ -4690,11 +4699,11 @@ class TestRelay:
         server = bare_relay.registered
         eventually(lambda: len(server.exchanges) == 3 and not server.offered)
         for fields in ((), ("X-Forwarded-For: 192.0.2.9",)):
-            status, headers, _ = one(bare_relay.fetch(get("/frontend/servers/n/", *fields)))
+            status, headers, _ = bare_relay.get("/frontend/servers/n/", *fields)
             assert (status, "retry-after" in headers) == (503, True)
         slow[2][1].close()
         eventually(lambda: len(server.exchanges) == 2)
-        assert one(bare_relay.fetch(get("/frontend/servers/n/", "X-Forwarded-For: 192.0.2.1")))[0] == 503
+        assert bare_relay.get("/frontend/servers/n/", "X-Forwarded-For: 192.0.2.1")[0] == 503
         (client,), (identity,) = self.hand_over(bare_relay, hand, ("X-Forwarded-For: 192.0.2.9",))
         hand.complete(identity, client)
         for sock, post in slow:
@@ -5056,11 +5065,11 @@ class TestRelay:
 
     @pytest.mark.parametrize(("path", "status"), STATUSES)
     def test_targets_are_matched_literally(self, path: str, status: int, bare_relay: Tunnel) -> None:
-        assert one(bare_relay.fetch(get(path)))[0] == status
+        assert bare_relay.get(path)[0] == status
 
     def test_redirects_are_relative(self, bare_relay: Tunnel) -> None:
-        assert one(bare_relay.fetch(get("/frontend/servers/n?a=b/c")))[1]["location"] == "./n/?a=b/c"
-        assert one(bare_relay.fetch(get("/")))[1]["location"] == "./frontend/servers/"
+        assert bare_relay.get("/frontend/servers/n?a=b/c")[1]["location"] == "./n/?a=b/c"
+        assert bare_relay.get("/")[1]["location"] == "./frontend/servers/"
 
     @pytest.mark.parametrize("path", ["/", "/a/../%2e//b?c=%20/../d", "/\xff", "/a%2Fb\\c;d=e/..?/../.."])
     def test_what_follows_the_name_is_forwarded_untouched(self, path: str, bare_relay: Tunnel, hand: Hand) -> None:
@@ -5088,13 +5097,13 @@ class TestRelay:
         tunnel.relay.state.config.scraper_keys = [ptth.ScraperKey("s", ptth.tripcode(KEY), 0, time.time() + 99)]
         for paths, status in ((self.UP, 404), (self.NOT_UP, 200)):
             for path in paths:
-                assert one(tunnel.fetch(get(f"/{below}{path}", f"X-ApiKey: {KEY}")))[0] == status, path
+                assert tunnel.get(f"/{below}{path}", f"X-ApiKey: {KEY}")[0] == status, path
 
     @pytest.mark.parametrize(
         ("method", "value", "status"), [("OPTIONS", "0", 204), ("TRACE", "00", 405), ("OPTIONS", "x", 400), ("TRACE", "1, 0", 405)]
     )  # fmt: skip
     def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
-        answer = one(bare_relay.fetch(get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)))
+        answer = bare_relay.get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)
         assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
         assert not bare_relay.relay.state.unclaimed and not bare_relay.registered.exchanges
 
@@ -5113,7 +5122,7 @@ class TestRelay:
 
     def test_a_server_that_is_away_is_503(self, bare_relay: Tunnel) -> None:
         bare_relay.relay.state.started -= 100
-        status, fields, _ = one(bare_relay.fetch(get("/frontend/servers/n/")))
+        status, fields, _ = bare_relay.get("/frontend/servers/n/")
         assert (status, "retry-after" in fields) == (503, True)
 
     def test_a_server_that_does_not_answer_is_504(self, open_tunnel: object) -> None:
@@ -5127,7 +5136,7 @@ class TestRelay:
         waiting = bare_relay.registered.waiting
         waiting.update({str(i): None for i in range(ptth.MAX_WAITING)})
         try:
-            assert one(bare_relay.fetch(get("/frontend/servers/n/")))[0] == 503
+            assert bare_relay.get("/frontend/servers/n/")[0] == 503
         finally:
             waiting.clear()
 
@@ -5136,16 +5145,16 @@ class TestRelay:
             hand = Hand(bare_relay.port, name, key)
             hand.listen(0)
             hand.answer()
-        page = one(bare_relay.fetch(get("/frontend/unregistered_servers")))[2].decode()
+        page = bare_relay.get("/frontend/unregistered_servers")[2].decode()
         assert "stranger" in page and ptth.tripcode(KEY) in page
         assert ptth.tripcode("wrong-key-that-is-long-enough") not in page and "<script>" not in page and KEY not in page
 
     def test_pages_of_the_relay(self, bare_relay: Tunnel) -> None:
-        page = one(bare_relay.fetch(get("/frontend/servers/")))[2].decode()
+        page = bare_relay.get("/frontend/servers/")[2].decode()
         assert 'href="//n.example.com/"' in page and "never seen" in page
         with open(PROGRAM, "rb") as file:
-            assert one(bare_relay.fetch(get("/ptth.py")))[2] == file.read()
-        assert one(bare_relay.fetch(get("/", method="POST")))[0] == 405
+            assert bare_relay.get("/ptth.py")[2] == file.read()
+        assert bare_relay.get("/", method="POST")[0] == 405
         assert b"<!doctype html>" in bare_relay.fetch(get("/nothing", "Accept: text/html"))
 
     def test_a_stopping_relay_finishes_what_it_accepted(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -5155,7 +5164,7 @@ class TestRelay:
         stopping = asyncio.run_coroutine_threadsafe(bare_relay.relay.stop(), bare_relay.background.loop)
         status, fields, body = hand.answer()
         assert (status, fields["connection"], body) == (200, "close", b"")
-        assert one(bare_relay.fetch(get("/frontend/servers/n/")))[0] == 503
+        assert bare_relay.get("/frontend/servers/n/")[0] == 503
         again = Hand(bare_relay.port)
         again.listen(20, "Connection: close")
         assert again.answer()[0] == 503
@@ -6091,7 +6100,7 @@ class TestCutConnections:
             cutter.arm(0)
 
         with tunnel_behind(background, port, event_stream(generate)):
-            assert one(bare_relay.fetch(get("/", host="n.example.com")))[2] == b"".join(events)
+            assert bare_relay.get("/", host="n.example.com")[2] == b"".join(events)
             assert cutter.cut
         background.loop.call_soon_threadsafe(cutter.server.close)
 
@@ -6184,7 +6193,7 @@ class TestEventStreams:
 
         tunnel = open_tunnel(handler)
         visitors = [Visitor(tunnel.port, "/", "Accept: */*") for _ in range(5)]
-        assert one(tunnel.fetch(get("/other", host="n.example.com")))[2] == b"GET /other\n"
+        assert tunnel.get("/other", host="n.example.com")[2] == b"GET /other\n"
         for visitor in visitors:
             visitor.close()
 
@@ -6260,7 +6269,7 @@ class TestLimits:
         ):
             fields = ["Range: bytes=0-1499999,1500001-2999999"] if kind == "ranges" else []
             for _ in range(2):
-                status, answered, body = one(bare_relay.fetch(get("/files/f", *fields, host="n.example.com")))
+                status, answered, body = bare_relay.get("/files/f", *fields, host="n.example.com")
                 assert int(answered["content-length"]) == len(body)
                 if kind == "ranges":
                     assert status == 206 and self.DATA[:1_500_000] in body and self.DATA[1_500_001:] in body
@@ -6342,7 +6351,7 @@ class TestHosts:
         assert (got["content-security-policy"], got["service-worker-allowed"]) == ("own", "/")
         assert "strict-transport-security" in got
         assert not {"clear-site-data", "x-accel-redirect", "alt-svc", "nel"} & set(got)
-        below = one(tunnel.fetch(get("/frontend/servers/n/", "Cookie: a=b")))[1]
+        below = tunnel.get("/frontend/servers/n/", "Cookie: a=b")[1]
         assert "set-cookie" not in below and "sandbox" in below["content-security-policy"]
 
 
@@ -6432,20 +6441,20 @@ class TestOperator:
         return ptth.ScraperKey(name, ptth.tripcode(key), now + begin, now + end)
 
     def test_the_scraper_api_is_off_unless_asked_for(self, tunnel: Tunnel) -> None:
-        assert one(tunnel.fetch(get("/scraper/v1/test", f"X-ApiKey: {self.SCRAPER}")))[0] == 404
+        assert tunnel.get("/scraper/v1/test", f"X-ApiKey: {self.SCRAPER}")[0] == 404
 
     def test_what_a_scraper_may_see(self, tunnel: Tunnel) -> None:
         self.configure(tunnel, self.key())
         field = f"X-ApiKey: {self.SCRAPER}"
         for base in ("/scraper/v1/", "/scraper/api/"):
-            assert one(tunnel.fetch(get(base + "test", field)))[2] == b"You're valid!"
-            (server,) = json.loads(one(tunnel.fetch(get(base + "server_list", field)))[2])["servers"]
+            assert tunnel.get(base + "test", field)[2] == b"You're valid!"
+            (server,) = json.loads(tunnel.get(base + "server_list", field)[2])["servers"]
             assert (server["name"], server["display_name"], server["connected"]) == ("n", None, True)
             assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", server["last_seen"])
-            assert one(tunnel.fetch(get(base + "server/n/x?y", field)))[2] == b"GET /x?y\n"
+            assert tunnel.get(base + "server/n/x?y", field)[2] == b"GET /x?y\n"
             for path in ("nothing", "server/m/", "server/n"):
-                assert one(tunnel.fetch(get(base + path, field)))[0] == 404, path
-        assert one(tunnel.fetch(get("/scraper/v2/test", field)))[0] == 404
+                assert tunnel.get(base + path, field)[0] == 404, path
+        assert tunnel.get("/scraper/v2/test", field)[0] == 404
 
     REFUSED = [
         ([], []), ([(-20, -10)], []), ([(10, 20)], []), ([(-10, 10)], ["X-ApiKey: another-key"]), ([(-10, 10)], ["X-ApiKey: " + "k" * 200]),
@@ -6456,21 +6465,21 @@ class TestOperator:
         self, spans: list[tuple[float, float]], fields: list[str], tunnel: Tunnel, capfd: Output
     ) -> None:
         self.configure(tunnel, *(self.key(*span) for span in spans))
-        status, _, body = one(tunnel.fetch(get("/scraper/v1/test", *(fields or [f"X-ApiKey: {self.SCRAPER}"]))))
+        status, _, body = tunnel.get("/scraper/v1/test", *(fields or [f"X-ApiKey: {self.SCRAPER}"]))
         assert (status, body) == (403, b"this needs a valid X-ApiKey\n")
-        assert one(tunnel.fetch(get("/scraper/v1/test")))[::2] == (403, b"this needs a valid X-ApiKey\n")
+        assert tunnel.get("/scraper/v1/test")[::2] == (403, b"this needs a valid X-ApiKey\n")
         told = capfd.readouterr().err
         assert "ptth relay: scraper " in told and self.SCRAPER not in told
         self.configure(tunnel, self.key())
-        metrics = one(tunnel.fetch(get("/scraper/v1/metrics", f"X-ApiKey: {self.SCRAPER}")))[2].decode()
+        metrics = tunnel.get("/scraper/v1/metrics", f"X-ApiKey: {self.SCRAPER}")[2].decode()
         assert 'keys_refused_total{api="scraper"} 2' in metrics
 
     def test_metrics_are_counted(self, tunnel: Tunnel) -> None:
         self.configure(tunnel, self.key())
         for path in ("/a", "/b"):
-            assert one(tunnel.fetch(get("/frontend/servers/n" + path)))[0] == 200
-        assert one(tunnel.fetch(get("/frontend/servers/n/", method="TRACE")))[0] == 405
-        status, fields, body = one(tunnel.fetch(get("/scraper/v1/metrics", f"X-ApiKey: {self.SCRAPER}")))
+            assert tunnel.get("/frontend/servers/n" + path)[0] == 200
+        assert tunnel.get("/frontend/servers/n/", method="TRACE")[0] == 405
+        status, fields, body = tunnel.get("/scraper/v1/metrics", f"X-ApiKey: {self.SCRAPER}")
         assert fields["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
         lines = body.decode().splitlines()
         for line in ('ptth_server_connected{server="n"} 1', 'ptth_requests_total{server="n",status="200"} 2', 'ptth_requests_waiting{server="n"} 0',
@@ -6482,21 +6491,21 @@ class TestOperator:
         assert all(f"# TYPE {name} " in body.decode() and f"# HELP {name} " in body.decode() for name in names)
 
     def test_the_audit_log(self, tunnel: Tunnel) -> None:
-        assert one(tunnel.fetch(get("/frontend/servers/n/<b>?secret", "X-Forwarded-For: 192.0.2.1")))[0] == 200
+        assert tunnel.get("/frontend/servers/n/<b>?secret", "X-Forwarded-For: 192.0.2.1")[0] == 200
         hand = Hand(tunnel.port, key="wrong-key-that-is-long-enough")
         hand.listen(0)
         hand.answer()
-        events = json.loads(one(tunnel.fetch(get("/frontend/audit_log", "Accept: application/json")))[2])
+        events = json.loads(tunnel.get("/frontend/audit_log", "Accept: application/json")[2])
         assert [event["event"] for event in events] == ["backend key refused: wrong key", "request", "connected"]
         del events[1]["time"]
         assert events[1] == {"event": "request", "server": "n", "client": "192.0.2.1", "method": "GET", "path": "/<b>",
                              "status": 200, "bytes": len("GET /<b>?secret\n")}  # fmt: skip
-        page = one(tunnel.fetch(get("/frontend/audit_log")))[2].decode()
+        page = tunnel.get("/frontend/audit_log")[2].decode()
         assert "/&lt;b&gt;" in page and "<b>" not in page and "secret" not in page
         for _ in range(300):
             long = get("/frontend/servers/n/" + "x" * 5000, "X-Forwarded-For: " + "y" * 5000)
             assert one(tunnel.fetch(long))[0] == 200
-        assert len(one(tunnel.fetch(get("/frontend/audit_log")))[2]) < 150_000
+        assert len(tunnel.get("/frontend/audit_log")[2]) < 150_000
 
     ELSEWHERE = [
         "X-Forwarded-For: 192.0.2.7", "Forwarded: for=192.0.2.7", "X-Real-IP: 192.0.2.7", "Via: 1.1 front", "X-Forwarded-Proto: https",
@@ -6516,7 +6525,7 @@ class TestOperator:
             return json.loads(one(data)[2]), one(page)[2].decode()
 
         for _ in range(2):
-            assert one(tunnel.fetch(get("/frontend/servers/n/private", "X-Forwarded-For: 192.0.2.1")))[0] == 200
+            assert tunnel.get("/frontend/servers/n/private", "X-Forwarded-For: 192.0.2.1")[0] == 200
         for shown in ([], ["X-ApiKey: old-key-that-is-long-enough"], ["X-ApiKey: wrong"], ["X-ApiKey: "]):
             events, page = look(field, *shown)
             assert {"server": "n", "event": "request", "count": 2} in events
@@ -6548,17 +6557,17 @@ class TestOperator:
         assert "sesame" not in "".join(told) and self.SCRAPER not in "".join(told)
 
     def test_the_pages_say_what_they_should(self, tunnel: Tunnel) -> None:
-        assert one(tunnel.fetch(get("/frontend/debug/")))[0] == 404
+        assert tunnel.get("/frontend/debug/")[0] == 404
         self.configure(tunnel, news_url="https://news.example/?a=1&b=2", dev_mode=True)
-        assert one(tunnel.fetch(get("/frontend/servers/n/x")))[0] == 200
-        page = one(tunnel.fetch(get("/frontend/servers/")))[2].decode()
+        assert tunnel.get("/frontend/servers/n/x")[0] == 200
+        page = tunnel.get("/frontend/servers/")[2].decode()
         assert 'href="https://news.example/?a=1&amp;b=2"' in page and "connected" in page
         for path in ("servers/", "unregistered_servers", "audit_log", "debug/"):
-            page = one(tunnel.fetch(get("/frontend/" + path)))[2].decode()
+            page = tunnel.get("/frontend/" + path)[2].decode()
             assert ptth.__version__ in page and "AGPL" in page and "ptth.py" in page and "<form" not in page
             for link in re.findall(r'href="(\.[^"]*)"', page):
                 target = urllib.parse.urljoin("/frontend/" + path, link)
-                assert one(tunnel.fetch(get(target)))[0] == 200, target
+                assert tunnel.get(target)[0] == 200, target
 
     def test_servers_come_and_go_without_touching_the_others(self, tunnel: Tunnel) -> None:
         trip = ptth.tripcode(KEY)
@@ -6566,12 +6575,12 @@ class TestOperator:
         hand = Hand(tunnel.port, "m")
         hand.listen()
         eventually(lambda: tunnel.relay.state.servers["m"].parked)
-        assert one(tunnel.fetch(get("/frontend/servers/n/x")))[0] == 200
+        assert tunnel.get("/frontend/servers/n/x")[0] == 200
         self.configure(tunnel)
         assert hand.requests() == []
         hand.listen()
         assert hand.answer()[0] == 401
-        assert [one(tunnel.fetch(get(f"/frontend/servers/{name}/")))[0] for name in "nm"] == [200, 404]
+        assert [tunnel.get(f"/frontend/servers/{name}/")[0] for name in "nm"] == [200, 404]
         self.configure(tunnel, servers=[ptth.ServerEntry("n", ptth.tripcode("another-key-than-before"))])
         hand = Hand(tunnel.port)
         hand.listen(0)
@@ -6791,7 +6800,7 @@ class TestServer:
             return await tunnel.relay.handle(request)
 
         tunnel.http.handler = record
-        assert [one(tunnel.fetch(get(f"/frontend/servers/n/{i}")))[0] for i in range(3)] == [200] * 3
+        assert [tunnel.get(f"/frontend/servers/n/{i}")[0] for i in range(3)] == [200] * 3
         assert seen == [("POST", True)] * 3
         go.clear()
         del seen[:]
@@ -6936,7 +6945,7 @@ class TestServer:
             clients.append(Client(tunnel.port, "/2"))
             eventually(lambda: waiting)
             for _ in range(20):
-                assert one(tunnel.fetch(get("/frontend/relay_up_check")))[0] == 200
+                assert tunnel.get("/frontend/relay_up_check")[0] == 200
             assert len(waiting) == 1 and len(begun) == 2
         finally:
             release.set()  # also after a failure, or its thread would keep the tests from ending
@@ -7076,11 +7085,11 @@ class TestServer:
         for kind, status in {
             "timeout": 504, "broken": 502, "value": 500, "reset": 500, "None": 500, "field": 500, "cancelled": 500,
         }.items():  # fmt: skip
-            assert one(tunnel.fetch(get(f"/frontend/servers/n/{kind}")))[0] == status, kind
+            assert tunnel.get(f"/frontend/servers/n/{kind}")[0] == status, kind
         raw = tunnel.fetch(get("/frontend/servers/n/fault-in-the-body"))
         assert b" 200 OK" in raw and len(raw) < 200_000
         assert "the body has a fault" in capfd.readouterr().err
-        assert one(tunnel.fetch(get("/frontend/servers/n/value")))[0] == 500
+        assert tunnel.get("/frontend/servers/n/value")[0] == 500
 
     def test_clients_that_do_not_read_keep_no_handler(
         self, open_tunnel: object, tmp_path: object, monkeypatch: Patch
@@ -7091,11 +7100,11 @@ class TestServer:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
         tunnel = open_tunnel(ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
         lazy = [begin_download(tunnel.port, "/big") for _ in range(5)]
-        assert one(tunnel.fetch(get("/frontend/servers/n/files/small")))[2] == HELLO
+        assert tunnel.get("/frontend/servers/n/files/small")[2] == HELLO
         tunnel.server.workers.most_sending = 5
-        status, fields, _ = one(tunnel.fetch(get("/frontend/servers/n/files/big")))
+        status, fields, _ = tunnel.get("/frontend/servers/n/files/big")
         assert (status, "retry-after" in fields) == (503, True)
-        assert one(tunnel.fetch(get("/frontend/servers/n/files/small")))[2] == HELLO
+        assert tunnel.get("/frontend/servers/n/files/small")[2] == HELLO
         for sock in lazy:
             sock.close()
         eventually(lambda: not tunnel.server.workers.sending)
@@ -7358,7 +7367,7 @@ class TestSeveralRelays:
 
         task = background.run(drain())
         assert one(bare_relay.fetch(self.CHECK))[0] == 503
-        assert one(bare_relay.fetch(get("/frontend/servers/")))[0] == 200
+        assert bare_relay.get("/frontend/servers/")[0] == 200
         assert task.done() != drains
         background.loop.call_soon_threadsafe(task.cancel)
 
@@ -7991,7 +8000,7 @@ ptth.log_line("later")
             write_configs(tmp_path, bare_relay.port, **keys)
             server.process.send_signal(signal.SIGHUP)
             server.wait_for(text)
-            return one(bare_relay.fetch(get("/frontend/servers/n/files/.secret")))
+            return bare_relay.get("/frontend/servers/n/files/.secret")
 
         assert again("again: serving")[0] == 404
         status, fields, body = again("again: serving", hidden=True, headers=["X-Own: yes"])
@@ -8005,7 +8014,7 @@ ptth.log_line("later")
         server.wait_for("connected to the relay")
         server.process.send_signal(signal.SIGHUP)
         server.wait_for(f"serving {os.path.realpath(other)}")
-        assert one(bare_relay.fetch(get("/frontend/servers/n/files/hello.txt")))[2] == b"other\n"
+        assert bare_relay.get("/frontend/servers/n/files/hello.txt")[2] == b"other\n"
         assert server.end() == 0
 
     def test_sighup_from_a_terminal_that_was_closed_stops(self, root: str) -> None:
@@ -8350,7 +8359,7 @@ class TestFaults:
         (tmp_path / "x").write_bytes(data)
         tunnel = open_tunnel(ptth.server_handler(ptth.Site(str(tmp_path)), "n"))
         monkeypatch.setattr(os, name, failing(errno.EMFILE))
-        assert one(tunnel.fetch(get("/frontend/servers/n/files/x")))[2] == data
+        assert tunnel.get("/frontend/servers/n/files/x")[2] == data
 
     def test_many_idle_clients_and_downloads_at_once(self, pair: Pair, files: str) -> None:
         with contextlib.ExitStack() as stack:
