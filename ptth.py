@@ -3186,6 +3186,7 @@ class FileBody(Body):
             if len(data) < count:
                 raise IncompleteBody("the file became shorter")
             yield data
+            await asyncio.sleep(0)  # let other connections run, however fast this peer reads
 
     async def write_to(self, sink: Sink) -> None:
         if self.length is None or not sink.can_send_file:

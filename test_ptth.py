@@ -1402,9 +1402,13 @@ class TestConnections:
                 result = await self.outcome(stream.send_file(file.fileno(), 0, 20_000_000))
         assert "stalls" in str(result)
 
-    @pytest.mark.parametrize("by", [pytest.param("sendfile", marks=sends_files), pytest.param("splice", marks=splices)])
+    WAYS = [pytest.param("sendfile", marks=sends_files), pytest.param("splice", marks=splices), "send"]
+
+    @pytest.mark.parametrize("by", WAYS)
     @in_loop
-    async def test_fast_peers_do_not_keep_the_loop_from_the_others(self, by: str, monkeypatch: Patch) -> None:
+    async def test_fast_peers_do_not_keep_the_loop_from_the_others(
+        self, by: str, tmp_path: object, monkeypatch: Patch
+    ) -> None:
         turns = 0
 
         def turn() -> None:
@@ -1413,13 +1417,20 @@ class TestConnections:
             stream.loop.call_soon(turn)
 
         # The reader takes all at once, and the sender has all of it.
-        monkeypatch.setattr(os, by, lambda first, second, *offset_and_count, **flags: offset_and_count[-1])
+        if by != "send":
+            monkeypatch.setattr(os, by, lambda first, second, *offset_and_count, **flags: offset_and_count[-1])
         async with self.pair() as (stream, _), self.pair() as (source, _):
             turn()
             if by == "sendfile":
                 await stream.send_file(0, 0, 50 * ptth.SENDFILE_SIZE)
-            else:
+            elif by == "splice":
                 await ptth.IncomingBody(source, 200 * ptth.SENDFILE_SIZE).write_to(stream)
+            else:
+                stream.can_send_file, stream.transport.write = False, lambda data: None
+                with open(tmp_path / "x", "wb+") as file:
+                    file.truncate(50 * ptth.READ_SIZE)
+                    found = ptth.Found(file.fileno(), os.fstat(file.fileno()), b"")
+                    await ptth.FileBody(found, 0, 50 * ptth.READ_SIZE).write_to(stream)
         assert turns > 40
 
     @pytest.mark.parametrize("how", ["ends", "is silent", "sends much", "sends for long"])
