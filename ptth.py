@@ -912,6 +912,7 @@ class Connection:
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
         self.buffer = b""
         self.read_deadline = self.write_deadline = math.inf
+        self.fill_began = math.inf  # when the `fill` that waits for bytes began, in the loop's time
         self.head_deadline: float | None = None  # for the response head that is being read
         self.stall_timeout = STALL_TIMEOUT
         self.silence_timeout = STALL_TIMEOUT  # seconds without a byte after which reading a body raises TimeoutError
@@ -980,11 +981,12 @@ class Connection:
 
         TimeoutError after `timeout` seconds (default: `silence_timeout`).
         """
-        self.read_deadline = self.loop.time() + (self.silence_timeout if timeout is None else timeout)
+        self.fill_began = self.loop.time()
+        self.read_deadline = self.fill_began + (self.silence_timeout if timeout is None else timeout)
         try:
             data = await self.reader.read(READ_SIZE)
         finally:
-            self.read_deadline = math.inf
+            self.read_deadline = self.fill_began = math.inf
         self.buffer += data
         return bool(data)
 
@@ -1030,10 +1032,7 @@ class Connection:
         self.abort()
 
     async def flush(self) -> None:
-        """Wait until the transport's buffer is empty, as needed before os.sendfile or os.splice use the socket.
-
-        ConnectionError when the peer stalls.
-        """
+        """Empty the transport's buffer, as os.sendfile and os.splice need it. ConnectionError when the peer stalls."""
         if self.transport.get_write_buffer_size():
             self.transport.set_write_buffer_limits(0)
             await self._drain()
@@ -1279,6 +1278,24 @@ async def linger(connection: Connection) -> None:
             while discarded < MAX_LINGER and await connection.fill(LINGER_TIMEOUT):
                 discarded += len(connection.buffer)
                 connection.buffer = b""
+
+
+async def end_stream(connection: Connection) -> None:
+    """After a 101, tell the peer that no more is sent; close when it then sends nothing for some seconds.
+
+    TLS has no half-close: only the close tells the peer, so it gets less time to respond to the last bytes.
+    """
+    await connection.flush()
+    patience = LINGER_TIMEOUT
+    if connection.writer.can_write_eof():
+        connection.writer.write_eof()
+        patience = MAX_LINGER_TIMEOUT
+    ended = connection.loop.time()
+    while connection.loop.time() < max(ended, connection.fill_began) + patience:  # it counts only while `fill` waits
+        await asyncio.sleep(SWEEP_INTERVAL)
+    connection.close()
+    await asyncio.sleep(LINGER_TIMEOUT)  # a TLS peer should close, too
+    connection.abort()
 
 
 def share_of_turn(items: Collection[T], turn: int) -> list[T]:
@@ -2467,7 +2484,7 @@ class HTTPClient:
             if status == 101:
                 if request.upgrade not in headers.tokens("upgrade"):
                     raise ProtocolError(502, "a change of protocol that the request did not ask for", close=True)
-                sending = asyncio.create_task(self._send_body(connection, request, MAX_LINGER_TIMEOUT))
+                sending = asyncio.create_task(self._send_body(connection, request, timeout))
             return await self._make_response(connection, request.method, status, headers, sending)
         except BaseException:
             connection.abort()
@@ -2501,10 +2518,7 @@ class HTTPClient:
                 connection.on_continue = None
             await write_body(connection, body, chunked=body.length is None and not request.upgrade)
             if request.upgrade:
-                connection.silence_timeout = timeout  # seconds without a byte, in which the other side should end, too
-                await connection.flush()
-                if connection.writer.can_write_eof():
-                    connection.writer.write_eof()
+                await end_stream(connection)
             connection.limit_head(timeout)
         except IncompleteBody as error:
             connection.fail(error)  # the server must not take it for a complete body

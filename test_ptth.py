@@ -5645,6 +5645,40 @@ class TestUpgrades:
         assert visitor.read() == answer
         visitor.close()
 
+    @WAYS
+    def test_the_end_of_a_visitor_ends_the_stream_of_an_app_that_ignores_it(
+        self, way: str, streams: StreamApp, monkeypatch: Patch
+    ) -> None:
+        monkeypatch.setattr(ptth, "MAX_LINGER_TIMEOUT", 0.1)
+        streams.hold = concurrent.futures.Future()
+        visitor = Visitor(streams.ports[way], "/deaf")
+        visitor.sock.shutdown(socket.SHUT_WR)
+        assert visitor.read() == b""
+        streams.hold.set_result(None)
+        visitor.close()
+
+    @pytest.mark.parametrize(("path", "answer"), [("/echo", b"x" * 100_000), ("/deaf", b"")])
+    def test_under_tls_an_app_learns_the_end_of_its_visitor_by_a_close(
+        self, path: str, answer: bytes, streams: StreamApp, background: Background, tmp_path: object, monkeypatch: Patch
+    ) -> None:
+        """TLS has no half-close. What the app says first still arrives, and one that ignores the close ends, too."""
+        monkeypatch.setattr(ptth, "LINGER_TIMEOUT", 0.5)
+        streams.hold = concurrent.futures.Future()
+        context = make_certificate(tmp_path)
+        server = background.run(asyncio.start_server(streams.serve, "127.0.0.1", 0, ssl=context))
+        app = ptth.App(
+            ptth.HTTPClient(ptth.parse_app(f"https+insecure://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+        )
+        with background.serve(app.handle) as port:
+            visitor = Visitor(port, path)
+            visitor.sock.sendall(answer)
+            visitor.sock.shutdown(socket.SHUT_WR)
+            assert visitor.read() == answer
+            visitor.close()
+            streams.hold.set_result(None)
+            eventually(lambda: streams.writers[-1] in streams.left)
+        background.loop.call_soon_threadsafe(server.close)
+
     def test_below_the_prefix_it_works_the_same(self, streams: StreamApp) -> None:
         visitor = Visitor(streams.ports["tunnel"], "/frontend/servers/n/echo?a", host="relay.example.com")
         visitor.sock.sendall(b"hello")
