@@ -125,6 +125,9 @@ WRITE_SIZE = 1024 * 1024  # bytes of an upload that a thread writes at a time: 2
 SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload between two calls of fsync, so that the last one is short
 SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
 SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile, which blocks the loop for about half a millisecond
+ZIP_PIECE = (
+    0xFFFF  # bytes of a file in a zip that are read at a time: a slow reader costs some copies. One deflate block
+)
 MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.2)
 MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashed
 STDERR_TIMEOUT = 1.0  # seconds to wait for somebody who reads the log from a full pipe
@@ -3980,7 +3983,7 @@ def _identify_folder(place: bytes) -> tuple[str, tuple[int, int] | None]:
 def _read_pieces(file: io.BufferedReader, limit: int) -> Iterator[bytes]:
     """Yield the rest of a file, `limit` bytes at most. Raises OSError."""
     try:
-        while data := file.read(min(SENDFILE_SIZE, limit)):
+        while data := file.read(min(ZIP_PIECE, limit)):
             limit -= len(data)
             yield data
     except OSError as error:
@@ -4039,7 +4042,7 @@ class ZipWriter:
 
     def __init__(self) -> None:
         self.waiting = 0  # bytes that `take` returns
-        self._pieces: list[bytes | memoryview] = []
+        self._pieces: list[bytes] = []
         self._size = 0  # bytes made so far
         self._directory = bytearray()
         self._count = 0
@@ -4051,7 +4054,7 @@ class ZipWriter:
         self.waiting = 0
         return data
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _put(self, data: bytes) -> None:
         self._pieces.append(data)
         self.waiting += len(data)
         self._size += len(data)
@@ -4077,7 +4080,7 @@ class ZipWriter:
         self._add_to_directory(member, checksum, size, size)
 
     def add_large(self, name: str, mode: int, mtime: int, size: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Add a member of about `size` bytes, in pieces of which none is empty; yield the bytes that are ready.
+        """Add a member of about `size` bytes, in pieces of 1 to ZIP_PIECE bytes; yield the bytes that are ready.
 
         When `pieces` raises an error, the member ends there, and the zip can be continued.
         """
@@ -4090,11 +4093,9 @@ class ZipWriter:
         try:
             for piece in pieces:
                 checksum, size = zlib.crc32(piece, checksum), size + len(piece)
-                view = memoryview(piece)
-                for at in range(0, len(piece), 0xFFFF):  # blocks of deflate's type "stored" (RFC 1951, 3.2.4)
-                    block = view[at : at + 0xFFFF]
-                    self._put(struct.pack("<BHH", 0, len(block), len(block) ^ 0xFFFF))
-                    self._put(block)
+                # A block of deflate's type "stored" (RFC 1951, 3.2.4).
+                self._put(struct.pack("<BHH", 0, len(piece), len(piece) ^ 0xFFFF))
+                self._put(piece)
                 yield self.take()
         finally:
             self._put(struct.pack("<BHH", 1, 0, 0xFFFF))  # the last block, empty
@@ -4127,8 +4128,8 @@ class ZipWriter:
         """Yield the bytes not taken yet, and the central directory."""
         yield self.take()
         begin, size, count = self._size, len(self._directory), self._count
-        for at in range(0, size, SENDFILE_SIZE):
-            yield bytes(self._directory[at : at + SENDFILE_SIZE])
+        for at in range(0, size, ZIP_PIECE):
+            yield bytes(self._directory[at : at + ZIP_PIECE])
         last = b""
         if count >= 0xFFFF or begin + size >= 0xFFFFFFFF:
             last = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, _MADE_BY, 45, 0, 0, count, count, size, begin)
@@ -4161,7 +4162,7 @@ class FolderZip:
                     yield from self._file(place, name)
                 except OSError as error:
                     self.failed.append(f"{name}: {error.strerror}")
-            if archive.waiting >= SENDFILE_SIZE:
+            if archive.waiting >= ZIP_PIECE:
                 yield archive.take()
         if self.failed:
             text = "".join(f"{line}\n" for line in self.failed)
@@ -4179,12 +4180,13 @@ class FolderZip:
         limit = facts.st_size or ZIP32_MAX
         member = (name, stat.S_IFREG | 0o644 | facts.st_mode & 0o111, facts.st_mtime_ns)
         with open(found.fd, "rb") as file:
-            data = file.read(min(SENDFILE_SIZE, limit))
-            if len(data) < SENDFILE_SIZE:
+            data = file.read(min(SMALL_BODY, limit))
+            if len(data) < SMALL_BODY:
                 archive.add(*member, data)
             else:
-                pieces = itertools.chain([data], _read_pieces(file, limit - len(data)))
-                yield from archive.add_large(*member, limit, pieces)
+                del data  # a slow reader would keep it in memory
+                file.seek(0)
+                yield from archive.add_large(*member, limit, _read_pieces(file, limit))
             now = os.fstat(file.fileno())
         if now.st_size < facts.st_size or now.st_size == facts.st_size and now.st_mtime_ns != facts.st_mtime_ns:
             raise OSError(errno.EIO, "the file changed while it was read")

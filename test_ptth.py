@@ -74,6 +74,7 @@ import threading
 import time
 import tomllib
 import traceback
+import tracemalloc
 import urllib.parse
 import urllib.request
 import xml.etree.ElementTree
@@ -2709,7 +2710,7 @@ class TestFileServer:
     @pytest.mark.parametrize("limit", [ptth.ZIP32_MAX, 1_000_000], ids=["", "large"])
     def test_a_zip_can_be_unpacked_while_it_arrives(self, limit: int, tmp_path: object, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "ZIP32_MAX", limit)
-        sizes = (0, 1, 65535, 65536, ptth.SENDFILE_SIZE - 1, ptth.SENDFILE_SIZE, ptth.SENDFILE_SIZE + 1, 2_500_000)
+        sizes = (0, 1, 65535, 65536, ptth.SMALL_BODY - 1, ptth.SMALL_BODY, ptth.SMALL_BODY + 1, 2_500_000)
         files = {f"f{size}": random.Random(size).randbytes(size) for size in sizes}
         write_files(tmp_path, files)
         (tmp_path / "sub").mkdir()
@@ -2876,7 +2877,7 @@ class TestFileServer:
 
     def test_a_disk_that_fails_ends_the_member_and_not_the_zip(self) -> None:
         class File:
-            pieces = [b"x" * ptth.SENDFILE_SIZE]
+            pieces = [b"x" * ptth.ZIP_PIECE]
 
             def read(self, count: int) -> bytes:
                 return self.pieces.pop() if self.pieces else failing(errno.EIO)()
@@ -2888,7 +2889,26 @@ class TestFileServer:
             next(part)
         archive.add("y", 0o100644, 0, b"y")
         data += b"".join(archive.finish())
-        assert self.unpack(data) == {"x": b"x" * ptth.SENDFILE_SIZE, "y": b"y"}
+        assert self.unpack(data) == {"x": b"x" * ptth.ZIP_PIECE, "y": b"y"}
+
+    @in_loop
+    async def test_a_slow_reader_of_a_zip_costs_little_memory(self, tmp_path: object) -> None:
+        write_files(tmp_path, {"large": bytes(3 << 20), **{f"medium {i}": bytes((1 << 20) - 1) for i in range(3)}})
+        site = ptth.Site(str(tmp_path))
+        held = []
+
+        class Slow:
+            async def send(self, data: bytes) -> None:
+                held.append(tracemalloc.get_traced_memory()[0])
+
+        body = ptth.zip_response(site, (), site.open(())).body
+        tracemalloc.start()
+        try:
+            await body.write_to(ptth.ChunkedSink(Slow()))
+        finally:
+            tracemalloc.stop()
+            await body.aclose()
+        assert len(held) > 12 and max(held) < 400 * 1024
 
     def test_no_descriptor_is_503_and_a_failing_disk_leaves_none_open(
         self, tmp_path: object, monkeypatch: Patch
