@@ -5401,7 +5401,7 @@ class Exchange:
         if self.delivered and not self.delivered.done():
             self.delivered.set_result(complete)
         self._state.uploads.pop(self.request_id, None)
-        self._state.responses.pop(self.request_id, None)
+        self._state.begun.pop(self.request_id, None)
         self.server.streams.discard(self.request_id)
         if self.server.exchanges.pop(self.request_id, None):
             self.server.addresses[self.address] -= 1
@@ -5552,8 +5552,8 @@ class ParkedPoll(NamedTuple):
     connection: Peer | None
     instance: str  # which server of this name sent it
     features: set[str]
-    since: float
-    until: float
+    since: float  # in the loop's time
+    until: float  # the same: then it gets an empty P3
 
     def is_stale(self) -> bool:
         """Return whether requests sent in answer to it would not arrive."""
@@ -5658,7 +5658,7 @@ class RegisteredServer:
                 self.answer_empty(ParkedPoll.is_stale)
             else:
                 batch = self.next_requests(self.parked[0].instance, self.parked[0].features)
-                if not batch:  # those that wait are of addresses that have enough requests at work
+                if not batch:  # the rest is of addresses that have MAX_AT_WORK requests at work
                     break
                 self.parked.popleft().batch.set_result(batch)
 
@@ -5884,7 +5884,7 @@ class RelayState:
         self.hosts: dict[str, RegisteredServer] = {}  # servers by their own hosts
         self.unclaimed: dict[str, Exchange] = {}  # requests that no P5 has claimed, by id
         self.uploads: dict[str, Exchange] = {}  # requests whose body can be fetched, by id
-        self.responses: dict[str, Exchange] = {}  # requests whose response has begun, by id; it may go on in parts
+        self.begun: dict[str, Exchange] = {}  # requests whose response has begun, by id; it may go on in parts
         self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
         self.refused = {"backend": 0, "scraper": 0}  # number of refused keys
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
@@ -6298,7 +6298,7 @@ class Backend:
         if method == "GET":
             exchange = self.state.uploads.get(rest)
         else:
-            exchange = self.state.unclaimed.get(rest) or self.state.responses.get(rest)
+            exchange = self.state.unclaimed.get(rest) or self.state.begun.get(rest)
         if exchange is None:
             raise _gone(close=not await self.responses.drain_rust(request))
         if not await self.gate.is_server(request, exchange.server, exchange.server.name):
@@ -6614,7 +6614,7 @@ class Responses:
             exchange.server.add_stream(exchange)
         timeout = FETCH_GRACE if "parts" in exchange.server.features else 0
         exchange.tunnel_body = TunnelBody(part, length, timeout)
-        self.state.responses[exchange.request_id] = exchange
+        self.state.begun[exchange.request_id] = exchange
         return exchange.tunnel_body
 
     async def receive_batch(self, request: Request, server: RegisteredServer) -> None:
@@ -6837,12 +6837,12 @@ class Relay:
         try:
             async with asyncio.timeout(grace):
                 # A stream has no end to wait for.
-                while state.unclaimed or len(state.responses) > sum(len(server.streams) for server in servers):
+                while state.unclaimed or len(state.begun) > sum(len(server.streams) for server in servers):
                     await asyncio.sleep(0.02)
         except TimeoutError:
             for exchange in state.unclaimed.values():
                 exchange.fail(503, "the relay is stopping")
-        for exchange in list(state.responses.values()):
+        for exchange in list(state.begun.values()):
             exchange.break_off("the relay is stopping")
         self._sweeper.cancel()
 
@@ -7828,7 +7828,7 @@ class ServerConfig:
 class TOMLTable:
     """A TOML table: returns values by key and type, and collects its problems."""
 
-    values: dict[str, object]
+    values: dict[str, Any]
     where: str  # the file, and perhaps the block in it
     problems: list[str] = field(default_factory=list)  # of the whole file
 
@@ -7836,8 +7836,8 @@ class TOMLTable:
         """Add a problem."""
         self.problems.append(f"{self.where}: {text}")
 
-    def _get(self, key: str, default: Any, what: str, is_valid: Callable[[Any], bool]) -> Any:
-        value = self.values.get(key, default)
+    def _get(self, key: str, default: T, what: str, is_valid: Callable[[Any], bool]) -> T:
+        value: T = self.values.get(key, default)
         if is_valid(value):
             return value
         self.problem(f"{key} must be {what}")
@@ -7845,7 +7845,7 @@ class TOMLTable:
 
     def text(self, key: str, default: str = "") -> str:
         """Return a string."""
-        return str(self._get(key, default, "a string in quotes", lambda value: isinstance(value, str)))
+        return self._get(key, default, "a string in quotes", lambda value: isinstance(value, str))
 
     def texts(self, key: str) -> list[str]:
         """Return the strings of a list, or a single string as a list; [""] if the key is missing."""
@@ -7870,8 +7870,8 @@ class TOMLTable:
 
     def number(self, key: str, default: int, low: int, high: int) -> int:
         """Return an integer from `low` to `high`."""
-        return int(self._get(key, default, f"a whole number from {low} to {high}",
-                             lambda value: type(value) is int and low <= value <= high))  # fmt: skip
+        what = f"a whole number from {low} to {high}"
+        return self._get(key, default, what, lambda value: type(value) is int and low <= value <= high)
 
     def time(self, key: str) -> float:
         """Return the POSIX time of a date-time with an offset, in TOML's form or as a string of RFC 3339."""
@@ -7887,7 +7887,7 @@ class TOMLTable:
 
     def flag(self, key: str, default: bool) -> bool:
         """Return a boolean."""
-        return bool(self._get(key, default, "true or false", lambda value: isinstance(value, bool)))
+        return self._get(key, default, "true or false", lambda value: isinstance(value, bool))
 
     def tables(self, key: str) -> list[TOMLTable]:
         """Return the tables of an array of tables."""
@@ -7895,7 +7895,7 @@ class TOMLTable:
         def is_valid(values: Any) -> bool:
             return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
-        values = self._get(key, [], f"written as [[{key}]] blocks", is_valid)
+        values: list[dict[str, Any]] = self._get(key, [], f"written as [[{key}]] blocks", is_valid)
         return [
             TOMLTable(value, f"{self.where}, [[{key}]] number {i}", self.problems) for i, value in enumerate(values, 1)
         ]
