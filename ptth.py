@@ -2993,7 +2993,7 @@ class App:
         stays: the app needs it to refuse requests from other sites.
         """
         fields = [("Host", own.partition("//")[2])]
-        dropped = _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto"}
+        dropped = _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto", "forwarded"}
         for name, value in forwardable(request.headers, dropped):
             if name.lower() in ("origin", "referer", "destination"):
                 value = move_origin(value, public, own)

@@ -4377,11 +4377,12 @@ class TestApp:
     )  # fmt: skip
     def test_the_local_way_maps_what_names_its_own_origin_only(self, origin: str, mapped: bool) -> None:
         more = [("Origin", origin), ("Referer", f"{origin}/p?q"), ("Destination", f"{origin}/new")]
+        more.append(("Forwarded", "for=192.0.2.9;host=n.example.com;proto=https"))
         ((_, _, got),) = self.ask([("PUT", more, b"")], "local")
         own = f"http://127.0.0.1:{self.port}" if mapped else origin
         fields = got["fields"]
         assert fields["host"] == f"127.0.0.1:{self.port}"
-        assert not {"x-forwarded-host", "x-forwarded-proto"} & set(fields)
+        assert not {"x-forwarded-host", "x-forwarded-proto", "forwarded"} & set(fields)
         assert (fields["origin"], fields["referer"], fields["destination"]) == (own, f"{own}/p?q", f"{own}/new")
 
     def test_a_name_of_the_operators_is_the_local_way_with_that_name(self) -> None:
