@@ -2947,7 +2947,9 @@ class App:
 
     async def _send(self, request: Request, *, local: bool) -> Response:
         """Send the request to the app, with its local or its public host name; return its response for the client."""
-        public = f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', '')}"
+        # Each proxy may add to the list; the first is the visitor's. Traefik says wss of a WebSocket.
+        scheme = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
+        public = f"http{'s' if scheme in ('https', 'wss') else ''}://{request.headers.get('host', '')}"
         own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
         fields = self._request_fields(request, public, own) if local else forwardable(request.headers, _HOP_BY_HOP)
         if request.body.expects:

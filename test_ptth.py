@@ -4400,6 +4400,18 @@ class TestApp:
         ((_, fields, _),) = self.ask([("GET", [], b"")], mode, told)
         assert fields["Location"] == expected and "X" not in fields and "Connection" not in fields
 
+    @pytest.mark.parametrize(
+        ("scheme", "expected"),
+        [("HTTPS", "https"), ("https, http", "https"), (" https ,https", "https"), ("wss", "https"), ("http, https", "http"), ("HTTP", "http")],
+    )  # fmt: skip
+    def test_the_public_origin_has_the_visitors_scheme(self, scheme: str, expected: str, monkeypatch: Patch) -> None:
+        """However a proxy in front writes it, and whatever a second one adds."""
+        monkeypatch.setattr(self, "PUBLIC", [("Host", "n.example.com"), ("X-Forwarded-Proto", scheme)])
+        more = [("Origin", f"{expected}://n.example.com")]
+        ((_, fields, got),) = self.ask([("GET", more, b"")], "local", [("Location", "OWN/a")])
+        assert fields["Location"] == f"{expected}://n.example.com/a"
+        assert got["fields"]["origin"] == f"http://127.0.0.1:{self.port}"
+
     ASKED = [  # (methods of requests, what the app gets: method, target, whether with its public name)
         (["GET", "GET", "POST"], [("GET", "/x?y", True), ("GET", "/x?y", False), ("GET", "/x?y", False), ("POST", "/x?y", False)]),
         (["GET", "POST"], [("GET", "/x?y", True), ("GET", "/x?y", False), ("POST", "/x?y", False)]),
