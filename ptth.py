@@ -2599,9 +2599,19 @@ _HOP_BY_HOP = frozenset({
     "connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length",
     "proxy-authenticate", "proxy-authorization", "expect",
 })  # fmt: skip
+# Fields with which a proxy in front tells an app the visitor's scheme and host, its address, and the URL that it asked
+# for. Frameworks believe them, so they pass only from a trusted proxy.
+_PUBLIC_ORIGIN = frozenset({
+    "forwarded", "x-forwarded-port", "x-forwarded-ssl", "x-forwarded-scheme", "x-forwarded-protocol", "x-scheme",
+    "x-url-scheme", "front-end-https", "x-forwarded-server", "x-original-host", "x-host",
+})  # fmt: skip
+_TOLD_BY_PROXY = _PUBLIC_ORIGIN | {
+    "x-real-ip", "x-client-ip", "true-client-ip", "x-cluster-client-ip", "cf-connecting-ip", "fastly-client-ip",
+    "x-original-forwarded-for", "x-original-url", "x-original-uri", "x-rewrite-url", "x-script-name",
+}  # fmt: skip
 # Fields of a request that do not reach a server with a host of its own, and those that do not reach one below a path.
-_NOT_TO_HOST = _HOP_BY_HOP | {
-    "via", "max-forwards", "forwarded",
+_NOT_TO_HOST = _HOP_BY_HOP | _TOLD_BY_PROXY | {
+    "via", "max-forwards",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix",
     "proxy",  # CGI turns it into the variable HTTP_PROXY
     "x-sendfile-type",  # with X-Accel-Mapping it makes Rack name any file for a proxy to send
@@ -2995,7 +3005,7 @@ class App:
         stays: the app needs it to refuse requests from other sites.
         """
         fields = [("Host", own.partition("//")[2])]
-        dropped = _HOP_BY_HOP | {"host", "x-forwarded-host", "x-forwarded-proto", "forwarded"}
+        dropped = _HOP_BY_HOP | _PUBLIC_ORIGIN | {"host", "x-forwarded-host", "x-forwarded-proto"}
         for name, value in forwardable(request.headers, dropped):
             if name.lower() in ("origin", "referer", "destination"):
                 value = move_origin(value, public, own)
@@ -4888,8 +4898,8 @@ def _proxy_fields(request: Request, host: str, trusted: bool) -> Fields:
         ("X-Forwarded-Host", host),
         ("Via", f"{via}, 1.{request.minor} ptth" if via else f"1.{request.minor} ptth"),
     ]
-    if trusted and "forwarded" in headers:
-        fields.append(("Forwarded", headers["forwarded"]))
+    if trusted:
+        fields += [pair for pair in headers.pairs if pair[0].lower() in _TOLD_BY_PROXY]
     return fields
 
 

@@ -3920,6 +3920,10 @@ class TestTunnelMessages:
         ("X-Forwarded-For: 1.1.1.1", b"X-Forwarded-For: 192.0.2.9\r\n", b"X-Forwarded-For: 1.1.1.1, 192.0.2.9\r\n"),
         ("Forwarded: for=1.1.1.1", b"", b"Forwarded: for=1.1.1.1\r\n"), ("X-Forwarded-Prefix: /evil", b"", b""),
         ("PTTH-Body-Length: 5", b"", b""),
+        *((f"{name}: evil", b"", f"{name}: evil\r\n".encode()) for name in (
+            "X-Forwarded-Port", "x-forwarded-ssl", "X-Forwarded-Scheme", "X-Url-Scheme", "Front-End-Https", "X-Forwarded-Server",
+            "X-Original-Host", "X-Real-IP", "X-Client-IP", "True-Client-IP", "CF-Connecting-IP", "X-Original-URL", "X-Rewrite-URL",
+        )), ("X_Real_IP: evil", b"", b""),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("field", "stranger", "proxy"), FORGED)
@@ -4378,11 +4382,13 @@ class TestApp:
     def test_the_local_way_maps_what_names_its_own_origin_only(self, origin: str, mapped: bool) -> None:
         more = [("Origin", origin), ("Referer", f"{origin}/p?q"), ("Destination", f"{origin}/new")]
         more.append(("Forwarded", "for=192.0.2.9;host=n.example.com;proto=https"))
+        more += [("X-Forwarded-Port", "443"), ("X-Real-IP", "192.0.2.9")]
         ((_, _, got),) = self.ask([("PUT", more, b"")], "local")
         own = f"http://127.0.0.1:{self.port}" if mapped else origin
         fields = got["fields"]
         assert fields["host"] == f"127.0.0.1:{self.port}"
-        assert not {"x-forwarded-host", "x-forwarded-proto", "forwarded"} & set(fields)
+        assert not {"x-forwarded-host", "x-forwarded-proto", "forwarded", "x-forwarded-port"} & set(fields)
+        assert fields["x-real-ip"] == "192.0.2.9"
         assert (fields["origin"], fields["referer"], fields["destination"]) == (own, f"{own}/p?q", f"{own}/new")
 
     def test_a_name_of_the_operators_is_the_local_way_with_that_name(self) -> None:
