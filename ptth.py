@@ -728,12 +728,7 @@ def parse_request_head(data: bytes, limit: int = MAX_FIELDS) -> Request:
     if major != "1":
         raise ProtocolError(505, f"HTTP/{major}.{minor} is not supported, HTTP/1.1 is", close=True)
     request = Request(method, target, parse_fields(lines, limit), 0 if minor == "0" else 1)
-    host = request.headers.get("host")
-    if host is None:
-        if minor != "0":  # RFC 9112, 3.2
-            raise ProtocolError(400, "the Host field is missing", close=True)
-    elif not is_host(host):  # two fields are joined by ", ", which is not a host either
-        raise ProtocolError(400, "two Host fields, or one that is not a host", close=True)
+    _check_host(request)
     if target[0] != "/" or method == "CONNECT":
         _parse_odd_target(request)
     elif "#" in target:
@@ -751,6 +746,23 @@ def _why_no_request(text: str) -> ProtocolError:
     return ProtocolError(400, "a header field is not NAME: VALUE", close=True)
 
 
+def _check_host(request: Request) -> None:
+    """Check the Host field (RFC 9112, 3.2); a name's final dot may come behind its port. ProtocolError 400."""
+    host = request.headers.get("host")
+    if host is None:
+        if request.minor > 0:
+            raise ProtocolError(400, "the Host field is missing", close=True)
+    elif not is_host(host):  # two fields are joined by ", ", which is not a host either
+        if not is_host(host.removesuffix(".")):
+            raise ProtocolError(400, "two Host fields, or one that is not a host", close=True)
+        _set_host(request, host.removesuffix("."))
+
+
+def _set_host(request: Request, host: str) -> None:
+    others = [pair for pair in request.headers.pairs if pair[0].lower() != "host"]
+    request.headers = Headers([("Host", host), *others])
+
+
 def _parse_odd_target(request: Request) -> None:
     """Change a target in absolute form to origin form (RFC 9112, 3.2). ProtocolError for others but `OPTIONS *`."""
     target = request.target
@@ -765,10 +777,7 @@ def _parse_odd_target(request: Request) -> None:
     request.target = path if path.startswith("/") else "/" + path
     if not path and request.method == "OPTIONS":
         request.target = "*"
-    # RFC 9112, 3.2.2: the target's authority replaces the Host field.
-    request.headers = Headers(
-        [("Host", absolute[1]), *(pair for pair in request.headers.pairs if pair[0].lower() != "host")]
-    )
+    _set_host(request, absolute[1])  # RFC 9112, 3.2.2: the target's authority replaces the Host field
 
 
 def parse_response_head(data: bytes, limit: int = MAX_FIELDS) -> tuple[int, Headers]:

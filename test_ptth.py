@@ -958,6 +958,7 @@ class TestSyntax:
         (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
         (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 501),
         (b"GET / HTTP/1.1\r\nHost: a\r\nExpect: coffee\r\n\r\n", 417), (b"GET / HTTP/1.1\r\nHost: [1]\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a:80..\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a:80.b\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b:1.\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: [:::]:1\r\n\r\n", 400), (b"GET http://:80/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
     ]  # fmt: skip
 
@@ -989,6 +990,10 @@ class TestSyntax:
         line = b"GET /" + b"x" * (ptth.MAX_REQUEST_LINE - 14) + b" HTTP/1.1"
         assert len(line) == ptth.MAX_REQUEST_LINE
         assert one(say(echo, line + b"\r", b"\nHost: a\r\nConnection: close\r\n\r\n"))[0] == 200
+
+    def test_a_dot_behind_the_port_is_dropped(self) -> None:
+        request = ptth.parse_request_head(b"GET / HTTP/1.1\r\nA: b\r\nHost: n.test:443.\r\n\r\n")
+        assert request.headers.pairs == [("Host", "n.test:443"), ("A", "b")]
 
     def test_the_absolute_form_replaces_host(self) -> None:
         request = ptth.parse_request_head(b"GET HTTP://b:81/x?y HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -6382,7 +6387,7 @@ class TestHosts:
     """Servers with hosts of their own."""
 
     HOSTS = [  # Host field, target, the server that gets it or the status of the relay's own answer
-        ("a.relay.test", "/x", "a"), ("A.Relay.Test.:443", "/x", "a"), ("a.relay.test", "/7ZSFUKGV/http_listen/a", "a"),
+        ("a.relay.test", "/x", "a"), ("A.Relay.Test.:443", "/x", "a"), ("A.Relay.Test:443.", "/x", "a"), ("a.relay.test", "/7ZSFUKGV/http_listen/a", "a"),
         ("a.relay.test", "/frontend/servers/b/", "a"), ("app.test", "/scraper/v1/test", "b"), ("b.relay.test", "/x", "b"),
         ("a.relay.test", "http://app.test/x", "b"), ("app.test", "/../x", "b"), ("no.relay.test", "/x", 404), ("x.a.relay.test", "/x", 404),
         ("under_score.relay.test", "/x", 404), ("relay.test", "/frontend/relay_up_check", 200), ("else.test", "/frontend/relay_up_check", 200),
