@@ -3006,8 +3006,7 @@ class App:
             log_line(f"ptth server: {line}")
         return ProtocolError(502, reason, headers=retry)
 
-    @staticmethod
-    def _request_fields(request: Request, public: str, own: str) -> Fields:
+    def _request_fields(self, request: Request, public: str, own: str) -> Fields:
         """Return the fields of a request for an app that accepts only its local origin, `own`.
 
         Origin, Referer and Destination are changed if they name the `public` origin of this server. Another Origin
@@ -3016,13 +3015,13 @@ class App:
         fields = [("Host", own.partition("//")[2])]
         dropped = _HOP_BY_HOP | _PUBLIC_ORIGIN | {"host", "x-forwarded-host", "x-forwarded-proto"}
         for name, value in forwardable(request.headers, dropped):
-            if name.lower() in ("origin", "referer", "destination"):
-                value = move_origin(value, public, own)
+            lower = name.lower()
+            if lower in ("origin", "referer", "destination"):
+                value = move_origin(value, public, own if lower == "origin" else own + self.client.origin.path)
             fields.append((name, value))
         return fields
 
-    @staticmethod
-    def _response_fields(response: Response, public: str, own: str) -> Fields:
+    def _response_fields(self, response: Response, public: str, own: str) -> Fields:
         """Return the fields of the app's response, with the `public` origin in place of its `own` (if not "")."""
         headers = Headers(response.headers)
         # `forwardable` drops also these: the name of a new protocol, and the sign that tells proxies to stream.
@@ -3031,17 +3030,20 @@ class App:
         for name, value in forwardable(headers, _HOP_BY_HOP):
             lower = name.lower()
             if lower == "location" or own and lower == "access-control-allow-origin":
-                value = move_origin(value, own, public)
+                value = move_origin(value, own, public, self.client.origin.path)
                 if public.startswith("https:"):  # an app that ignores X-Forwarded-Proto
                     value = move_origin(value, f"http{public[5:]}", public)
             fields.append((name, value))
         return fields
 
 
-def move_origin(url: str, old: str, new: str) -> str:
-    """Return `url` with the origin `new` if its origin is `old` (RFC 6454, 5), else as it is."""
+def move_origin(url: str, old: str, new: str, path: str = "") -> str:
+    """Return `url` with the origin `new` if its origin is `old` (RFC 6454, 5), else as it is.
+
+    `path`, which is put before each target at `old`, is taken away.
+    """
     absolute = old.partition("//")[0] + url if url.startswith("//") else url  # RFC 3986, 4.2
-    match = re.match(r"(https?://[^/?#\s]*)(?=[/?#]|\Z)", absolute, re.IGNORECASE)
+    match = re.match(rf"((?i:https?)://[^/?#\s]*)(?:{re.escape(path)})?(?=[/?#]|\Z)", absolute)
     if match and normal_origin(match[1]) == normal_origin(old):
         return new + absolute[match.end() :]
     return url

@@ -4339,6 +4339,7 @@ class TestApp:
         mode: str = "auto",
         fields: object = (),
         refuse: object = lambda request: 0,
+        path: str = "",
     ) -> list[tuple[int, dict[str, str], dict[str, object]]]:
         """Return (status, fields, what the app got) for each request. `refuse(request)` is the app's error, or 0."""
         self.seen = []
@@ -4355,7 +4356,8 @@ class TestApp:
         async def talk() -> list[object]:
             answers = []
             async with listening(ptth.HTTPServer(app)) as self.port:
-                handler = ptth.App(client_of(self.port), mode)
+                origin = ptth.BaseURL(False, "127.0.0.1", self.port, path)
+                handler = ptth.App(ptth.HTTPClient(origin), mode)
                 for method, more, body in requests:
                     headers = ptth.Headers([*self.PUBLIC, *more])
                     response = await handler.handle(ptth.Request(method, "/x?y", headers, body=ptth.BytesBody(body)))
@@ -4410,6 +4412,19 @@ class TestApp:
         told = [("Location", location), ("Connection", "x"), ("X", "1")]
         ((_, fields, _),) = self.ask([("GET", [], b"")], mode, told)
         assert fields["Location"] == expected and "X" not in fields and "Connection" not in fields
+
+    @pytest.mark.parametrize(
+        ("location", "expected"),
+        [("/pre/z?q", "/z?q"), ("/pre", ""), ("/pre?q", "?q"), ("/prefix", "/prefix"), ("/", "/"), ("/PRE/z", "/PRE/z"), ("/pre/pre/z", "/pre/z")],
+    )  # fmt: skip
+    def test_the_path_of_an_app_is_not_seen_in_redirects(self, location: str, expected: str) -> None:
+        """It is put before the next target again."""
+        more = [("Origin", "https://n.example.com"), ("Destination", "https://n.example.com/new")]
+        ((_, fields, got),) = self.ask([("MOVE", more, b"")], "local", [("Location", f"OWN{location}")], path="/pre")
+        own = f"http://127.0.0.1:{self.port}"
+        assert fields["Location"] == f"https://n.example.com{expected}"
+        assert (got["target"], got["fields"]["destination"]) == ("/pre/x?y", f"{own}/pre/new")
+        assert got["fields"]["origin"] == own
 
     @pytest.mark.parametrize(
         ("scheme", "expected"),
