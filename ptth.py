@@ -1242,6 +1242,7 @@ async def read_request_head(connection: Connection) -> bytes:
 async def read_response_head(connection: Connection, timeout: float) -> tuple[int, Headers]:
     """Return status and fields of the next response; interim ones except 101 are skipped (RFC 9110, 15.2).
 
+    The connection's `must_close` is set if the response asks for that.
     TimeoutError when it has not arrived after `timeout` seconds, interim responses included. ConnectionError when
     the connection ends before. ProtocolError 502 for an invalid head, and after MAX_INTERIM interim responses.
     """
@@ -1712,7 +1713,7 @@ def html_response(status: int, html: bytes, fields: Iterable[tuple[str, str]] = 
     if script:
         import hashlib
 
-        policy += "; connect-src 'self'" if "fetch(" in script else ""
+        policy += "; connect-src 'self'" if "fetch(" in script else ""  # for uploads
         policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
     own = [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy), NOSNIFF]
     return Response(status, [*own, *fields], BytesBody(html))
@@ -1992,7 +1993,7 @@ class HTTPServer:
         return None
 
     def _find_body(self, connection: Connection, request: Request) -> None:
-        """Attach the request's body, if any, and check Expect (RFC 9110, 10.1.1). ProtocolError 417, or of framing."""
+        """Attach the body; find an upgrade; check Expect (RFC 9110, 10.1.1). ProtocolError 417, or of framing."""
         headers = request.headers
         framing = parse_framing(headers, request.minor)
         expects = headers.get("expect", "").lower() if request.minor else ""
@@ -3408,7 +3409,7 @@ def listing_page(path: tuple[bytes, ...], entries: list[ListingEntry], order: st
         '<input id="filter" type="search" placeholder="Filter" aria-label="Filter by name" hidden>\n'
         '<form><button name="zip" value="">Download as .zip</button></form>'
     )
-    form = form and f"<style>{UPLOAD_STYLE}</style>{form}"
+    form = f"<style>{UPLOAD_STYLE}</style>{form}" if form else ""
     headings = "".join(_sort_heading(*column, order) for column in _SORT_KEYS)
     rows = "".join([_PARENT_ROW if path else "", *map(_entry_row, entries)])
     return page(
@@ -3953,7 +3954,7 @@ class Site:
         if as_json:
             return json_listing(entries)
         vary = ("Vary", "Accept, Origin" if self.uploads else "Accept")
-        script = LISTING_SCRIPT + UPLOAD_SCRIPT * bool(form)
+        script = LISTING_SCRIPT + (UPLOAD_SCRIPT if form else "")
         return html_response(200, listing_page(segments, entries, order, form, script), [vary], script)
 
     def entries(self, place: bytes) -> Iterator[ListingEntry]:
