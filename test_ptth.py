@@ -1528,21 +1528,17 @@ class TestHTTPServer:
                 seen.put(error)
                 raise
 
-        server = ptth.HTTPServer(handler, takes_bodies=True)
-        sock = ptth.open_socket("127.0.0.1", 0)
-        background.run(server.listen(sock))
-        with socket.create_connection(sock.getsockname(), timeout=20) as client:
-            client.sendall(f"PUT / HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n".encode() + ptth.format_chunk(b"x" * 1000))
+        with background.serve(handler, takes_bodies=True) as port:
+            head = f"PUT / HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n".encode()
+            client = connect(port, head + ptth.format_chunk(b"x" * 1000))
             assert seen.get(timeout=20)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        assert isinstance(seen.get(timeout=20), ptth.IncompleteBody | asyncio.CancelledError)
-        background.run(server.stop(1))
+            reset(client)
+            assert isinstance(seen.get(timeout=20), ptth.IncompleteBody | asyncio.CancelledError)
         assert capfd.readouterr().err == ""
 
-    @pytest.mark.parametrize(
-        ("method", "statuses"), [("POST", [100, 200]), ("PUT", [200])]
-    )  # `echo` reads that of POST
+    @pytest.mark.parametrize(("method", "statuses"), [("POST", [100, 200]), ("PUT", [200])])
     def test_100_continue_is_said_when_the_body_is_wanted(self, method: str, statuses: list[int]) -> None:
+        """`echo` reads the body of a POST only."""
         head = f"{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-Continue\r\n\r\n".encode()
         answers = split(say(echo, head, *([b"hi"] if 100 in statuses else [])))
         assert [status for status, _, _ in answers] == statuses
@@ -4968,54 +4964,44 @@ class TestRelay:
             assert clients[-1].answer()[2] == b"xx"
         lazy.close()
 
+    @staticmethod
+    async def park(*fields: tuple[str, str]) -> tuple[ptth.Relay, ptth.Request, asyncio.Task[ptth.Response]]:
+        """Return a relay, a P1 with these fields, and the task that waits for its P3."""
+        relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
+        p1 = ptth.Request("GET", "/7ZSFUKGV/http_listen/n", ptth.Headers([("X-ApiKey", KEY), *fields]))
+        poll = asyncio.create_task(relay.handle(p1))
+        while not relay.state.servers["n"].parked:
+            await asyncio.sleep(0)
+        return relay, p1, poll
+
+    @staticmethod
+    async def visit(relay: ptth.Relay, method: str, turns: int) -> asyncio.Task[ptth.Response]:
+        """Return the task of a request that has had this many turns of the loop."""
+        request = ptth.Request(method, "/frontend/servers/n/x", ptth.Headers([("Host", "a")]))
+        client = asyncio.create_task(relay.handle(request))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return client
+
     @pytest.mark.parametrize("turns", range(6))
-    def test_a_client_that_leaves_while_its_p3_is_made_does_not_end_the_p1(
-        self, turns: int, background: Background, capfd: Output
-    ) -> None:
+    @in_loop
+    async def test_a_client_that_leaves_while_its_p3_is_made_does_not_end_the_p1(self, turns: int) -> None:
         """The P3 in the form of the original cannot carry its request, and it takes no error any more."""
-
-        async def work() -> ptth.Response:
-            relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
-            fields = [("Accept", "*/*"), ("X-ApiKey", KEY), ("Prefer", "wait=1")]
-            poll = asyncio.create_task(
-                relay.handle(ptth.Request("GET", "/7ZSFUKGV/http_listen/n", ptth.Headers(fields)))
-            )
-            while not relay.state.servers["n"].parked:
-                await asyncio.sleep(0)
-            target = "/frontend/servers/n/x"
-            client = asyncio.create_task(relay.handle(ptth.Request("DELETE", target, ptth.Headers([("Host", "a")]))))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            client.cancel()
-            try:
-                return await poll
-            finally:
-                await relay.stop(0)
-
-        assert background.run(work()).status in (200, 204)
+        relay, _, poll = await self.park(("Accept", "*/*"), ("Prefer", "wait=1"))
+        (await self.visit(relay, "DELETE", turns)).cancel()
+        assert (await poll).status in (200, 204)
+        await relay.stop(0)
 
     @pytest.mark.parametrize("turns", range(6))
-    def test_a_request_whose_p1_ends_while_it_is_handed_over_is_offered_again(
-        self, turns: int, background: Background
-    ) -> None:
-        async def work() -> None:
-            relay = ptth.Relay(ptth.RelayConfig(servers=[ptth.ServerEntry("n", ptth.tripcode(KEY))]))
-            fields = [("Accept", "application/http"), ("X-ApiKey", KEY)]
-            poll = ptth.Request("GET", "/7ZSFUKGV/http_listen/n", ptth.Headers(fields))
-            ended = asyncio.create_task(relay.handle(poll))
-            while not relay.state.servers["n"].parked:
-                await asyncio.sleep(0)
-            target = "/frontend/servers/n/x"
-            client = asyncio.create_task(relay.handle(ptth.Request("GET", target, ptth.Headers([("Host", "a")]))))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            if not ended.done():
-                ended.cancel()
-                assert (await asyncio.wait_for(relay.handle(poll), 5)).body.data.startswith(b"GET /x ")
-            client.cancel()
-            await relay.stop(0)
-
-        background.run(work())
+    @in_loop
+    async def test_a_request_whose_p1_ends_while_it_is_handed_over_is_offered_again(self, turns: int) -> None:
+        relay, p1, poll = await self.park(("Accept", "application/http"))
+        client = await self.visit(relay, "GET", turns)
+        if not poll.done():
+            poll.cancel()
+            assert (await asyncio.wait_for(relay.handle(p1), 5)).body.data.startswith(b"GET /x ")
+        client.cancel()
+        await relay.stop(0)
 
     def original(self, relay: Tunnel) -> Hand:
         """Return a server in Rust, which sends Accept: */*, after its first P1."""
@@ -5901,8 +5887,7 @@ class TestParts:
         stream = parts(*Visitor.ASKS)
         stream.hand.send("GET", f"http_request/{stream.identity}", b"", "PTTH-Offset: 0", "Prefer: wait=20")
         time.sleep(0.1)
-        stream.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        stream.client.close()
+        reset(stream.client)
         assert stream.hand.answer()[0] == 410
 
     @in_loop
