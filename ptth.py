@@ -6282,7 +6282,7 @@ class Desk:
 # -- 15. Relay --
 # Forwards P2 in answer to P1, and P5 as P6. Does not use files.
 
-_BACKEND_ACTIONS = {
+_BACKEND_ACTIONS = {  # the method of each, and the form of the name or id after it
     "http_listen": ("GET", _NAME),
     "http_request": ("GET", _ID),
     "http_response": ("POST", _ID),
@@ -7065,7 +7065,7 @@ class PartReader:
     def put_back(self, part: Body) -> None:
         """Take the last part back, so that it is sent again in smaller ones."""
         self._size, self.ended = 0, False
-        self._held = (part.data or b"") + self._held
+        self._held = (part.data or b"") + self._held  # a file's part has no data: `Body.part` reads it again
 
     async def _read(self) -> bytes:
         """Return bytes that have arrived, b"" after PART_INTERVAL without any."""
@@ -7588,7 +7588,9 @@ class Link:
                 started = loop.time()
                 brought = await self._poll_again(*self._next_poll(brought))
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
-                    raise ConnectionError("the relay answers a P1 at once and with nothing")
+                    raise ConnectionError(
+                        "the relay, or a proxy in front of it, answers polls at once and with nothing"
+                    )
                 await self._workers.room.wait()
                 await asyncio.sleep(0)  # fast handlers respond in this turn, so that the next P1 has a batch
         except (OSError, ProtocolError) as error:
@@ -7949,7 +7951,7 @@ def read_toml(path: str, how: str) -> dict[str, object]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {format_error(error)}") from None
     except ValueError:
-        raise UserError(f"cannot read {path!r}: no path holds a NUL") from None
+        raise UserError(f"cannot read {path!r}: a path cannot contain a NUL byte") from None
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -8276,7 +8278,7 @@ def parse_header_option(line: str) -> tuple[str, str]:
     if not colon:
         raise ValueError(f"{line!r} is not 'Name: value'")
     if name.lower() in _OWN_FIELDS:
-        raise ValueError(f"{name} is the server's own")
+        raise ValueError(f"{name} is set by the server itself")
     return name, value
 
 
