@@ -125,12 +125,10 @@ WRITE_SIZE = 1024 * 1024  # bytes of an upload that a thread writes at a time: 2
 SYNC_SIZE = 64 * 1024 * 1024  # bytes of an upload between two calls of fsync, so that the last one is short
 SPLICE_MIN = 256 * 1024  # bytes; a body with at least this many left is spliced, which costs four descriptors
 SENDFILE_SIZE = 1024 * 1024  # bytes for one sendfile, which blocks the loop for about half a millisecond
-ZIP_PIECE = (
-    0xFFFF  # bytes of a file in a zip that are read at a time: a slow reader costs some copies. One deflate block
-)
+ZIP_PIECE = 0xFFFF  # bytes of a file in a zip read at a time, a block of deflate: a slow reader keeps some in memory
 MAX_RANGES = 64  # ranges in one request; more get the whole file (RFC 9110, 14.2)
 MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashed
-STDERR_TIMEOUT = 1.0  # seconds to wait for somebody who reads the log from a full pipe
+STDERR_TIMEOUT = 1.0  # seconds to wait for room in a full pipe; then what is written to stderr is lost
 MAX_SCRAPER_DAYS = 30  # days that a scraper's key may be valid
 MAX_P3_REQUESTS = 64  # requests in one P3
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3, and of responses in one batch to an older relay
@@ -237,9 +235,9 @@ class _Stderr:
     _piece = getattr(select, "PIPE_BUF", 4096)  # bytes that never block when a pipe is ready
 
     def write(self, text: str) -> None:
-        """Write, except to a full disk or a closed stderr. A pipe that nobody reads must not stop the program.
+        """Write; a full disk or a closed stderr is ignored.
 
-        So after STDERR_TIMEOUT text is lost, until somebody reads.
+        A pipe that is not read must not stop the program: after STDERR_TIMEOUT text is lost, until it is read again.
         """
         data = text.encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError):
@@ -248,7 +246,7 @@ class _Stderr:
                     os.write(2, data[start : start + self._piece])
 
     def _is_ready(self) -> bool:
-        """Wait until a write does not block, but not again after text was lost; return whether that is so."""
+        """Return whether a write does not block. Wait for that, unless text was lost already."""
         if not hasattr(select, "poll"):
             return True  # Windows cannot tell
         poll = select.poll()
@@ -747,7 +745,7 @@ def _why_no_request(text: str) -> ProtocolError:
 
 
 def _check_host(request: Request) -> None:
-    """Check the Host field (RFC 9112, 3.2); a name's final dot may come behind its port. ProtocolError 400."""
+    """Check the Host field (RFC 9112, 3.2), and remove a final dot that comes behind the port. ProtocolError 400."""
     host = request.headers.get("host")
     if host is None:
         if request.minor > 0:
@@ -1177,11 +1175,11 @@ async def wait_ready(connection: Connection, fd: int, add: Callable[..., None], 
 
 
 def keep_received(connection: Connection) -> None:
-    """Give the reader what the socket holds: after a failed write, asyncio closes it in the loop's next turn."""
+    """Give the reader what the socket has received: after a failed write asyncio closes it in the loop's next turn."""
     if connection.writer.get_extra_info("sslcontext"):
         return  # the socket holds records of TLS
-    with contextlib.suppress(OSError), connection.sock.dup() as twin:
-        if data := twin.recv(READ_SIZE):
+    with contextlib.suppress(OSError), connection.sock.dup() as duplicate:
+        if data := duplicate.recv(READ_SIZE):
             connection.reader.feed_data(data)
 
 
@@ -1304,7 +1302,7 @@ async def end_stream(connection: Connection) -> None:
         connection.writer.write_eof()
         patience = MAX_LINGER_TIMEOUT
     ended = connection.loop.time()
-    while connection.loop.time() < max(ended, connection.fill_began) + patience:  # it counts only while `fill` waits
+    while connection.loop.time() < max(ended, connection.fill_began) + patience:  # only waiting counts
         await asyncio.sleep(SWEEP_INTERVAL)
     connection.close()
     await asyncio.sleep(LINGER_TIMEOUT)  # a TLS peer should close, too
