@@ -7440,7 +7440,7 @@ def backoff() -> Iterator[float]:
 class Link:
     """Connects to one relay, and polls it for requests by P1.
 
-    The first P1 of a connection, the hello, does not wait: it shows whether the relay knows the key. Responses of fast
+    The first P1 after connecting, the hello, does not wait: it shows whether the relay knows the key. Responses of fast
     handlers are sent together with the next P1, in one request instead of two.
     """
 
@@ -7586,9 +7586,7 @@ class Link:
                 started = loop.time()
                 brought = await self._poll_again(*self._next_poll(brought))
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
-                    raise ConnectionError(
-                        "the relay, or a proxy in front of it, answers polls at once and with nothing"
-                    )
+                    raise ConnectionError("the relay, or its proxy, answers polls at once and with nothing")
                 await self._workers.room.wait()
                 await asyncio.sleep(0)  # fast handlers respond in this turn, so that the next P1 has a batch
         except (OSError, ProtocolError) as error:
