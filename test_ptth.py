@@ -723,6 +723,18 @@ def in_time(work: object, patience: float = 20) -> object:
     return asyncio.run(asyncio.wait_for(work, patience))
 
 
+@contextlib.contextmanager
+def at_once(count: int, work: object) -> object:
+    """Run `work(number)` in this many threads; when the block has ended, wait until they end."""
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join(60 + LONG)
+        assert not thread.is_alive()
+
+
 def in_loop(test: object) -> object:
     """Let an async function be a test."""
 
@@ -6395,29 +6407,25 @@ class TestHosts:
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("host", "target", "expected"), HOSTS)
-    def test_the_host_alone_decides(self, host: str, target: str, expected: object, background: Background) -> None:
-        async def ask() -> object:
-            names = ("a", "b", "under_score")
-            entries = [
-                ptth.ServerEntry(name, ptth.tripcode(KEY), host="app.test" if name == "b" else "") for name in names
-            ]
-            relay = ptth.Relay(ptth.RelayConfig(servers=entries, domain="relay.test"))
-            relay._sweeper.cancel()
+    @in_loop
+    async def test_the_host_alone_decides(self, host: str, target: str, expected: object) -> None:
+        hosts = {"a": "", "b": "app.test", "under_score": ""}
+        entries = [ptth.ServerEntry(name, ptth.tripcode(KEY), host=own) for name, own in hosts.items()]
+        relay = ptth.Relay(ptth.RelayConfig(servers=entries, domain="relay.test"))
+        relay._sweeper.cancel()
 
-            async def forward(request: ptth.Request, route: object) -> ptth.Response:
-                return ptth.text_response(299, f"{route.server.name} {route.target}")
+        async def forward(request: ptth.Request, route: object) -> ptth.Response:
+            return ptth.text_response(299, f"{route.server.name} {route.target}")
 
-            relay._forward = forward
-            request = ptth.parse_request_head(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-            response = await ptth.call_handler(relay.handle, request)
-            if response.status == 299:
-                name, _, got = response.body.data.decode().partition(" ")
-                below = target.startswith("/frontend/") and host == "relay.test"
-                assert got == ("/x" if below else target.removeprefix("http://app.test"))
-                return name
-            return response.status
-
-        assert background.run(ask()) == expected
+        relay._forward = forward
+        request = ptth.parse_request_head(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        response = await ptth.call_handler(relay.handle, request)
+        if response.status != 299:
+            assert response.status == expected
+            return
+        name, _, got = response.body.data.decode().partition(" ")
+        below = target.startswith("/frontend/") and host == "relay.test"
+        assert name == expected and got == ("/x" if below else target.removeprefix("http://app.test"))
 
     def test_a_server_with_a_host_has_an_origin_of_its_own(self, open_tunnel: object) -> None:
         fields = [
@@ -8381,7 +8389,7 @@ class TestFaults:
         answers: list[tuple[int, bytes] | None] = []
         running = True
 
-        def ask() -> None:
+        def ask_again(_: int) -> None:
             while running:
                 try:
                     data = pair.get("/hello.txt")
@@ -8390,20 +8398,16 @@ class TestFaults:
                     answers.append(None)
                     time.sleep(0.02)
 
-        threads = [threading.Thread(target=ask, daemon=True) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for number, status in ((signal.SIGTERM, 0), (signal.SIGKILL, -9)):
-            before = len(answers) + 100
-            eventually(lambda before=before: len(answers) > before)
-            assert pair.relay.end(number) == status
-            pair.start_relay()
-            pair.server.wait_for("connected to the relay")
-        good = answers.count((200, HELLO))
-        eventually(lambda: answers.count((200, HELLO)) > good + 50)
-        running = False
-        for thread in threads:
-            thread.join(20)
+        with at_once(8, ask_again):
+            for number, status in ((signal.SIGTERM, 0), (signal.SIGKILL, -9)):
+                before = len(answers) + 100
+                eventually(lambda before=before: len(answers) > before)
+                assert pair.relay.end(number) == status
+                pair.start_relay()
+                pair.server.wait_for("connected to the relay")
+            good = answers.count((200, HELLO))
+            eventually(lambda: answers.count((200, HELLO)) > good + 50)
+            running = False
         assert {answer for answer in answers if answer and answer[0] != 503} == {(200, HELLO)}
 
     def test_two_servers_of_one_name(self, start: object, tmp_path: object, files: str) -> None:
@@ -8451,21 +8455,18 @@ class TestFaults:
         assert tunnel.get("/frontend/servers/n/files/x")[2] == data
 
     def test_many_idle_clients_and_downloads_at_once(self, pair: Pair, files: str) -> None:
+        digests: list[bytes] = []
+
+        def download(_: int) -> None:
+            digests.append(hashlib.sha256(one(pair.get("/medium"))[2]).digest())
+
         with contextlib.ExitStack() as stack:
             for _ in range(500):
                 stack.enter_context(connect(pair.port))
-            with open(os.path.join(files, "medium"), "rb") as file:
-                digest = hashlib.sha256(file.read()).digest()
-            results: queue.Queue[bytes] = queue.Queue()
-
-            def download() -> None:
-                results.put(hashlib.sha256(one(pair.get("/medium"))[2]).digest())
-
-            threads = [threading.Thread(target=download, daemon=True) for _ in range(20)]
-            for thread in threads:
-                thread.start()
-            assert one(pair.get("/hello.txt"))[2] == HELLO
-            assert {results.get(timeout=60) for _ in threads} == {digest}
+            with at_once(20, download):
+                assert one(pair.get("/hello.txt"))[2] == HELLO
+        with open(os.path.join(files, "medium"), "rb") as file:
+            assert digests == [hashlib.sha256(file.read()).digest()] * 20
         assert pair.relay.peak_mib() < 100 and pair.server.peak_mib() < 60
 
     def test_one_servers_queue_does_not_delay_anothers(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -8533,21 +8534,19 @@ class TestFaults:
                 statuses.add(hand.answer()[0])
             hand.close()
 
-        threads = [threading.Thread(target=flood, args=(i,)) for i in range(24)]
-        for thread in threads:
-            thread.start()
-        refused = lambda: len([line for line in relay.told if "wrong key" in line or "unknown name" in line])  # noqa: E731
-        eventually(lambda: refused() == 3)  # one line for each name, and one for all unknown names
-        fresh = Hand(port, "fresh", "the-second-key-of-this-test")
-        for _ in range(2):
-            for hand in (known, fresh):
-                hand.listen(0)
-                assert hand.answer()[0] == 200
-            relay.process.send_signal(signal.SIGHUP)
-            relay.wait_for("read ptth_relay.toml again")
-        stop.set()
-        for thread in threads:
-            thread.join()
+        def refused() -> int:
+            return len([line for line in relay.told if "wrong key" in line or "unknown name" in line])
+
+        with at_once(24, flood):
+            eventually(lambda: refused() == 3)  # one line for each name, and one for all unknown names
+            fresh = Hand(port, "fresh", "the-second-key-of-this-test")
+            for _ in range(2):
+                for hand in (known, fresh):
+                    hand.listen(0)
+                    assert hand.answer()[0] == 200
+                relay.process.send_signal(signal.SIGHUP)
+                relay.wait_for("read ptth_relay.toml again")
+            stop.set()
         assert statuses == {401} and refused() == 3
         for hand in (known, fresh):
             hand.close()
@@ -8644,11 +8643,8 @@ class TestFaults:
 
         for round_ in range(2):  # the first warms up
             stop = time.monotonic() + (LONG if round_ and LONG else 0.5)
-            threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with at_once(12, work):
+                pass
             eventually(lambda: all(process.descriptors() < 40 for process in (pair.relay, pair.server)))
             memory = [process.resident_mib() for process in (pair.relay, pair.server)]
             if round_ == 0:
