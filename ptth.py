@@ -5313,8 +5313,7 @@ def unpack_rust_response(text: str) -> tuple[int, Headers]:
 # -- 13. Relay state --
 # A relay's configuration, its servers, and the requests in flight. Sends no responses.
 
-NAME = r"[A-Za-z0-9._-]{1,64}"
-_NAME = re.compile(rf"(?!\.\.?\Z){NAME}")
+_NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._-]{1,64}")
 NAME_RULE = "is not valid: 1 to 64 characters of A-Z a-z 0-9 . _ -, but not . or .."
 
 
