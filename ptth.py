@@ -3738,6 +3738,9 @@ def json_listing(entries: list[ListingEntry]) -> Response:
     return Response(200, fields, BytesBody(json.dumps({"entries": rows}, separators=(",", ":")).encode()))
 
 
+_NO_PERMISSION = os.strerror(errno.EACCES)
+
+
 class Site:
     """A directory that is served.
 
@@ -3977,10 +3980,20 @@ class Site:
                 return None
             return ListingEntry(item.name, is_dir, 0, 0, error.strerror or "not readable")
         if stat.S_ISDIR(facts.st_mode):  # or a link to one
-            return ListingEntry(item.name, True, 0, facts.st_mtime_ns)
+            return _folder_entry(item, facts)
         if not stat.S_ISREG(facts.st_mode) or self._is_private(place, facts, item.path):
             return None
+        if not os.access(item.path, os.R_OK):
+            return ListingEntry(item.name, False, 0, 0, _NO_PERMISSION)
         return ListingEntry(item.name, False, facts.st_size, facts.st_mtime_ns)
+
+
+def _folder_entry(item: os.DirEntry[bytes], facts: os.stat_result) -> ListingEntry:
+    """Return the entry of a folder. It is readable if it can be listed, or if its index.html can be read."""
+    index = os.path.join(item.path, b"index.html")
+    if os.access(item.path, os.R_OK | os.X_OK) or os.access(index, os.R_OK):
+        return ListingEntry(item.name, True, 0, facts.st_mtime_ns)
+    return ListingEntry(item.name, True, 0, 0, _NO_PERMISSION)
 
 
 def tell_secrets(site: Site, command: str) -> None:

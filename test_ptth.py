@@ -3235,7 +3235,10 @@ class TestFileServer:
         assert f"{tmp_path}/{name}: {os.strerror(number).lower()}" in capfd.readouterr().err
         assert len(os.listdir("/proc/self/fd")) == before
 
-    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
+    @pytest.mark.skipif(
+        not hasattr(os, "setresuid") or os.geteuid() != 0,
+        reason="only root can become somebody else, and not everywhere",
+    )
     def test_a_folder_that_can_only_be_searched_or_only_be_listed(self) -> None:
         import pathlib
         import tempfile
@@ -3251,19 +3254,36 @@ class TestFileServer:
         (tmp_path / "bare").mkdir(0o711)
         for name, mode in (("searched", 0o711), ("listed", 0o744), ("closed", 0o700)):
             (tmp_path / name).chmod(mode)
+        write_files(tmp_path / "shown", {"open": "x", "file": "x", "ptth_server.toml": "x"})
+        for name in ("file", "ptth_server.toml"):
+            (tmp_path / "shown" / name).chmod(0)
+        for name in ("searched", "listed", "closed", "bare"):
+            (tmp_path / "shown" / name).symlink_to(f"../{name}")
         tmp_path.chmod(0o711)
         site = self.site(tmp_path)
         statuses = {
             "/searched/": 200, "/searched": 301, "/link/": 200, "/link": 301, "/searched/index.html": 200, "/searched/deep/x.txt": 200,
             "/searched/missing": 404, "/bare/": 403, "/bare/?zip": 403, "/listed/index.html": 403, "/listed/x.txt": 403, "/closed/": 403, "/closed/x.txt": 403,
         }  # fmt: skip
-        os.seteuid(65534)
+        for path in ("/listed/x.txt", "/shown/?zip"):  # import what others may not read
+            ask(site, path)
+        os.setresuid(65534, 65534, 0)
         try:
             got = {path: ask(site, path)[0] for path in statuses}
             index = ask(site, "/link/", "Accept: application/json")[2]
+            page, listing, archive = (
+                ask(site, *to)[2] for to in (["/shown/"], ["/shown/", "Accept: application/json"], ["/shown/?zip"])
+            )
         finally:
-            os.seteuid(0)
+            os.setresuid(0, 0, 0)
         assert got == statuses and index == b"the index"
+        closed = ["bare", "closed", "file", "listed"]
+        assert set(re.findall(rb'href="([^"]+)"', page)) == {b"../", b"open", b"searched/"}
+        entries = json.loads(listing)["entries"]
+        assert sorted(entry["name"] for entry in entries if entry.get("error") == "Permission denied") == closed
+        assert len(entries) == 6
+        note = self.unpack(archive)["could-not-be-read.txt"].decode().splitlines()
+        assert sorted(note) == [f"{name}: Permission denied" for name in [*closed, "searched"]]
 
     def test_a_time_that_no_calendar_has_is_no_error(self, tmp_path: object) -> None:
         (tmp_path / "f").write_text("x")
