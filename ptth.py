@@ -1915,8 +1915,12 @@ class HTTPServer:
             async with asyncio.timeout(grace):
                 while self.connections:
                     await asyncio.sleep(0.02)
+        tasks = [connection.task for connection in self.connections if connection.task]
         for connection in list(self.connections):
             connection.abort()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # a handler may have a file to remove
         await asyncio.sleep(0)  # asyncio closes their sockets in the next turn of the loop
         if self._sweeper:
             self._sweeper.cancel()

@@ -3658,6 +3658,16 @@ class TestUploads:
         assert [inbox.send(path, b"", method="PROPFIND")[0] for path in ("/", "/x")] == [404, 404]
         assert inbox.files() == {"x": b"old"}
 
+    @in_loop
+    async def test_a_stop_removes_what_has_not_arrived(self, tmp_path: object) -> None:
+        server = ptth.HTTPServer(ptth.site_handler(ptth.Site(str(tmp_path), ptth.SiteOptions(upload=True))))
+        async with listening(server) as port:
+            with connect(port, get("/x", "Content-Length: 6", method="PUT") + b"abc"):
+                while not os.listdir(tmp_path):
+                    await asyncio.sleep(0.01)
+                await server.stop(0)
+        assert os.listdir(tmp_path) == []
+
     def test_where_there_are_no_hard_links(self, open_inbox: object, monkeypatch: Patch) -> None:
         monkeypatch.setattr(os, "link", failing(errno.EPERM))
         inbox = open_inbox()
