@@ -1533,7 +1533,7 @@ class IncomingBody(Body):
                 await asyncio.sleep(0)  # let other connections run, however fast both peers are
             self.complete = not self.remaining
         except OSError as error:
-            if connection.is_reset():
+            if connection.is_closed() or connection.is_reset():
                 raise IncompleteBody(format_error(error)) from None
             raise
         finally:

@@ -1402,6 +1402,20 @@ class TestConnections:
         assert isinstance(result, ptth.IncompleteBody if end == "short" else ConnectionResetError | BrokenPipeError)
         assert ("stalls" in str(result)) is (end in ("silent", "unread"))
 
+    @splices
+    @in_loop
+    async def test_a_body_whose_connection_is_aborted_inside_a_splice_is_incomplete(self) -> None:
+        async with self.pair() as (source, sender), self.pair() as (sink, receiver):
+            body = ptth.IncomingBody(source, ptth.SPLICE_MIN)
+            writing = asyncio.ensure_future(self.outcome(body.write_to(sink)))
+            await source.loop.sock_sendall(sender, bytes(500))
+            assert len(await source.loop.sock_recv(receiver, 500)) == 500  # it has begun
+            source.abort()
+            while source.sock.fileno() >= 0:
+                await asyncio.sleep(0)
+            sender.close()
+            assert isinstance(await writing, ptth.IncompleteBody)
+
     @sends_files
     def test_a_file_goes_from_the_disk_to_the_socket(self, tmp_path: object, monkeypatch: Patch) -> None:
         data = os.urandom(3 * ptth.SMALL_BODY)
