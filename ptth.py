@@ -474,9 +474,6 @@ class Peer(Protocol):
     def is_closed(self) -> bool:
         """Return whether the connection is closed in both directions. A half-closed client waits for its response."""
 
-    def abort(self) -> None:
-        """Close at once; unsent bytes are dropped."""
-
     def shut_down(self) -> None:
         """End both directions at once, also if a splice holds a duplicate of the socket."""
 
@@ -5843,7 +5840,7 @@ class TunnelBody(Body):
     def add(self, part: Part) -> None:
         """Continue with this part, and end one that is being read, because its connection may be dead."""
         if part is not self._current and not self._current.taken.done() and self._current.connection:
-            self._current.connection.abort()
+            self._current.connection.shut_down()
         if part.more:
             self._timeout = PART_TIMEOUT
         self._current = part

@@ -6036,7 +6036,9 @@ class TestParts:
         assert stream.hand.answer()[0] == (200 if sent == 9 else 410)
 
     @pytest.mark.parametrize("is_chunked", [True, False])
-    def test_a_response_that_broke_off_goes_on_in_parts(self, is_chunked: bool, parts: object) -> None:
+    @pytest.mark.parametrize("is_closed", [True, False])
+    def test_a_response_that_broke_off_goes_on_in_parts(self, is_closed: bool, is_chunked: bool, parts: object) -> None:
+        """Also if the connection of its P5 is dead, and nothing says so."""
         data = random.Random(5).randbytes(600_000)
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 600000\r\n\r\n"
         stream = parts()
@@ -6047,7 +6049,8 @@ class TestParts:
         begin = "\r\n".join([*lines, "Content-Type: application/http", "", ""]).encode()
         broken.sock.sendall(begin + (ptth.format_chunk(sent) if is_chunked else sent))
         got = stream.read(300_000)
-        broken.close()
+        if is_closed:
+            broken.close()
         for offset in range(0, 600_000, 150_000):
             first = head if not offset else b""
             more = offset < 450_000
@@ -6055,6 +6058,7 @@ class TestParts:
             got += stream.read(offset + 150_000 - len(got))
             assert stream.hand.answer()[0] == 200
         assert got == data
+        broken.close()
 
     @pytest.mark.parametrize(("features", "patience"), [("body", 0), ("parts", 0.2)])
     def test_a_response_that_does_not_go_on_breaks_off(
