@@ -8403,6 +8403,7 @@ def listening_urls(sock: socket.socket, scheme: str = "http") -> list[str]:
 def stop_event(hang_up: Callable[[], None]) -> asyncio.Event:
     """Return an event that SIGINT and SIGTERM set. A second SIGINT ends the program at once.
 
+    Until it is called, each of these signals ends the program with an error, so call it before work that takes long.
     SIGHUP calls `hang_up`, which reads the configuration again. If the terminal was closed, SIGHUP sets the event, too.
     Also sets the loop's exception handler.
     """
@@ -8457,12 +8458,12 @@ async def run_file_server(args: argparse.Namespace) -> None:
     )  # fmt: skip
     files = args.tls_cert, args.tls_key
     tls = load_certificate(*files)
+    stop = stop_event(lambda: read_again(args.command, "certificate", reload_certificate, tls, *files))
     site = Site(root, options, private=filter(None, files))
     tell_secrets(site, args.command)
     begin_uploads(site, args.command)
     server = HTTPServer(site_handler(site), log=None if args.quiet else AccessLog(), tls=tls)
     sock = open_socket(args.bind, args.port)
-    stop = stop_event(lambda: read_again(args.command, "certificate", reload_certificate, tls, *files))
     await server.listen(sock)
     print_ready(f"Serving {os.path.realpath(root)} at {' '.join(listening_urls(sock, 'https' if tls else 'http'))}")
     await stop.wait()
@@ -8540,12 +8541,12 @@ async def run_relay(args: argparse.Namespace) -> None:
         log_line("ptth relay: no ptth_relay.toml found: using defaults, no server registered")
     else:
         config = load_relay_config(path, args.domain)
+    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, path, args.domain))
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
     relay = Relay(config)
     log = None if args.quiet else AccessLog(relay.state.client_address)
     server = HTTPServer(relay.handle, takes_bodies=True, log=log)
     relay.state.connection_count = lambda: len(server.connections)
-    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, path, args.domain))
     await server.listen(sock)
     print_ready(f"PTTH relay for {format_count(len(config.servers), 'server')} at {' '.join(listening_urls(sock))}")
     await stop.wait()
@@ -8599,10 +8600,10 @@ async def run_server(args: argparse.Namespace) -> None:
     if args.print_tripcode:
         print_output(format_server_block(config.name, config.api_key))
         return
+    stop = stop_event(lambda: read_again(args.command, "configuration", reload_server, server, config, load))
     limiter = RateLimiter(config.throttle_upload) if config.throttle_upload else None
     client, *others = (HTTPClient(origin, proxy, limiter) for origin, proxy in config.relays)
     server = TunnelServer(client, config.name, config.api_key, make_content(config), *others)
-    stop = stop_event(lambda: read_again(args.command, "configuration", reload_server, server, config, load))
     print_ready(f"PTTH server {config.name}: serving {describe_content(config)}")
     running = asyncio.create_task(server.run())
     await wait_for_any(stop.wait(), running)

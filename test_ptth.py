@@ -8162,6 +8162,38 @@ ptth.log_line("later")
         assert bare_relay.get("/frontend/servers/n/files/hello.txt")[2] == b"other\n"
         assert server.end() == 0
 
+    @pytest.mark.parametrize("command", ["file-server", "server", "demo"])
+    @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+    @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+    def test_a_signal_that_comes_early_is_handled(self, command: str, name: str, tmp_path: object) -> None:
+        write_configs(tmp_path, free_port(), upload=True)
+        code = f"""\
+            import os, signal, sys
+            sys.path.insert(0, {HERE!r})
+            import ptth
+            work = ptth.remove_partial_files
+
+            def signal_once(root):
+                ptth.remove_partial_files = work
+                os.kill(os.getpid(), signal.{name})
+
+            ptth.remove_partial_files = signal_once
+            sys.exit(ptth.main())
+        """
+        options = [] if command == "server" else [".", "--upload", "--port", "0"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), command, *options],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            if name == "SIGHUP":
+                assert any(b"again" in line for line in process.stderr)
+                process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.communicate()
+
     def test_sighup_from_a_terminal_that_was_closed_stops(self, root: str) -> None:
         import fcntl
         import termios
