@@ -3547,6 +3547,7 @@ def entity_tag(facts: os.stat_result, encoding: str = "") -> str:
 
 METHODS = ("GET", "HEAD", "OPTIONS")
 UPLOAD_METHODS = ("PUT", "POST", "MKCOL", "PROPFIND")
+_ALLOW_BUT_MKCOL = ("Allow", ", ".join((*METHODS, "PUT", "POST", "PROPFIND")))
 _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}  # these get 405, unknown ones 501
 ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
@@ -4655,7 +4656,7 @@ class Uploads:
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ProtocolError(415, "files are stored as they come, so they cannot have a Content-Encoding")
         if not segments:
-            raise ProtocolError(409, "this is a folder")
+            raise self._folder_error(request, "this is a folder")
         place = self._new_place(self._open_folder(segments[:-1]), segments[-1])
         if directory:
             return await self._put_folder(request, place)
@@ -4711,7 +4712,7 @@ class Uploads:
             raise ProtocolError(413, f"a file may have {format_size(self._limit)} at most")
 
     async def _put_folder(self, request: Request, place: bytes) -> Response:
-        """Make a folder, which may be there already, but for MKCOL (RFC 4918, 9.3.1)."""
+        """Make a folder, which may be there already, but not for MKCOL."""
         if await request.body.read():
             raise ProtocolError(415, "a folder has no content")
         try:
@@ -4720,11 +4721,18 @@ class Uploads:
             if error.status != 412 or "if-none-match" in request.headers:
                 raise
             if os.path.islink(place) or not os.path.isdir(place):
-                raise ProtocolError(409, "a file has this name") from None
+                raise self._folder_error(request, "a file has this name") from None
             if request.method == "MKCOL":
-                raise ProtocolError(405, "the folder is there already") from None
+                raise self._folder_error(request, "the folder is there already") from None
             return Response(204, [NOSNIFF])
         return Response(201, [NOSNIFF])
+
+    @staticmethod
+    def _folder_error(request: Request, reason: str) -> ProtocolError:
+        """Return the error for a folder whose name is taken: 409, but 405 for MKCOL (RFC 4918, 9.3.1)."""
+        if request.method == "MKCOL":
+            return ProtocolError(405, reason, headers=[_ALLOW_BUT_MKCOL])
+        return ProtocolError(409, reason)
 
     async def _store(
         self, place: bytes, read: Callable[[], Awaitable[bytes]], headers: Headers, length: int

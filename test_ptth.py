@@ -3895,10 +3895,12 @@ class TestUploads:
     def test_what_is_there_is_told_as_webdav_has_it(self, inbox: Inbox) -> None:
         write_files(inbox.root, {"a & b": b"12345", ".hidden": b"x", "ptth_server.toml": b"x"})
         for method, path, status in (
-            ("MKCOL", "/\u00fc", 201), ("MKCOL", "/\u00fc/", 405), ("MKCOL", "/a%20%26%20b", 409), ("MKCOL", "/no/x", 409), ("MKCOL", "/.x", 403),
+            ("MKCOL", "/\u00fc", 201), ("MKCOL", "/\u00fc/", 405), ("MKCOL", "/a%20%26%20b", 405), ("MKCOL", "/", 405), ("MKCOL", "/no/x", 409), ("MKCOL", "/.x", 403),
             ("PROPFIND", "/no", 404), ("PROPFIND", "/.hidden", 404), ("PROPFIND", "/ptth_server.toml", 404),
         ):  # fmt: skip
-            assert inbox.send(path.encode().decode("latin-1"), b"", method=method)[0] == status, (method, path)
+            got, fields, _ = inbox.send(path.encode().decode("latin-1"), b"", method=method)
+            assert got == status, (method, path)
+            assert fields.get("allow") == ("GET, HEAD, OPTIONS, PUT, POST, PROPFIND" if got == 405 else None)
         base = f"{inbox.prefix}/"
         for path, depth, expected in (
             ("/", "1", {base: ("0", True), base + "a%20%26%20b": ("5", False), base + "%C3%BC/": ("0", True)}),
