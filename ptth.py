@@ -6582,7 +6582,7 @@ class Responses:
             raise ProtocolError(400, error.reason, close=True, headers=[NO_STORE]) from None
         if part.more:
             await self._wait_for_client(exchange, part)
-        elif not await exchange.delivered:
+        elif not await asyncio.shield(exchange.delivered):  # it is also that of parts that may follow
             raise _gone()
 
     async def _go_on(self, request: Request, exchange: Exchange) -> None:
@@ -6596,8 +6596,6 @@ class Responses:
         part = Part(
             content, request.connection, parse_offset(headers), "ptth-more" in headers, self.state.loop.create_future()
         )
-        if exchange.delivered and exchange.delivered.cancelled():  # by a reset of the P5 that waited for it
-            exchange.delivered = self.state.loop.create_future()
         if part.more and content is EMPTY and exchange.has_client_left():
             exchange.break_off("the client has left")
         exchange.p5_connection = request.connection

@@ -6062,6 +6062,19 @@ class TestParts:
         assert got == data
         broken.close()
 
+    def test_the_end_of_the_p5_before_does_not_end_a_part(self, parts: object, bare_relay: Tunnel) -> None:
+        stream = parts()
+        stream.hand.begin(stream.identity, b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nabc")
+        assert stream.read(3) == b"abc"
+        later = Hand(stream.port)
+        fields = ["PTTH-Offset: 3", "Content-Type: application/octet-stream", "Transfer-Encoding: chunked"]
+        later.send("POST", f"http_response/{stream.identity}", ptth.format_chunk(b"de"), *fields)
+        assert stream.read(2) == b"de"
+        eventually(lambda: len(bare_relay.http.connections) == 2)  # the client's, and that of the part
+        later.sock.sendall(ptth.format_chunk(b"f") + b"0\r\n\r\n")
+        assert (later.answer()[0], stream.read()) == (200, b"f")
+        later.close()
+
     @pytest.mark.parametrize(("features", "patience"), [("body", 0), ("parts", 0.2)])
     def test_a_response_that_does_not_go_on_breaks_off(
         self, features: str, patience: float, parts: object, monkeypatch: Patch
