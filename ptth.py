@@ -4585,10 +4585,11 @@ class Uploads:
     which is sent only in listings without an Origin field in the request: pages of other sites cannot read it.
     """
 
+    _token = os.urandom(16).hex()  # one for the process: a page that was loaded before SIGHUP can still upload
+
     def __init__(self, site: Site) -> None:
         self._site = site
         self._limit = site.options.max_upload
-        self._token = os.urandom(16).hex()
 
     def form(self, headers: Headers) -> str:
         """Return the HTML of the forms in a listing."""

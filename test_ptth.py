@@ -8177,6 +8177,22 @@ ptth.log_line("later")
         assert bare_relay.get("/frontend/servers/n/files/hello.txt")[2] == b"other\n"
         assert server.end() == 0
 
+    @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+    def test_a_form_of_before_sighup_can_be_sent_after_it(
+        self, bare_relay: Tunnel, start: object, tmp_path: object
+    ) -> None:
+        write_configs(tmp_path, bare_relay.port, upload=True)
+        server = start("server", cwd=tmp_path)
+        server.wait_for("connected to the relay")
+        page = bare_relay.get("/frontend/servers/n/files/")[2]
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("again: serving")
+        path = "/frontend/servers/n/files/" + re.search(rb'action="(\?upload=[^"]+)"', page)[1].decode()
+        form = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nx\r\n--B--\r\n'
+        fields = ["Origin: null", "Content-Type: multipart/form-data; boundary=B", f"Content-Length: {len(form)}"]
+        assert one(bare_relay.fetch(get(path, *fields, method="POST") + form))[0] == 303
+        assert (tmp_path / "x").read_bytes() == b"x"
+
     @pytest.mark.parametrize("command", ["file-server", "server", "demo"])
     @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
     @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
