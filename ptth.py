@@ -4897,7 +4897,8 @@ def server_handler(site: Site, name: str) -> Handler:
         if request.method not in METHODS or request.method == "OPTIONS":
             return await site.respond(request, segments, directory)
         if not segments:
-            return html_response(200, page(name, f'<h1>{escape(name)}</h1>\n<p><a href="./files/">Files</a></p>'))
+            content = f'<h1>{escape(name)}</h1>\n<p><a href="./files/">Files</a></p>'
+            return html_response(200, page(name, f"<main>\n{content}\n</main>"))
         for prefix, as_json in (((b"files",), False), ((b"api", b"v1", b"dir"), True)):
             if segments[: len(prefix)] == prefix:
                 if segments == prefix and not directory:

@@ -2485,6 +2485,17 @@ class TestFileServer:
         for link in links:
             assert self.both(root, files_tunnel, "/" + link, [])[0] == 200
 
+    def test_every_page_marks_its_main_part(self, files_tunnel: Tunnel) -> None:
+        for path in (
+            "servers/",
+            "unregistered_servers",
+            "audit_log",
+            "servers/n/",
+            "servers/n/files/",
+            "servers/n/none",
+        ):
+            assert files_tunnel.get(f"/frontend/{path}", "Accept: text/html")[2].count(b"<main>") == 1, path
+
     def test_json_tells_name_size_kind_and_time(self, root: str, files_tunnel: Tunnel) -> None:
         entries = json.loads(self.both(root, files_tunnel, "/sub/", ["Accept: application/json"])[2])
         assert entries == {"entries": [{"name": "file", "size": 7, "is_dir": False, "mtime": MTIME, "href": "file"}]}
