@@ -8755,6 +8755,13 @@ def parse_port(text: str) -> int:
     return int(text)
 
 
+def parse_target(text: str) -> str:
+    """Return an app's place, to be parsed later. Raises ValueError if it is empty, as an unset variable is."""
+    if not text:
+        raise ValueError("it is empty; give a port, HOST:PORT, a URL or unix:PATH, or leave --app out")
+    return text
+
+
 def _config_option(name: str) -> _Option:
     text = f"configuration file (default: ./{name}, else ./config/{name})"
     return _option("--config --config-path", "FILE", text)
@@ -8766,7 +8773,8 @@ def _port_option(text: str, **settings: Any) -> _Option:
 
 _DIR = _option("dir", "DIR", "directory to serve (default: the current one; / and your home only when named)",
                nargs="?", default="")  # fmt: skip
-_APP = _option("--app", "TARGET", "web app to serve instead of a directory: a port here, HOST:PORT, a URL, unix:PATH")
+_APP = _option("--app", "TARGET", "web app to serve instead of a directory: a port here, HOST:PORT, a URL, unix:PATH",
+               type=option_type(parse_target))  # fmt: skip
 _QUIET = _option("-q --quiet", "", "do not write the access log to stderr")
 _UPLOADS = (
     _option("--upload", "", "take new files, by PUT and by a form in the listing"),

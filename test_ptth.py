@@ -7877,7 +7877,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         "args",
-        ["", "nonsense", "relay --port x", "file-server --port 70000", "demo --nonsense", "file-server --header x", "file-server --header Date:x"],
+        ["", "nonsense", "relay --port x", "file-server --port 70000", "demo --nonsense", "file-server --header x", "file-server --header Date:x", "server --app="],
     )  # fmt: skip
     def test_wrong_usage_is_2(self, args: str, call: object) -> None:
         status, out, err = call(*args.split())
