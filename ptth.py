@@ -4043,13 +4043,19 @@ def member_name(name: bytes) -> str:
 
 
 def distinct(name: str, taken: dict[str, int]) -> str:
-    """Return `name`, with a number if it is in `taken`, and add it there: a name maps to its last number."""
+    """Return `name`, with a number if it is in `taken`, and add it there: a name maps to its last number.
+
+    Names that differ only in Unicode normalisation are equal: macOS would unpack one of them over the other.
+    """
+    import unicodedata
+
+    normalize = functools.partial(unicodedata.normalize, "NFC")
     stem, extension = os.path.splitext(name)
     found = name
-    while found in taken:
-        taken[name] += 1
-        found = f"{stem} ({taken[name]}){extension}"
-    taken[found] = 1
+    while normalize(found) in taken:
+        taken[normalize(name)] += 1
+        found = f"{stem} ({taken[normalize(name)]}){extension}"
+    taken[normalize(found)] = 1
     return found
 
 

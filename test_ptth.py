@@ -2781,7 +2781,8 @@ class TestFileServer:
         ([b"\xff/x", b"\xfe/x"], None), ([b"\xff/x", b"\xfe"], None),
         ([b"a\\b", b"a/b", b"a_b"], None), ([b"d\\", b"d/x"], None), ([b"a\nb", b"ab"], None), ([b"a:b", b"b", b"a_b"], None),
         ([b"could-not-be-read.txt"], ["could-not-be-read.txt"]), ([b"could-not-be-read.txt/x", b"could-not-be-read (2).txt"], None),
-        (["\u00e4".encode(), "a\u0308".encode(), "\u2215\uff0f".encode()], ["a\u0308", "\u00e4", "\u2215\uff0f"]),
+        (["\u00e4".encode(), "a\u0308".encode(), "\u2215\uff0f".encode()], ["a\u0308", "\u00e4 (2)", "\u2215\uff0f"]),
+        (["\u00e4/x".encode(), "a\u0308/x".encode()], ["a\u0308/x", "\u00e4 (2)/x"]),
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("names", "members"), SAME)
