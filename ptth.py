@@ -131,8 +131,8 @@ MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashe
 STDERR_TIMEOUT = 1.0  # seconds to wait for room in a full pipe; then what is written to stderr is lost
 MAX_SCRAPER_DAYS = 30  # days that a scraper's key may be valid
 MAX_P3_REQUESTS = 64  # requests in one P3
-MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3, and of responses in one batch to an older relay
-MAX_RESPONSES_BYTES = 512 * 1024  # bytes of responses in one batch; relays of version 1.0.0 read only 432 KiB
+MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
+MAX_RESPONSES_BYTES = 384 * 1024  # bytes of responses in one batch; relays of all versions read at least 432 KiB
 MAX_BATCHED_BODY = 64 * 1024  # bytes of a body in a batch to a far relay; to a near one SMALL_BODY
 MAX_BATCHES_BYTES = 8 * 1024 * 1024  # bytes of one name's batches that the relay reads at the same time
 MAX_INLINE = 64 * 1024  # bytes of a request's body that is sent inside P3; the server fetches a longer one
@@ -6688,14 +6688,15 @@ class Responses:
         """Read a batch. ProtocolError 408 after the response timeout, 503 above MAX_BATCHES_BYTES, 502 if too large."""
         if body is EMPTY:
             return b""
-        size = min(MAX_RESPONSES_BYTES if body.length is None else body.length, MAX_RESPONSES_BYTES)
+        most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL_BODY
+        size = most if body.length is None else min(body.length, most)
         if server.batch_bytes + size > MAX_BATCHES_BYTES:
             retry = ("Retry-After", "1")
             raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
         server.batch_bytes += size
         try:
             async with asyncio.timeout(self.state.config.response_timeout):
-                return await body.read_all(MAX_RESPONSES_BYTES)
+                return await body.read_all(most)
         except TimeoutError:
             reason = f"the batch took longer than {self.state.config.response_timeout:.0f} seconds"
             raise ProtocolError(408, reason, close=True, headers=[NO_STORE]) from None
@@ -7206,8 +7207,7 @@ class Sender:
         request_ids: list[str] = []
         pieces: list[bytes] = []
         size = 0
-        most = MAX_RESPONSES_BYTES if "listen" in self.features else MAX_BATCH_BYTES  # relays without it read less
-        most = min(self._part_size or most, most)
+        most = min(self._part_size or MAX_RESPONSES_BYTES, MAX_RESPONSES_BYTES)
         while self._batch and (not pieces or size + len(self._batch[0][1]) <= most):
             request_id, piece = self._batch.popleft()
             request_ids.append(request_id)
