@@ -2947,7 +2947,9 @@ class App:
                 status = await self._status(first, local=False)
                 if status in REFUSALS and await self._status(first, local=True) not in REFUSALS:
                     self._stay_local(status)
-        except (TimeoutError, ProtocolError):  # that says nothing about the Host
+        except TimeoutError:
+            pass  # that says nothing about the Host
+        except ProtocolError:  # neither does this, if there is an app
             if not self.client.is_reachable:
                 raise
         self._asked = True
