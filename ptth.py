@@ -7172,10 +7172,13 @@ class Sender:
     def can_batch(self, response: Response) -> bool:
         """Return whether a response is small enough to be sent in a batch.
 
-        A relay forwards a batch when it has all of it. From afar that takes long, so that a larger body goes alone.
+        A relay forwards a batch when it has all of it. From afar that takes long, so that a larger body goes alone, as
+        does one that a proxy accepts only in parts.
         """
         data, most = response.body.data, SMALL_BODY if self.near else MAX_BATCHED_BODY
-        return data is not None and len(data) <= most and not (self.client.limiter or self.rust_relay)
+        if data is None or len(data) > most or self.client.limiter or self.rust_relay:
+            return False
+        return not self._part_size or len(data) + MAX_INNER_HEAD <= self._part_size
 
     def batch(self, request_id: str, response: Response, method: str) -> None:
         """Queue a small response. The next batch has those of this turn of the loop, or since the last batch began."""

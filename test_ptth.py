@@ -7194,6 +7194,14 @@ class TestServer:
         # What release 1.0.0 and later ones read: 256 KiB, a head, and a body.
         assert max(sizes, default=0) <= ptth.MAX_RESPONSES_BYTES <= (256 + 48 + 128) * 1024
 
+    @in_loop
+    async def test_a_body_that_a_proxy_takes_only_in_parts_is_not_in_a_batch(self) -> None:
+        sender = ptth.Sender(client_of(1), "n", KEY, ptth.Workers(echo), print)
+        bodies = [ptth.Response(200, [], ptth.BytesBody(bytes(size))) for size in (100 * 1024, 1000)]
+        assert [*map(sender.can_batch, bodies)] == [True, True]
+        sender._shrink_parts(100 * 1024)  # after 413
+        assert [*map(sender.can_batch, bodies)] == [False, True]
+
     @pytest.mark.parametrize(
         ("near", "size", "expected"),
         [(True, 100 * 1024, 4), (True, 100, 1), (False, 60 * 1024, 4), (False, 100, 2)],
