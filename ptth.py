@@ -3138,7 +3138,8 @@ def tag_matches(field_value: str, tag: str, *, weak: bool) -> bool:
         return True
     if tag not in field_value:  # fast, for long lists
         return False
-    return any(opaque == tag and (weak or not prefix) for prefix, opaque in _ENTITY_TAG.findall(field_value))
+    members = _ENTITY_TAG.findall(field_value)
+    return ("", tag) in members or weak and ("W/", tag) in members
 
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
