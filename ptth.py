@@ -1289,17 +1289,15 @@ async def linger(connection: Connection) -> None:
 
 
 async def end_stream(connection: Connection) -> None:
-    """After a 101, tell the peer that no more is sent; close when it then sends nothing for some seconds.
+    """After a 101, tell the peer that no more is sent; close when it then sends nothing for MAX_LINGER_TIMEOUT.
 
-    TLS has no half-close: only the close tells the peer, so it gets less time to respond to the last bytes.
+    TLS has no half-close: only the close tells the peer.
     """
     await connection.flush()
-    patience = LINGER_TIMEOUT
     if connection.writer.can_write_eof():
         connection.writer.write_eof()
-        patience = MAX_LINGER_TIMEOUT
     ended = connection.loop.time()
-    while connection.loop.time() < max(ended, connection.fill_began) + patience:  # only waiting counts
+    while connection.loop.time() < max(ended, connection.fill_began) + MAX_LINGER_TIMEOUT:  # only waiting counts
         await asyncio.sleep(SWEEP_INTERVAL)
     connection.close()
     await asyncio.sleep(LINGER_TIMEOUT)  # a TLS peer should close, too

@@ -5777,7 +5777,8 @@ class TestUpgrades:
         self, path: str, answer: bytes, streams: StreamApp, background: Background, tmp_path: object, monkeypatch: Patch
     ) -> None:
         """TLS has no half-close. What the app says first still arrives, and one that ignores the close ends, too."""
-        monkeypatch.setattr(ptth, "LINGER_TIMEOUT", 0.5)
+        for name in ("LINGER_TIMEOUT", "MAX_LINGER_TIMEOUT"):
+            monkeypatch.setattr(ptth, name, 0.5)
         streams.hold = concurrent.futures.Future()
         context = make_certificate(tmp_path)
         server = background.run(asyncio.start_server(streams.serve, "127.0.0.1", 0, ssl=context))
