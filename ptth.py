@@ -7016,11 +7016,13 @@ class Workers:
                 request = _NO_REQUEST
             else:
                 response = await call_handler(self._run_handler, request)
-            address = outer_address(request.headers.get("x-forwarded-for", ""))
-            if not sender.can_batch(response) and not self._may_send(address):
-                await response.body.aclose()
-                busy = ProtocolError(503, "too many responses are being sent", headers=[("Retry-After", "5")])
-                response = error_response(request, busy)
+            address = ""
+            if not sender.can_batch(response):
+                address = outer_address(request.headers.get("x-forwarded-for", ""))
+                if not self._may_send(address):
+                    await response.body.aclose()
+                    busy = ProtocolError(503, "too many responses are being sent", headers=[("Retry-After", "5")])
+                    response = error_response(request, busy)
             if sender.can_batch(response):
                 self._batched += 1
                 sender.batch(request_id, response, request.method)
