@@ -3548,7 +3548,7 @@ def entity_tag(facts: os.stat_result, encoding: str = "") -> str:
 
 METHODS = ("GET", "HEAD", "OPTIONS")
 UPLOAD_METHODS = ("PUT", "POST", "MKCOL", "PROPFIND")
-_ALLOW_BUT_MKCOL = ("Allow", ", ".join((*METHODS, "PUT", "POST", "PROPFIND")))
+_ALLOW_BUT_MKCOL = ("Allow", ", ".join(name for name in (*METHODS, *UPLOAD_METHODS) if name != "MKCOL"))
 _ALLOW = ("Allow", ", ".join(METHODS))
 _KNOWN_METHODS = {"POST", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT"}  # these get 405, unknown ones 501
 ENCODINGS = {"br": (b".br", b""), "gzip": (b".gz", b"\x1f\x8b")}  # of files beside the plain one: name, first bytes
