@@ -8732,8 +8732,7 @@ async def run_demo(args: argparse.Namespace) -> None:
         url = f"demo.localhost:{port}/" if args.app else f"127.0.0.1:{port}/frontend/servers/demo/files/"
         print_ready(f"    http://{url}")
     await wait_for_any(stop.wait(), running)
-    await server.stop()
-    await stop_relay(relay, http)
+    await asyncio.gather(server.stop(), stop_relay(relay, http))  # both within GRACE_PERIOD
     await running
 
 
