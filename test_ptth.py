@@ -4564,6 +4564,24 @@ class TestApp:
                 assert response.status == 200
         assert asked == [b"GET /", b"POST /rpc", b"POST /rpc"]
 
+    @in_loop
+    async def test_a_probe_that_is_cut_off_leaves_the_error_to_the_request_itself(self, monkeypatch: Patch) -> None:
+        """The app was refused once, and then nothing answers: 504 says that it is the app."""
+        monkeypatch.setattr(ptth, "PROBE_TIMEOUT", 0.01)
+        client = client_of(1)
+        client.is_reachable = False
+
+        async def connect() -> ptth.Connection:
+            if ptth.PROBE_TIMEOUT:
+                monkeypatch.setattr(ptth, "PROBE_TIMEOUT", 0)
+                await asyncio.sleep(60)
+            raise TimeoutError
+
+        client.connect = connect
+        request = ptth.Request("POST", "/rpc", ptth.Headers(self.PUBLIC), body=ptth.BytesBody(b"x"))
+        with pytest.raises(ptth.ProtocolError, match="the app did not answer in time"):
+            await ptth.App(client).handle(request)
+
     def test_a_refusal_that_is_not_for_the_name_stays(self, capfd: Output) -> None:
         def refuse(request: ptth.Request) -> int:
             return 403 if request.target != "/" else 0
