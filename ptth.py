@@ -1243,11 +1243,14 @@ async def read_response_head(connection: Connection, timeout: float) -> tuple[in
     """
     connection.head_deadline = connection.loop.time() + timeout
     for _ in range(MAX_INTERIM + 1):
-        status, headers = parse_response_head(await _receive_response_head(connection))
+        head = await _receive_response_head(connection)
+        status, headers = parse_response_head(head)
         if status == 100 and connection.on_continue:
             connection.on_continue()
         if status >= 200 or status == 101:
-            connection.must_close = connection.must_close or "close" in headers.tokens("connection")
+            options = headers.tokens("connection")
+            is_kept = "keep-alive" in options or not head.startswith(b"HTTP/1.0")  # RFC 9112, 9.3
+            connection.must_close |= "close" in options or not is_kept
             connection.head_deadline = None
             return status, headers
     raise ProtocolError(502, f"more than {MAX_INTERIM} interim responses", close=True)

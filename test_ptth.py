@@ -1856,6 +1856,8 @@ class TestHTTPClient:
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK, "GET", (200, b"hello", 1)),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "GET", (200, b"hello", 1)),
         (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello", "GET", (200, b"hello", 0)),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello", "GET", (200, b"hello", 0)),
+        (b"HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\nContent-Length: 5\r\n\r\nhello", "GET", (200, b"hello", 1)),
         (b"HTTP/1.1 204 No Content\r\n\r\n", "GET", (204, b"", 1)),
         (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", "GET", (304, b"", 1)),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "HEAD", (200, b"", 1)),
