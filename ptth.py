@@ -2973,7 +2973,7 @@ class App:
         scheme = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
         public = f"http{'s' if scheme in ('https', 'wss') else ''}://{request.headers.get('host', '')}"
         own = f"http{'s' if self.client.origin.tls else ''}://{self._authority}"
-        fields = self._request_fields(request, public, own) if local else forwardable(request.headers, _HOP_BY_HOP)
+        fields = self._request_fields(request, public, own if local else "")
         if request.body.expects:
             fields.append(("Expect", "100-continue"))
         outgoing = Request(request.method, request.target, Headers(fields), body=request.body, upgrade=request.upgrade)
@@ -3010,22 +3010,26 @@ class App:
         return ProtocolError(502, reason, headers=retry)
 
     def _request_fields(self, request: Request, public: str, own: str) -> Fields:
-        """Return the fields of a request for an app that accepts only its local origin, `own`.
+        """Return the fields of a request for an app that accepts only its local origin, `own`, if that is not "".
 
         Origin, Referer and Destination are changed if they name the `public` origin of this server. Another Origin
         stays: the app needs it to refuse requests from other sites.
         """
-        fields = [("Host", own.partition("//")[2])]
-        dropped = _HOP_BY_HOP | _PUBLIC_ORIGIN | {"host", "x-forwarded-host", "x-forwarded-proto"}
-        for name, value in forwardable(request.headers, dropped):
+        path = self.client.origin.path
+        if not (own or path):
+            return forwardable(request.headers, _HOP_BY_HOP)
+        fields = [("Host", own.partition("//")[2])] if own else []
+        dropped = {"host", "x-forwarded-host", "x-forwarded-proto"} | _PUBLIC_ORIGIN if own else set()
+        for name, value in forwardable(request.headers, _HOP_BY_HOP | dropped):
             lower = name.lower()
             if lower in ("origin", "referer", "destination"):
-                value = move_origin(value, public, own if lower == "origin" else own + self.client.origin.path)
+                value = move_origin(value, public, (own or public) + ("" if lower == "origin" else path))
             fields.append((name, value))
         return fields
 
     def _response_fields(self, response: Response, public: str, own: str) -> Fields:
         """Return the fields of the app's response, with the `public` origin in place of its `own` (if not "")."""
+        path = self.client.origin.path
         headers = Headers(response.headers)
         # `forwardable` drops also these: the name of a new protocol, and the sign that tells proxies to stream.
         kept = {"upgrade", "x-accel-buffering"} if response.status in (101, 426) else {"x-accel-buffering"}
@@ -3033,11 +3037,19 @@ class App:
         for name, value in forwardable(headers, _HOP_BY_HOP):
             lower = name.lower()
             if lower == "location" or own and lower == "access-control-allow-origin":
-                value = move_origin(value, own, public, self.client.origin.path)
-                if public.startswith("https:"):  # an app that ignores X-Forwarded-Proto
-                    value = move_origin(value, f"http{public[5:]}", public)
+                value = self._public_url(value, public, own)
+            elif path and lower == "set-cookie":
+                value = re.sub(rf"(;[ \t]*(?i:path)[ \t]*=[ \t]*){re.escape(path)}(?=[/; \t]|\Z)/?", r"\1/", value)
             fields.append((name, value))
         return fields
+
+    def _public_url(self, url: str, public: str, own: str) -> str:
+        """Return a URL of the app as its visitors need it: with the public origin, and without the app's path."""
+        path = self.client.origin.path
+        url = move_origin(url, own or (public if path else ""), public, path)
+        if public.startswith("https:"):  # an app that ignores X-Forwarded-Proto
+            url = move_origin(url, f"http{public[5:]}", public, path)
+        return without_path(url, path)
 
 
 def move_origin(url: str, old: str, new: str, path: str = "") -> str:
@@ -3050,6 +3062,16 @@ def move_origin(url: str, old: str, new: str, path: str = "") -> str:
     if match and normal_origin(match[1]) == normal_origin(old):
         return new + absolute[match.end() :]
     return url
+
+
+def without_path(url: str, path: str) -> str:
+    """Return `url` without the `path` at its beginning; as it is if it does not begin with that."""
+    rest = url.removeprefix(path)
+    if rest == url or rest[:1] not in ("", "/", "?", "#"):
+        return url
+    if re.match(r"/[/\\\t]", rest):  # browsers take //HOST and /\HOST for another host, and skip tabs
+        return f"/.{rest}"
+    return rest if rest.startswith("/") else f"/{rest}"
 
 
 def normal_origin(origin: str) -> str:

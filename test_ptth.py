@@ -4483,16 +4483,39 @@ class TestApp:
 
     @pytest.mark.parametrize(
         ("location", "expected"),
-        [("/pre/z?q", "/z?q"), ("/pre", ""), ("/pre?q", "?q"), ("/prefix", "/prefix"), ("/", "/"), ("/PRE/z", "/PRE/z"), ("/pre/pre/z", "/pre/z")],
+        [("/pre/z?q", "/z?q"), ("/pre", ""), ("/pre?q", "?q"), ("/prefix", "/prefix"), ("/", "/"), ("/PRE/z", "/PRE/z"), ("/pre/pre/z", "/pre/z"),
+         ("/pre//z", "//z")],
     )  # fmt: skip
-    def test_the_path_of_an_app_is_not_seen_in_redirects(self, location: str, expected: str) -> None:
+    @pytest.mark.parametrize("mode", ["local", "public"])
+    def test_the_path_of_an_app_is_not_seen_in_redirects(self, mode: str, location: str, expected: str) -> None:
         """It is put before the next target again."""
         more = [("Origin", "https://n.example.com"), ("Destination", "https://n.example.com/new")]
-        ((_, fields, got),) = self.ask([("MOVE", more, b"")], "local", [("Location", f"OWN{location}")], path="/pre")
-        own = f"http://127.0.0.1:{self.port}"
+        ((_, fields, got),) = self.ask([("MOVE", more, b"")], mode, [("Location", f"OWN{location}")], path="/pre")
+        own = f"http://127.0.0.1:{self.port}" if mode == "local" else "https://n.example.com"
         assert fields["Location"] == f"https://n.example.com{expected}"
         assert (got["target"], got["fields"]["destination"]) == ("/pre/x?y", f"{own}/pre/new")
         assert got["fields"]["origin"] == own
+
+    @pytest.mark.parametrize(
+        ("location", "expected"),
+        [("/pre/z?q", "/z?q"), ("/pre", "/"), ("/pre/", "/"), ("/pre?q", "/?q"), ("/pre#f", "/#f"), ("/prefix", "/prefix"), ("z", "z"),
+         ("/pre//evil.test/", "/.//evil.test/"), ("/pre/\\evil.test", "/./\\evil.test"), ("/pre/\t/evil.test", "/./\t/evil.test"),
+         ("//pre/z", "//pre/z")],
+    )  # fmt: skip
+    @pytest.mark.parametrize("mode", ["local", "public"])
+    def test_a_redirect_without_a_host_names_no_other_one(self, mode: str, location: str, expected: str) -> None:
+        ((_, fields, _),) = self.ask([("GET", [], b"")], mode, [("Location", location)], path="/pre")
+        assert fields["Location"] == expected
+
+    @pytest.mark.parametrize(
+        ("cookie", "expected"),
+        [("a=b; Path=/pre", "a=b; Path=/"), ("a=b;path = /pre/z; Secure", "a=b;path = /z; Secure"), ("a=b; Path=/pre/ ;X", "a=b; Path=/ ;X"),
+         ("a=b; Path=/prefix", "a=b; Path=/prefix"), ("a=b; Path=/", "a=b; Path=/"), ("path=/pre", "path=/pre")],
+    )  # fmt: skip
+    def test_the_path_of_an_app_is_not_seen_in_cookies(self, cookie: str, expected: str) -> None:
+        """A browser would send them to no other page."""
+        ((_, fields, _),) = self.ask([("GET", [], b"")], "public", [("Set-Cookie", cookie)], path="/pre")
+        assert fields["Set-Cookie"] == expected
 
     @pytest.mark.parametrize(
         ("scheme", "expected"),
