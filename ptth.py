@@ -8499,7 +8499,7 @@ def read_again(command: str, what: str, read: Callable[..., None], *args: object
 
 async def run_file_server(args: argparse.Namespace) -> None:
     """Serve a directory until SIGINT or SIGTERM. SIGHUP loads the certificate again."""
-    root = check_root(args.dir, f"python3 ptth.py {args.command} .")
+    root = check_root(args.dir or "", f"python3 ptth.py {args.command} .")
     options = SiteOptions(
         hidden=args.hidden, follow_symlinks=args.follow_symlinks, listing=not args.no_listing, cors=args.cors,
         headers=tuple(args.header), auth=find_auth(args.auth), upload=args.upload, max_upload=args.max_upload,
@@ -8518,7 +8518,7 @@ async def run_file_server(args: argparse.Namespace) -> None:
     await server.stop()
 
 
-def find_auth(given: str = "") -> str:
+def find_auth(given: str | None = None) -> str:
     """Return USER:PASSWORD from the flag or the environment, or "". UserError if it is invalid."""
     auth = given or os.environ.get("PTTH_AUTH", "")
     if auth and not is_auth(auth):
@@ -8743,7 +8743,7 @@ async def run_demo(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise UserError(f"--app {error}", status=2) from None
     else:
-        config.file_server_root = check_root(args.dir, f"python3 ptth.py {args.command} .")
+        config.file_server_root = check_root(args.dir or "", f"python3 ptth.py {args.command} .")
     key = secrets.token_urlsafe(32)
     sock = open_socket("127.0.0.1", args.port)
     relay = Relay(RelayConfig(servers=[ServerEntry("demo", tripcode(key))], domain="localhost"))
@@ -8794,16 +8794,19 @@ def parse_port(text: str) -> int:
     return int(text)
 
 
-def parse_target(text: str) -> str:
-    """Return an app's place, to be parsed later. Raises ValueError if it is empty, as an unset variable is."""
+def parse_given(text: str) -> str:
+    """Return a value that is parsed later. Raises ValueError if it is empty, as an unset variable is."""
     if not text:
-        raise ValueError("it is empty; give a port, HOST:PORT, a URL or unix:PATH, or leave --app out")
+        raise ValueError("it is empty; give a value, or leave it out")
     return text
+
+
+_NOT_EMPTY = option_type(parse_given)
 
 
 def _config_option(name: str) -> _Option:
     text = f"configuration file (default: ./{name}, else ./config/{name})"
-    return _option("--config --config-path", "FILE", text)
+    return _option("--config --config-path", "FILE", text, type=_NOT_EMPTY)
 
 
 def _port_option(text: str, **settings: Any) -> _Option:
@@ -8811,9 +8814,9 @@ def _port_option(text: str, **settings: Any) -> _Option:
 
 
 _DIR = _option("dir", "DIR", "directory to serve (default: the current one; / and your home only when named)",
-               nargs="?", default="")  # fmt: skip
+               nargs="?", type=_NOT_EMPTY)  # fmt: skip
 _APP = _option("--app", "TARGET", "web app to serve instead of a directory: a port here, HOST:PORT, a URL, unix:PATH",
-               type=option_type(parse_target))  # fmt: skip
+               type=_NOT_EMPTY)  # fmt: skip
 _QUIET = _option("-q --quiet", "", "do not write the access log to stderr")
 _UPLOADS = (
     _option("--upload", "", "take new files, by PUT and by a form in the listing"),
@@ -8839,7 +8842,8 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, No
         _option("--relay-url", "URL", "the relay, for example https://relay.example.com; repeat it for several relays; "
                 "overrides the file", action="append"),
         _option("--file-server-root", "DIR",
-                "directory to serve (default: file_server_root in the file, else the current one)"),
+                "directory to serve (default: file_server_root in the file, else the current one)",
+                type=_NOT_EMPTY),
         _APP,
         _option("--print-tripcode", "", "print the [[servers]] block for the relay's file, and exit"),
         _option("--new-key", "", "print a ptth_server.toml with a new key on stdout and the relay's [[servers]] block "
@@ -8856,9 +8860,10 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, No
         _option("--header", "'NAME: VALUE'", "add a field to every response; may be repeated",
                 action="append", default=[], type=option_type(parse_header_option)),
         _option("--auth", "USER:PASSWORD", "ask for this password (so does PTTH_AUTH, which no process list shows)",
-                default=""),
-        _option("--tls-cert", "FILE", "serve https with this certificate chain (PEM)"),
-        _option("--tls-key", "FILE", "private key (PEM), if the --tls-cert file does not contain it"),
+                type=_NOT_EMPTY),
+        _option("--tls-cert", "FILE", "serve https with this certificate chain (PEM)", type=_NOT_EMPTY),
+        _option("--tls-key", "FILE", "private key (PEM), if the --tls-cert file does not contain it",
+                type=_NOT_EMPTY),
     )),
 }  # fmt: skip
 _EPILOG = (

@@ -7924,7 +7924,8 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         "args",
-        ["", "nonsense", "relay --port x", "file-server --port 70000", "demo --nonsense", "file-server --header x", "file-server --header Date:x", "server --app="],
+        ["", "nonsense", "relay --port x", "file-server --port 70000", "demo --nonsense", "file-server --header x", "file-server --header Date:x", "server --app=",
+         "demo --app=", "file-server --auth=", "file-server --tls-cert=", "file-server --tls-cert=c.pem --tls-key=", "server --file-server-root=", "relay --config="],
     )  # fmt: skip
     def test_wrong_usage_is_2(self, args: str, call: object) -> None:
         status, out, err = call(*args.split())
