@@ -7767,8 +7767,10 @@ class TunnelServer:
             async with asyncio.TaskGroup() as self.workers.group:
                 for link in self.links:
                     self.workers.spawn(link.run())
-        except* _Stopped:
-            pass
+        except BaseExceptionGroup as group:  # `except*` would be a SyntaxError before 3.11, in place of our message
+            _, others = group.split(_Stopped)
+            if others:
+                raise others from None
         finally:
             for link in self.links:
                 link.client.close()

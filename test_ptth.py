@@ -774,6 +774,9 @@ class TestShape:
                 names |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
         return names
 
+    def test_an_old_python_can_read_the_source_and_say_that_it_is_too_old(self) -> None:
+        ast.parse(self.source, feature_version=(3, 8))
+
     def test_the_docstring_lists_the_sections_in_their_order(self) -> None:
         listed = re.findall(
             r"^    (\d+)  ?([A-Z][A-Za-z ]+?)  ", ast.get_docstring(self.tree, clean=False), re.MULTILINE
