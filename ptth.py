@@ -281,15 +281,14 @@ _MIXES = (  # the eight quarter rounds: four columns, then four diagonals
     (0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15),
     (0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14),
 )  # fmt: skip
-_CHUNK_START, _CHUNK_END, _PARENT, _ROOT = 1, 2, 4, 8  # flags of a block
-_CHUNK = 1024  # bytes
+_CHUNK_START, _CHUNK_END, _ROOT = 1, 2, 8  # flags of a block
 _BLOCK = 64  # bytes
 
 
-def _compress(chain: tuple[int, ...], block: bytes, counter: int, flags: int) -> tuple[int, ...]:
-    """Return the chaining value after one block of at most 64 bytes (BLAKE3, 2.2)."""
+def _compress(chain: tuple[int, ...], block: bytes, flags: int) -> tuple[int, ...]:
+    """Return the chaining value after one block of at most 64 bytes of chunk number 0 (BLAKE3, 2.2)."""
     message = struct.unpack("<16I", block.ljust(_BLOCK, b"\0"))
-    v = [*chain, *_IV[:4], counter & 0xFFFFFFFF, counter >> 32, len(block), flags]
+    v = [*chain, *_IV[:4], 0, 0, len(block), flags]
     for _ in range(7):
         for i, (a, b, c, d) in enumerate(_MIXES):
             for word, turn_d, turn_b in ((message[2 * i], 16, 12), (message[2 * i + 1], 8, 7)):
@@ -303,25 +302,14 @@ def _compress(chain: tuple[int, ...], block: bytes, counter: int, flags: int) ->
     return tuple(v[i] ^ v[i + 8] for i in range(8))
 
 
-def _subtree(data: bytes, index: int, root: int) -> tuple[int, ...]:
-    """Return the chaining value of `data`, whose first chunk is number `index`; `root` is a flag (BLAKE3, 2.1)."""
-    if len(data) <= _CHUNK:
-        chain: tuple[int, ...] = _IV
-        blocks = [data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK)] or [b""]
-        for number, block in enumerate(blocks):
-            flags = _CHUNK_START if number == 0 else 0
-            flags |= (_CHUNK_END | root) if number == len(blocks) - 1 else 0
-            chain = _compress(chain, block, index, flags)
-        return chain
-    left_chunks = 1 << ((len(data) - 1) // _CHUNK).bit_length() - 1  # the largest power of two that leaves some data
-    left = _subtree(data[: left_chunks * _CHUNK], index, 0)
-    right = _subtree(data[left_chunks * _CHUNK :], index + left_chunks, 0)
-    return _compress(_IV, struct.pack("<16I", *left, *right), 0, _PARENT | root)
-
-
 def builtin_blake3(data: bytes) -> bytes:
-    """Return the 32-byte BLAKE3 hash; for keys, so short and clear instead of fast."""
-    return struct.pack("<8I", *_subtree(data, 0, _ROOT))
+    """Return the 32-byte BLAKE3 hash of up to 1024 bytes, one chunk; for keys, so short and clear instead of fast."""
+    chain: tuple[int, ...] = _IV
+    for start in range(0, len(data) or 1, _BLOCK):
+        flags = _CHUNK_START if start == 0 else 0
+        flags |= (_CHUNK_END | _ROOT) if start + _BLOCK >= len(data) else 0
+        chain = _compress(chain, data[start : start + _BLOCK], flags)
+    return struct.pack("<8I", *chain)
 
 
 @functools.cache
