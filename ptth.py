@@ -2413,35 +2413,24 @@ class HTTPClient:
         return connection
 
     async def _sweep(self) -> None:
-        """While there are connections, check their deadlines, and close those that were idle for too long."""
+        """While there are connections, check their deadlines, and close idle ones, the oldest first."""
+        loop = asyncio.get_running_loop()
         while self.connections:
             await asyncio.sleep(SWEEP_INTERVAL)
-            self._drop_stale()
+            now = loop.time()
+            while self.idle and (self.idle[0][1] < now - MAX_IDLE_AGE or self.idle[0][0].at_eof()):
+                self.idle.popleft()[0].close()
             for connection in list(self.connections):
-                connection.sweep(connection.loop.time())
+                connection.sweep(now)
 
     def take_idle(self, *, oldest: bool = False) -> Connection | None:
         """Take an idle connection, the last used or the `oldest`; None when there is none."""
-        self._drop_stale()
         while self.idle:
             connection, _ = self.idle.popleft() if oldest else self.idle.pop()
             if not (connection.at_eof() or connection.has_unasked()):
                 return connection
             connection.close()
         return None
-
-    def _drop_stale(self) -> None:
-        """Close idle connections that are older than MAX_IDLE_AGE or at eof, the oldest first."""
-        now = asyncio.get_running_loop().time()
-        while self.idle and (self.idle[0][1] < now - MAX_IDLE_AGE or self.idle[0][0].at_eof()):
-            self.idle.popleft()[0].close()
-
-    def release(self, connection: Connection) -> None:
-        """Keep a connection for reuse, after its response was read completely; close it if it cannot be reused."""
-        if connection.must_close or connection.buffer or connection.at_eof():
-            connection.close()
-        else:
-            self.idle.append((connection, asyncio.get_running_loop().time()))
 
     def close(self) -> None:
         """Close all connections at once."""
@@ -2558,9 +2547,12 @@ class HTTPClient:
     async def _end_exchange(self, body: IncomingBody, sending: asyncio.Task[None] | None) -> None:
         """Keep the connection for the next exchange, if both bodies of this one are complete; otherwise close it."""
         connection = body.connection
-        connection.must_close |= not body.complete or sending is not None and not sending.done()
+        whole = body.complete and (sending is None or sending.done())
         await end_task(sending)
-        self.release(connection)
+        if whole and not (connection.must_close or connection.buffer or connection.at_eof()):
+            self.idle.append((connection, connection.loop.time()))
+        else:
+            connection.close()
 
     def _format_request(self, request: Request) -> bytes:
         """Format a request's head, in absolute form if a proxy reads it (RFC 9112, 3.2.2)."""

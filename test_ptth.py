@@ -1506,15 +1506,19 @@ class TestConnections:
             client.close()
 
     @in_loop
-    async def test_an_old_idle_connection_is_not_used_again(self, monkeypatch: Patch) -> None:
-        async with listening(ptth.HTTPServer(echo)) as port:
+    async def test_an_old_idle_connection_is_closed(self, monkeypatch: Patch) -> None:
+        server = ptth.HTTPServer(echo)
+        async with listening(server) as port:
             client = client_of(port)
-            stream = await client.connect()
-            client.release(stream)
-            assert client.take_idle() is stream
-            client.release(stream)
+            await client.handle(ptth.Request("GET", "/", ptth.Headers()))
+            (first,) = server.connections
+            await client.handle(ptth.Request("GET", "/", ptth.Headers()))
+            assert server.connections == {first}
             monkeypatch.setattr(ptth, "MAX_IDLE_AGE", -1)
-            assert client.take_idle() is None and stream.is_closed()
+            async with asyncio.timeout(5):
+                while server.connections:
+                    await asyncio.sleep(0.02)
+            assert client.take_idle() is None
             client.close()
 
 
