@@ -2854,10 +2854,8 @@ def is_local_name(host: str) -> bool:
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        if name.startswith("["):
-            return socket.inet_pton(socket.AF_INET6, name.strip("[]")) == bytes(15) + b"\1"
-        return socket.inet_pton(socket.AF_INET, name)[0] == 127
-    except (OSError, ValueError):
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
         return False
 
 
@@ -2875,9 +2873,6 @@ def outer_address(addresses: str) -> str:
         except (OSError, ValueError):
             return address
     return ""
-
-
-REFUSALS = (400, 403, 421)  # statuses with which apps refuse an unknown Host or Origin
 
 
 class App:
@@ -2903,7 +2898,8 @@ class App:
         if not self._asked and not safe:
             await self._probe(request)
         response = await self._send(request, local=self._local)
-        refused = REFUSALS if safe else (421,)  # 400 and 403 may be about what another method sends
+        # Apps refuse an unknown Host or Origin with these. 400 and 403 may be about what another method sends.
+        refused = (400, 403, 421) if safe else (421,)
         self._asked = self._asked or response.status not in refused
         can_repeat = request.body.data is not None or request.upgrade
         if self._fixed or response.status not in refused or not can_repeat:
@@ -2927,20 +2923,14 @@ class App:
         first = Request("GET", "/", Headers(fields), connection=request.connection)
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
-                status = await self._status(first, local=False)
-                if status in REFUSALS and await self._status(first, local=True) not in REFUSALS:
-                    self._stay_local(status)
+                response = await self.handle(first)
+                await response.body.aclose()
         except TimeoutError:
             pass  # that says nothing about the Host
         except ProtocolError:  # neither does this, if there is an app
             if not self.client.is_reachable:
                 raise
         self._asked = True
-
-    async def _status(self, request: Request, *, local: bool) -> int:
-        response = await self._send(request, local=local)
-        await response.body.aclose()
-        return response.status
 
     def _stay_local(self, status: int) -> None:
         self._local = self._fixed = self._asked = True
