@@ -7922,6 +7922,14 @@ class TOMLTable:
             self.problem(f"{key} must be what `ptth.py {command}` prints, 44 characters that end in =")
         return code
 
+    def parsed(self, key: str, text: str, parse: Callable[[str], T], default: T) -> T:
+        """Return what `parse` makes of the text of `key`; the text of its ValueError becomes a problem."""
+        try:
+            return parse(text)
+        except ValueError as error:
+            self.problem(f"{key} {error}")
+            return default
+
     def number(self, key: str, default: int, low: int, high: int) -> int:
         """Return an integer from `low` to `high`."""
         what = f"a whole number from {low} to {high}"
@@ -8032,7 +8040,7 @@ def load_relay_config(path: str, domain: str | None = None) -> RelayConfig:
     table.allow_only(one.name for one in dataclasses.fields(RelayConfig))
     config = RelayConfig(table.number("port", 4000, 0, 65535), table.text("bind", "127.0.0.1"))
     config.response_timeout = table.number("response_timeout", int(RESPONSE_TIMEOUT), 1, 86400)
-    config.domain = read_host(table, "domain") if domain is None else domain
+    config.domain = table.parsed("domain", table.text("domain"), parse_host_name, "") if domain is None else domain
     config.trusted_proxies = read_networks(table)
     config.news_url = table.text("news_url")
     config.enable_scraper_api = table.flag("enable_scraper_api", False)
@@ -8055,18 +8063,9 @@ def load_relay_config(path: str, domain: str | None = None) -> RelayConfig:
 def parse_host_name(text: str) -> str:
     """Return a host name in lower case and without outer dots, or "". ValueError."""
     host = text.lower().strip(".")
-    if host and not (re.fullmatch(r"[a-z0-9.-]+", host) and is_host(host)):
+    if not re.fullmatch("[a-z0-9.-]*", host):
         raise ValueError("must be a host name without scheme, port and path, for example app.example.org")
     return host
-
-
-def read_host(table: TOMLTable, key: str) -> str:
-    """Return a host name in lower case, or ""."""
-    try:
-        return parse_host_name(table.text(key))
-    except ValueError as error:
-        table.problem(f"{key} {error}")
-        return ""
 
 
 def read_networks(table: TOMLTable) -> list[str]:
@@ -8104,7 +8103,7 @@ def read_server_entry(block: TOMLTable, names: set[str]) -> ServerEntry:
     elif name and name in names:
         block.problem(f"name = {name!r}: there are two servers named {name}")
     names.add(name)
-    sandbox, host = block.flag("sandbox", True), read_host(block, "host")
+    sandbox, host = block.flag("sandbox", True), block.parsed("host", block.text("host"), parse_host_name, "")
     return ServerEntry(name, code, block.text("display_name"), sandbox, host)
 
 
@@ -8204,13 +8203,9 @@ def load_server_config(
 def read_relays(config: ServerConfig, table: TOMLTable) -> None:
     """Parse the URLs of the relays, and find the proxy to each."""
     for url in config.relay_url:
-        origin = NO_URL
-        try:
-            origin = parse_relay_url(url)
-            if any(origin == other for other, _ in config.relays):
-                raise ValueError(f"has {origin.url} twice: remove one of them")
-        except ValueError as error:
-            table.problem(f"relay_url {error}")
+        origin = table.parsed("relay_url", url, parse_relay_url, NO_URL)
+        if origin != NO_URL and origin in dict(config.relays):
+            table.problem(f"relay_url has {origin.url} twice: remove one of them")
         try:
             config.relays.append((origin, find_proxy(config, origin)))
         except UserError as error:
@@ -8258,21 +8253,14 @@ def read_site(table: TOMLTable) -> SiteOptions:
     keys = ("hidden", "follow_symlinks", "listing", "cors", "upload")
     flags: dict[str, Any] = {key: table.flag(key, key == "listing") for key in keys}  # only `listing` is on by default
     lines = table.values.get("headers", [])
-    headers = []
-    for line in lines if isinstance(lines, list) else [lines]:
-        try:
-            headers.append(parse_header_option(line if isinstance(line, str) else ""))
-        except ValueError as error:
-            table.problem(f"headers: {error}")
+    headers = [
+        table.parsed("headers:", line if isinstance(line, str) else "", parse_header_option, ("", ""))
+        for line in (lines if isinstance(lines, list) else [lines])
+    ]
     auth = table.text("auth") or os.environ.get("PTTH_AUTH", "")
     if auth and not is_auth(auth):
         table.problem('auth, or PTTH_AUTH in the environment, must be "USER:PASSWORD"')
-    limit = table.values.get("max_upload", 0)
-    try:
-        max_upload = parse_size(str(limit))
-    except ValueError as error:
-        max_upload = 0
-        table.problem(f"max_upload {error}")
+    max_upload = table.parsed("max_upload", str(table.values.get("max_upload", 0)), parse_size, 0)
     return SiteOptions(**flags, headers=tuple(headers), auth=auth, max_upload=max_upload)
 
 
@@ -8286,8 +8274,7 @@ def parse_size(text: str) -> int:
 
 def is_auth(text: str) -> bool:
     """Return whether `text` is USER:PASSWORD, both not empty."""
-    user, _, password = text.partition(":")
-    return bool(user and password)
+    return re.fullmatch("[^:]+:.+", text, re.DOTALL) is not None
 
 
 _OWN_FIELDS = {
