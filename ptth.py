@@ -8322,19 +8322,17 @@ def check_root(root: str, how: str) -> str:
         if os.path.realpath(root) in (os.path.realpath(os.sep), os.path.realpath(os.path.expanduser("~"))):
             raise UserError(f"not serving {root} unless it is named; to serve it: {how}")
     try:
-        is_directory = stat.S_ISDIR(os.stat(root).st_mode)
+        if stat.S_ISDIR(os.stat(root).st_mode):
+            return root
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        is_directory = False
+        pass
     except OSError as error:
         raise UserError(f"cannot serve {root}: {format_error(error)}") from None
-    if not is_directory:
-        hint = f" (port? use --port {root})" if root.isdigit() else ""
-        if not root.isprintable():
-            hint = "; in double quotes a backslash begins an escape, so write it in single quotes"
-        raise UserError(
-            f"{root} is not a directory{hint}" if os.path.lexists(root) or hint else f"there is no directory {root}"
-        )
-    return root
+    hint = f" (port? use --port {root})" if root.isdigit() else ""
+    if not root.isprintable():
+        hint = "; in double quotes a backslash begins an escape, so write it in single quotes"
+    exists = os.path.lexists(root) or hint
+    raise UserError(f"{root} is not a directory{hint}" if exists else f"there is no directory {root}")
 
 
 # -- 18. Command line --
@@ -8463,8 +8461,10 @@ async def run_file_server(args: argparse.Namespace) -> None:
         hidden=args.hidden, follow_symlinks=args.follow_symlinks, listing=not args.no_listing, cors=args.cors,
         headers=tuple(args.header), auth=find_auth(args.auth), upload=args.upload, max_upload=args.max_upload,
     )  # fmt: skip
+    if args.tls_key and not args.tls_cert:
+        raise UserError("--tls-key needs --tls-cert", status=2)
     files = args.tls_cert, args.tls_key
-    tls = load_certificate(*files)
+    tls = load_certificate(*files) if args.tls_cert else None
     stop = stop_event(lambda: read_again(args.command, "certificate", reload_certificate, tls, *files))
     site = Site(root, options, private=filter(None, files))
     tell_secrets(site, args.command)
@@ -8485,12 +8485,8 @@ def find_auth(given: str | None = None) -> str:
     return auth
 
 
-def load_certificate(cert: str | None, key: str | None) -> ssl.SSLContext | None:
-    """Return a TLS context, or None without a certificate. UserError."""
-    if not cert:
-        if key:
-            raise UserError("--tls-key needs --tls-cert", status=2)
-        return None
+def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
+    """Return a TLS context. UserError."""
     import ssl
 
     def refuse() -> NoReturn:
@@ -8528,7 +8524,6 @@ def reload_certificate(context: ssl.SSLContext | None, cert: str, key: str | Non
     fresh = load_certificate(cert, key)
 
     def use_fresh(connection: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
-        assert fresh
         connection.context = fresh
 
     # Loading into `context` itself could leave it half changed after a failure, and would keep an old certificate with
@@ -8726,14 +8721,11 @@ async def run_demo(args: argparse.Namespace) -> None:
 _Option: TypeAlias = tuple[list[str], dict[str, Any]]  # what `add_argument` of argparse takes
 
 
-def _option(names: str, value: str, text: str, **settings: Any) -> _Option:
-    """Return an option with its help `text`; "" hides it. `value`: the help's word for its value; "" for a switch."""
-    what = {"metavar": value} if value else {"action": "store_true"}
-    return names.split(), {"help": text, **what, **settings}
+def _option(names: str, value: str, text: str, parse: Callable[[str], object] = str, **settings: Any) -> _Option:
+    """Return an option with its help `text`; "" hides it. `value`: the help's word for its value; "" for a switch.
 
-
-def option_type(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """Return the function with which argparse parses a value, and shows the text of its ValueError."""
+    `parse` makes the value; argparse shows the text of its ValueError.
+    """
 
     def convert(text: str) -> object:
         import argparse
@@ -8743,7 +8735,8 @@ def option_type(parse: Callable[[str], object]) -> Callable[[str], object]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    return convert
+    what: dict[str, Any] = {"metavar": value, "type": convert} if value else {"action": "store_true"}
+    return names.split(), {"help": text, **what, **settings}
 
 
 def parse_port(text: str) -> int:
@@ -8760,27 +8753,24 @@ def parse_given(text: str) -> str:
     return text
 
 
-_NOT_EMPTY = option_type(parse_given)
-
-
 def _config_option(name: str) -> _Option:
     text = f"configuration file (default: ./{name}, else ./config/{name})"
-    return _option("--config --config-path", "FILE", text, type=_NOT_EMPTY)
+    return _option("--config --config-path", "FILE", text, parse_given)
 
 
 def _port_option(text: str, **settings: Any) -> _Option:
-    return _option("--port", "N", f"port to listen on{text}", type=option_type(parse_port), **settings)
+    return _option("--port", "N", f"port to listen on{text}", parse_port, **settings)
 
 
 _DIR = _option("dir", "DIR", "directory to serve (default: the current one; / and your home only when named)",
-               nargs="?", type=_NOT_EMPTY)  # fmt: skip
+               parse_given, nargs="?")  # fmt: skip
 _APP = _option("--app", "TARGET", "web app to serve instead of a directory: a port here, HOST:PORT, a URL, unix:PATH",
-               type=_NOT_EMPTY)  # fmt: skip
+               parse_given)  # fmt: skip
 _QUIET = _option("-q --quiet", "", "do not write the access log to stderr")
 _UPLOADS = (
     _option("--upload", "", "take new files, by PUT and by a form in the listing"),
     _option("--max-upload", "SIZE", "most bytes of one uploaded file, for example 500M or 2G (default: no limit)",
-            type=option_type(parse_size), default=0),
+            parse_size, default=0),
 )  # fmt: skip
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, None]], str, tuple[_Option, ...]]] = {
     "demo": (run_demo, "run a relay and a server on this machine, to see how it works", (
@@ -8790,8 +8780,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, No
         _config_option("ptth_relay.toml"), _QUIET,
         _option("--bind", "ADDR", "address to listen on; overrides the file (default: `bind` there, or 127.0.0.1)"),
         _port_option("; overrides the file (default: `port` there, or 4000)"),
-        _option("--domain", "HOST", "give each server the host NAME.HOST; overrides the file",
-                type=option_type(parse_host_name)),
+        _option("--domain", "HOST", "give each server the host NAME.HOST; overrides the file", parse_host_name),
         _option("--new-scraper-key", "NAME",
                 "print a [[scraper_keys]] block, valid 30 days, on stdout and its key on stderr, and exit"),
     )),
@@ -8801,8 +8790,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, No
         _option("--relay-url", "URL", "the relay, for example https://relay.example.com; repeat it for several relays; "
                 "overrides the file", action="append"),
         _option("--file-server-root", "DIR",
-                "directory to serve (default: file_server_root in the file, else the current one)",
-                type=_NOT_EMPTY),
+                "directory to serve (default: file_server_root in the file, else the current one)", parse_given),
         _APP,
         _option("--print-tripcode", "", "print the [[servers]] block for the relay's file, and exit"),
         _option("--new-key", "", "print a ptth_server.toml with a new key on stdout and the relay's [[servers]] block "
@@ -8817,12 +8805,11 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Coroutine[Any, Any, No
         _option("--no-listing", "", "no listings, no zip, no JSON: only files"),
         _option("--cors", "", "send Access-Control-Allow-Origin: *, so that scripts of all sites can read the files"),
         _option("--header", "'NAME: VALUE'", "add a field to every response; may be repeated",
-                action="append", default=[], type=option_type(parse_header_option)),
+                parse_header_option, action="append", default=[]),
         _option("--auth", "USER:PASSWORD", "ask for this password (so does PTTH_AUTH, which no process list shows)",
-                type=_NOT_EMPTY),
-        _option("--tls-cert", "FILE", "serve https with this certificate chain (PEM)", type=_NOT_EMPTY),
-        _option("--tls-key", "FILE", "private key (PEM), if the --tls-cert file does not contain it",
-                type=_NOT_EMPTY),
+                parse_given),
+        _option("--tls-cert", "FILE", "serve https with this certificate chain (PEM)", parse_given),
+        _option("--tls-key", "FILE", "private key (PEM), if the --tls-cert file does not contain it", parse_given),
     )),
 }  # fmt: skip
 _EPILOG = (
