@@ -5406,8 +5406,8 @@ NO_BODIES = "this server is too old to take request bodies"
 class Exchange:
     """One client's request in flight: it waits, is offered in a P3, and is claimed by the P5 with its response.
 
-    Until it is claimed, it is in `unclaimed` of the relay's state and in `waiting` or `offered` of its server: see
-    `forget`. Until its client has the response, it is in the other tables of both: see `set_delivered`.
+    Until then it is in `waiting` or `offered` of its server: see `forget`. Until its client has the response, it is in
+    `exchanges` of the relay's state: see `set_delivered`.
     """
 
     def __init__(self, state: RelayState, route: Route, request: Request, inline: bytes | None, address: str) -> None:
@@ -5415,13 +5415,13 @@ class Exchange:
         self.request_id = os.urandom(16).hex()
         self.server = route.server
         self.own_host = not route.prefix
-        self.client_connection = request.connection
-        self.address = address  # of the client, for the limit of requests from one address
+        self.request = request
         self.method = request.method
-        self.upgrade = request.upgrade
+        self.address = address  # of the client, for the limit of requests from one address
         self.client_stream = ClientStream(request.body) if request.upgrade else None
         self.inline_size = len(inline or b"")
         self.body = request.body if inline is None else None  # the body that the server fetches
+        self.has_upload = bool(self.client_stream or self.body)
         framing: Fields = [("Content-Length", str(len(inline)))] if inline else []
         if self.body:
             framing = [("PTTH-Body-Length", "chunked" if self.body.length is None else str(self.body.length))]
@@ -5439,6 +5439,7 @@ class Exchange:
         self.has_p5 = False  # a P5 for it has begun, and perhaps broken off
         self.p5_connection: Peer | None = None  # of the P5 that has claimed it
         self.tunnel_body: TunnelBody | None = None  # of a response that has begun
+        self.is_stream = False  # it has no end: see `add_stream`
         self.response: asyncio.Future[Response] = state.loop.create_future()
         self.delivered: asyncio.Future[bool] | None = None  # P5 waits for it: whether the client has the whole response
 
@@ -5449,17 +5450,16 @@ class Exchange:
         """
         if self.delivered and not self.delivered.done():
             self.delivered.set_result(complete)
-        self._state.uploads.pop(self.request_id, None)
-        self._state.begun.pop(self.request_id, None)
-        self.server.streams.discard(self.request_id)
-        if self.server.exchanges.pop(self.request_id, None):
-            self.server.addresses[self.address] -= 1
-            if not self.server.addresses[self.address]:
-                del self.server.addresses[self.address]
+        if self._state.exchanges.pop(self.request_id, None):
+            self.server.release(self)
+
+    def takes_p5(self) -> bool:
+        """Return whether a P5 may follow: no response has begun, or it may go on in parts."""
+        return not self.response.done() or self.tunnel_body is not None
 
     def is_late(self, now: float, response_timeout: float) -> bool:
         """Return whether the response's head is overdue. It is not during a fetch: one that stalls ends by itself."""
-        return self.fetching is None and now - self.waits_since >= response_timeout
+        return not self.response.done() and self.fetching is None and now - self.waits_since >= response_timeout
 
     def check_fetch(self) -> None:
         """End the fetch if its connection is at eof: a server does not half-close it, so it is gone.
@@ -5479,17 +5479,17 @@ class Exchange:
 
     def has_client_left(self) -> bool:
         """Return whether the client is at eof. Not for a WebSocket, whose end the server gets by its polls."""
-        return not self.upgrade and self.client_connection is not None and self.client_connection.at_eof()
+        return not self.request.upgrade and self.request.connection is not None and self.request.connection.at_eof()
 
     def adapt_to(self, features: set[str]) -> bool:
         """Make the request fit for a server with these features; False if it cannot, and its client gets the reason."""
-        if self.response.done() or self.client_connection is not None and self.client_connection.is_closed():
+        if self.response.done() or self.request.connection is not None and self.request.connection.is_closed():
             self.fail(502, "the client is gone")
             return False
         if (self.body or self.inline_size) and "body" not in features:
             self.fail(501, NO_BODIES)
             return False
-        if self.upgrade and "upgrade" not in features:
+        if self.request.upgrade and "upgrade" not in features:
             self.head = without_upgrade(self.head)
         return True
 
@@ -5623,10 +5623,10 @@ class RegisteredServer:
         self.hosts: list[str] = []  # its own hosts
         self.waiting: dict[str, Exchange] = {}
         self.offered: dict[str, Exchange] = {}  # sent in a P3, and without a response
-        self.exchanges: dict[str, Exchange] = {}  # all in flight: the client does not have the whole response yet
+        self.in_flight = 0  # requests whose client does not have the whole response yet
         self.addresses: Counter[str] = Counter()  # how many of these each client address has
         self.parked: deque[ParkedPoll] = deque()
-        self.streams: set[str] = set()  # ids of the exchanges whose responses have no end
+        self.streams = 0  # of these, the ones whose responses have no end
         self.responding = 0  # P5 in flight, without batches
         self.batch_bytes = 0  # bytes of batches that are being read
         self.statuses: Counter[int] = Counter()  # number of responses by status
@@ -5644,7 +5644,7 @@ class RegisteredServer:
 
     def admit(self, exchange: Exchange) -> None:
         """Add a request. ProtocolError 503 if the server or the client's address has too many."""
-        being_sent = len(self.exchanges) - len(self.waiting) - len(self.offered) - len(self.streams)
+        being_sent = self.in_flight - len(self.waiting) - len(self.offered) - self.streams
         why = ""
         if max(len(self.waiting), len(self.offered)) >= MAX_WAITING:  # the limit of each
             why = f"too many requests wait for {self.name}"
@@ -5654,15 +5654,24 @@ class RegisteredServer:
             why = f"too many requests from {exchange.address} at once"
         if why:
             raise ProtocolError(503, why, headers=[("Retry-After", "5")])
-        self.exchanges[exchange.request_id] = exchange
+        self.in_flight += 1
         self.addresses[exchange.address] += 1
+
+    def release(self, exchange: Exchange) -> None:
+        """Free the place of a request that `admit` has added."""
+        self.in_flight -= 1
+        self.streams -= exchange.is_stream
+        self.addresses[exchange.address] -= 1
+        if not self.addresses[exchange.address]:
+            del self.addresses[exchange.address]
 
     def add_stream(self, exchange: Exchange) -> None:
         """Count a response without an end separately. ProtocolError 410 if there are MAX_STREAMS already."""
-        if len(self.streams) >= MAX_STREAMS:
+        if self.streams >= MAX_STREAMS:
             exchange.fail(503, f"too many streams of {self.name} are open")
             raise ProtocolError(410, "too many streams are open", headers=[NO_STORE])
-        self.streams.add(exchange.request_id)
+        self.streams += 1
+        exchange.is_stream = True
 
     def see(self, instance: str, now: float) -> None:
         """Record that a server of this name has sent a P1."""
@@ -5738,6 +5747,12 @@ class RegisteredServer:
         """Add a request to those that wait, and dispatch them at the end of this turn of the loop."""
         self.waiting[exchange.request_id] = exchange
         self.schedule_dispatch()
+
+    def forget(self, exchange: Exchange) -> None:
+        """Remove a request from those without a response."""
+        self.waiting.pop(exchange.request_id, None)
+        self.offered.pop(exchange.request_id, None)
+        self.schedule_dispatch()  # a request of the same address may have waited for this one
 
     def schedule_dispatch(self) -> None:
         """Let `dispatch` be called at the end of this turn of the loop, if it has something to do."""
@@ -5931,9 +5946,7 @@ class RelayState:
         self.started = self.loop.time()
         self.servers: dict[str, RegisteredServer] = {}  # sorted by name
         self.hosts: dict[str, RegisteredServer] = {}  # servers by their own hosts
-        self.unclaimed: dict[str, Exchange] = {}  # requests that no P5 has claimed, by id
-        self.uploads: dict[str, Exchange] = {}  # requests whose body can be fetched, by id
-        self.begun: dict[str, Exchange] = {}  # requests whose response has begun, by id; it may go on in parts
+        self.exchanges: dict[str, Exchange] = {}  # requests in flight, by id
         self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
         self.refused = {"backend": 0, "scraper": 0}  # number of refused keys
         self.unregistered: OrderedDict[tuple[str, str], float] = OrderedDict()  # (name, tripcode): POSIX time
@@ -6005,14 +6018,6 @@ class RelayState:
             hint = f"a server is reached at its name followed by .{domain}"
             raise ProtocolError(404, f"no server here has the host {host[:MAX_AUDIT_TEXT]}; {hint}")
         return server
-
-    def forget(self, exchange: Exchange) -> None:
-        """Remove a request from the tables of those without a response."""
-        request_id = exchange.request_id
-        self.unclaimed.pop(request_id, None)
-        exchange.server.waiting.pop(request_id, None)
-        exchange.server.offered.pop(request_id, None)
-        exchange.server.schedule_dispatch()  # a request of the same address may have waited for this one
 
 
 class Gate:
@@ -6233,7 +6238,7 @@ class Desk:
             link = f'<a href="{escape(url)}">{shown}</a>'
             state = f'<span class="{"on" if server.connected else "q"}">{state}</span>'
             requests = f"{sum(server.statuses.values()):,}"
-            rows.append((link, state, requests, format_size(server.body_bytes), str(len(server.exchanges))))
+            rows.append((link, state, requests, format_size(server.body_bytes), str(server.in_flight)))
         news = self.state.config.news_url
         content = f'<p><a href="{escape(news)}">News</a></p>\n' if news else ""
         columns = {"Name": "d", "State": "", "Requests": "n w", "Sent": "n w", "In flight": "n w"}
@@ -6286,7 +6291,7 @@ class Desk:
             "System": sys.platform,
             "Up": format_age(self.state.loop.time() - self.state.started).removesuffix(" ago"),
             "Connections": str(self.state.connection_count()),
-            "Requests not answered": str(len(self.state.unclaimed)),
+            "Requests not answered": str(sum(not one.response.done() for one in self.state.exchanges.values())),
         }
         rows = [(name, escape(value)) for name, value in values.items()]
         return self._page("Debug", html_table({"Name": "", "Value": "b"}, rows), "../../")
@@ -6344,11 +6349,8 @@ class Backend:
         if form is _NAME:  # about a server; the other two actions are about one request
             server = await self._verified_server(request, rest)
             return await (self._listen if method == "GET" else self._receive_batch)(request, server)
-        if method == "GET":
-            exchange = self.state.uploads.get(rest)
-        else:
-            exchange = self.state.unclaimed.get(rest) or self.state.begun.get(rest)
-        if exchange is None:
+        exchange = self.state.exchanges.get(rest)
+        if exchange is None or not (exchange.has_upload if method == "GET" else exchange.takes_p5()):
             raise _gone(close=not await self.responses.drain_rust(request))
         if not await self.gate.is_server(request, exchange.server, exchange.server.name):
             raise _bad_key()
@@ -6447,11 +6449,11 @@ class Backend:
             raise _gone()
         return Response(200, _UPLOAD_FIELDS, BytesBody(data)) if data else Response(204, [NO_STORE])
 
-    @staticmethod
-    def _take_losses(server: RegisteredServer, headers: Headers) -> None:
+    def _take_losses(self, server: RegisteredServer, headers: Headers) -> None:
         """Answer 502 to the clients whose responses did not arrive: the ids in PTTH-Lost."""
         for request_id in parse_ids(headers.get("ptth-lost", "")):
-            if exchange := server.exchanges.get(request_id):
+            exchange = self.state.exchanges.get(request_id)
+            if exchange and exchange.server is server:
                 exchange.break_off("the server's response did not get through; the server's log says why")
 
     def _offer_all_again(self, server: RegisteredServer, instance: str, headers: Headers) -> None:
@@ -6484,7 +6486,7 @@ class Backend:
         if connection not in self._offered_on:
             connection.on_close.append(lambda: self._on_connection_close(connection))
         under_way = (*self._offered_on.get(connection, ()), *batch)
-        self._offered_on[connection] = [one for one in under_way if one.request_id in self.state.unclaimed]
+        self._offered_on[connection] = [one for one in under_way if not one.response.done()]
 
     def _on_connection_close(self, connection: Peer) -> None:
         """Offer the requests that were sent on a connection again, unless it ended after `Connection: close`."""
@@ -6567,9 +6569,9 @@ class Responses:
             status, headers, content = await self._read_response(request, exchange)
             if parse_offset(request.headers):
                 raise ProtocolError(502, "its first bytes are missing")
-            if exchange.request_id not in self.state.unclaimed or exchange.response.done():
+            if exchange.response.done():
                 raise _gone()  # another P5 was first, or the client got 504
-            self.state.forget(exchange)
+            exchange.server.forget(exchange)
             part = Part(content, request.connection, 0, "ptth-more" in request.headers, self.state.loop.create_future())
             response = self._make_response(exchange, status, headers, content, part)
             exchange.delivered = self.state.loop.create_future()
@@ -6634,7 +6636,7 @@ class Responses:
             data += piece
         if end < len(data):
             content.unread(data[end:])
-        return *parse_inner_response(data[:end], exchange.upgrade), content
+        return *parse_inner_response(data[:end], exchange.request.upgrade), content
 
     def _make_response(
         self, exchange: Exchange, status: int, headers: Headers, content: Body, part: Part | None = None
@@ -6661,7 +6663,6 @@ class Responses:
             exchange.server.add_stream(exchange)
         timeout = FETCH_GRACE if "parts" in exchange.server.features else 0
         exchange.tunnel_body = TunnelBody(part, length, timeout)
-        self.state.begun[exchange.request_id] = exchange
         return exchange.tunnel_body
 
     async def receive_batch(self, request: Request, server: RegisteredServer) -> None:
@@ -6671,7 +6672,7 @@ class Responses:
         """
         data = await self._read_batch(request.body, server)
         for request_id, status, headers, content, error in unpack_responses(data):
-            exchange = self.state.unclaimed.get(request_id)
+            exchange = self.state.exchanges.get(request_id)
             if exchange is None or exchange.server is not server or exchange.response.done():
                 continue
             try:
@@ -6680,7 +6681,7 @@ class Responses:
                 exchange.response.set_result(self._make_response(exchange, status, headers, BytesBody(content)))
             except ProtocolError as problem:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
-            self.state.forget(exchange)
+            server.forget(exchange)
 
     async def _read_batch(self, body: Body, server: RegisteredServer) -> bytes:
         """Read a batch. ProtocolError 408 after the response timeout, 503 above MAX_BATCHES_BYTES, 502 if too large."""
@@ -6786,10 +6787,8 @@ class Relay:
         inline = b"" if request.body is EMPTY else await self._read_inline(request, server)
         exchange = Exchange(self.state, route, request, inline, outer_address(client))
         server.admit(exchange)
-        self.state.unclaimed[exchange.request_id] = exchange
+        self.state.exchanges[exchange.request_id] = exchange
         self._inline += exchange.inline_size
-        if exchange.body or exchange.upgrade:
-            self.state.uploads[exchange.request_id] = exchange
         server.offer(exchange)
         try:
             response = await exchange.response
@@ -6799,8 +6798,8 @@ class Relay:
             raise
         finally:
             self._inline -= exchange.inline_size
-            self.state.forget(exchange)
-        if exchange.body or exchange.upgrade:
+            server.forget(exchange)
+        if exchange.has_upload:
             response.body = FetchEndingBody(exchange, response.body)
         return response
 
@@ -6843,9 +6842,8 @@ class Relay:
             now = self.state.loop.time()
             for server in share_of_turn(self.state.servers.values(), next(turns)):
                 self._sweep_server(server, now)
-            for exchange in self.state.uploads.values():
+            for exchange in self.state.exchanges.values():
                 exchange.check_fetch()
-            for exchange in list(self.state.unclaimed.values()):
                 if exchange.is_late(now, self.state.config.response_timeout):
                     exchange.fail(504, f"the server {exchange.server.name} did not answer in time")
                 elif exchange.broke_at and now - exchange.broke_at > FETCH_GRACE:
@@ -6878,20 +6876,21 @@ class Relay:
 
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Answer new requests with 503, and wait up to `grace` seconds for the responses to those in flight."""
-        state, servers = self.state, self.state.servers.values()
+        state = self.state
         state.stopping = True
-        for server in servers:
+        for server in state.servers.values():
             server.answer_empty()
         try:
             async with asyncio.timeout(grace):
                 # A stream has no end to wait for.
-                while state.unclaimed or len(state.begun) > sum(len(server.streams) for server in servers):
+                while any(one.takes_p5() and not one.is_stream for one in state.exchanges.values()):
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            for exchange in state.unclaimed.values():
+            for exchange in state.exchanges.values():
                 exchange.fail(503, "the relay is stopping")
-        for exchange in list(state.begun.values()):
-            exchange.break_off("the relay is stopping")
+        for exchange in list(state.exchanges.values()):
+            if exchange.tunnel_body:
+                exchange.break_off("the relay is stopping")
         self._sweeper.cancel()
 
 

@@ -4823,7 +4823,7 @@ class TestRelay:
         (waiting, begun, other), ids = self.hand_over(bare_relay, hand, (), (), ())
         post = Hand(bare_relay.port)
         post.begin(ids[1], b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-        eventually(lambda: len(bare_relay.relay.state.unclaimed) == 2)
+        eventually(lambda: len(bare_relay.registered.offered) == 2)
         many = ", ".join(f"{i:032}" for i in range(ptth.MAX_LOST - 2))
         hand.listen(0, f"PTTH-Lost: {ids[0]}, {ids[1]}, {many}, {ids[2]}")
         assert waiting.answer()[0] == 502
@@ -4831,7 +4831,7 @@ class TestRelay:
         assert b" 200 OK" in raw and raw.endswith(b"\r\n\r\n")
         assert hand.requests() == []
         hand.complete(ids[2], other)  # its id was after MAX_LOST others, and is ignored
-        assert not bare_relay.registered.exchanges
+        assert not bare_relay.relay.state.exchanges
 
     def test_a_client_that_resets_while_it_waits_frees_its_place(self, bare_relay: Tunnel, hand: Hand) -> None:
         server = bare_relay.registered
@@ -4839,11 +4839,11 @@ class TestRelay:
         socks = [connect(bare_relay.port, get("/frontend/servers/n/x"))]
         ((identity, _),) = hand.requests()
         socks.append(connect(bare_relay.port, get("/frontend/servers/n/x")))  # this one is not handed over
-        eventually(lambda: len(server.exchanges) == 2 and len(server.waiting) == 1)
+        eventually(lambda: server.in_flight == 2 and len(server.waiting) == 1)
         for sock in socks:
             reset(sock)
-        eventually(lambda: not (server.exchanges or server.waiting or server.offered or server.addresses))
-        assert not bare_relay.relay.state.unclaimed
+        eventually(lambda: not (server.in_flight or server.waiting or server.offered or server.addresses))
+        assert not bare_relay.relay.state.exchanges
         assert hand.reply(identity, OK) == 410
 
     def test_thousands_of_instances_are_bounded(self, bare_relay: Tunnel, hand: Hand) -> None:
@@ -4876,19 +4876,19 @@ class TestRelay:
             post.begin(identity, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
             slow += [(sock, post)]
         server = bare_relay.registered
-        eventually(lambda: len(server.exchanges) == 3 and not server.offered)
+        eventually(lambda: server.in_flight == 3 and not server.offered)
         for fields in ((), ("X-Forwarded-For: 192.0.2.9",)):
             status, headers, _ = bare_relay.get("/frontend/servers/n/", *fields)
             assert (status, "retry-after" in headers) == (503, True)
         slow[2][1].close()
-        eventually(lambda: len(server.exchanges) == 2)
+        eventually(lambda: server.in_flight == 2)
         assert bare_relay.get("/frontend/servers/n/", "X-Forwarded-For: 192.0.2.1")[0] == 503
         (client,), (identity,) = self.hand_over(bare_relay, hand, ("X-Forwarded-For: 192.0.2.9",))
         hand.complete(identity, client)
         for sock, post in slow:
             sock.close()
             post.close()
-        eventually(lambda: not server.exchanges and not server.addresses)
+        eventually(lambda: not server.in_flight and not server.addresses)
 
     @pytest.mark.parametrize(
         ("addresses", "outer"),
@@ -5274,7 +5274,7 @@ class TestRelay:
     def test_max_forwards_ends_at_the_relay(self, method: str, value: str, status: int, bare_relay: Tunnel) -> None:
         answer = bare_relay.get("/frontend/servers/n/", f"Max-Forwards: {value}", method=method)
         assert answer[0] == status and ("allow" in answer[1]) is (status != 400)
-        assert not bare_relay.relay.state.unclaimed and not bare_relay.registered.exchanges
+        assert not bare_relay.relay.state.exchanges
 
     def test_a_request_body_is_refused_but_drained_where_it_means_nothing(self, bare_relay: Tunnel, hand: Hand) -> None:
         for method in ("POST", "PUT"):
@@ -5561,8 +5561,7 @@ class TestBodies:
         app_tunnel.complete, app_tunnel.got = False, 0
         with self.begin(app_tunnel.port, "Content-Length: 1000000", bytes(500_000), path="/leave"):
             eventually(lambda: app_tunnel.got == 500_000)
-        state = app_tunnel.relay.state
-        eventually(lambda: not (state.unclaimed or state.uploads or app_tunnel.registered.exchanges))
+        eventually(lambda: not app_tunnel.relay.state.exchanges)
         eventually(lambda: not app_tunnel.server.workers.request_ids)
         assert not app_tunnel.complete
 
@@ -8858,7 +8857,7 @@ class TestFaults:
                 whole = body == content(path)
                 assert status in (502, 503, 504) or whole or len(body) < int(fields["content-length"])
         assert len(served) - len(set(served)) <= len(served) * 0.2  # a GET may be offered again after a break, once
-        eventually(lambda: not tunnel.relay.state.unclaimed)
+        eventually(lambda: not tunnel.relay.state.exchanges)
         kept = tunnel.server.links[0].client.connections  # each is a task at the relay's end
         eventually(lambda: len(background.run(self.all_tasks())) <= tasks + len(kept))
 
