@@ -5437,7 +5437,6 @@ class Exchange:
         self.fetch_connection: Peer | None = None  # of the server, for the fetch
         self.broke_at: float | None = None  # when the fetch, or a P5 before the end of its head, broke off
         self.has_p5 = False  # a P5 for it has begun, and perhaps broken off
-        self.p5_connection: Peer | None = None  # of the P5 that has claimed it
         self.tunnel_body: TunnelBody | None = None  # of a response that has begun
         self.is_stream = False  # it has no end: see `add_stream`
         self.response: asyncio.Future[Response] = state.loop.create_future()
@@ -5450,6 +5449,7 @@ class Exchange:
         """
         if self.delivered and not self.delivered.done():
             self.delivered.set_result(complete)
+        self.tunnel_body = None  # the connection of its P5 goes on with other responses
         if self._state.exchanges.pop(self.request_id, None):
             self.server.release(self)
 
@@ -5497,9 +5497,7 @@ class Exchange:
         """Answer the client with 502. If its response has begun, close its P5: the client sees it incomplete."""
         self.fail(502, reason)
         if self.tunnel_body:
-            self.tunnel_body.give_up()
-        if self.p5_connection:
-            self.p5_connection.shut_down()
+            self.tunnel_body.add(None)
 
     def fail(self, status: int, reason: str) -> None:
         """Answer the client with an error, if there is no response yet."""
@@ -5576,15 +5574,12 @@ class ClientStream:
 
 
 class FetchEndingBody(Body):
-    """A response's body. When it is closed, the fetch of the request's body ends."""
+    """A response's body, for `write_to` only. When it is closed, the fetch of the request's body ends."""
 
     def __init__(self, exchange: Exchange, body: Body) -> None:
         self._exchange = exchange
         self._body = body
         self.length, self.data = body.length, body.data
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return aiter(self._body)
 
     async def write_to(self, sink: Sink) -> None:
         await self._body.write_to(sink)
@@ -5851,33 +5846,32 @@ class Part(NamedTuple):
 
 
 class TunnelBody(Body):
-    """The body of a response from one P5, or in parts from several. Nothing is stored: a slow client slows the server.
+    """The body of a response from one P5, or in parts from several, for `write_to` only.
 
-    After each part, also an incomplete one, the next may arrive within `timeout` seconds. Bytes that the client has
-    already are skipped. `aclose` does nothing: the HTTP server closes the connection of each P5.
+    Nothing is stored: a slow client slows the server. After each part, also an incomplete one, the next may arrive
+    within `timeout` seconds. Bytes that the client has already are skipped. `aclose` does nothing: the HTTP server
+    closes the connection of each P5.
     """
 
     def __init__(self, part: Part, length: int | None, timeout: float) -> None:
         self.length = length
         self._timeout = timeout
         self._position = 0  # bytes that were sent to the client
-        self._more = True  # the response goes on
-        self._current = part  # the last one that has arrived
+        self._latest: Part | None = None  # the last one that has arrived
         self._parts: asyncio.Queue[Part | None] = asyncio.Queue()
         self.add(part)
 
-    def add(self, part: Part) -> None:
-        """Continue with this part, and end one that is being read, because its connection may be dead."""
-        if part is not self._current and not self._current.taken.done() and self._current.connection:
-            self._current.connection.shut_down()
-        if part.more:
-            self._timeout = PART_TIMEOUT
-        self._current = part
-        self._parts.put_nowait(part)
+    def add(self, part: Part | None) -> None:
+        """Continue with this part, or end the response, incomplete.
 
-    def give_up(self) -> None:
-        """End the response, incomplete."""
-        self._parts.put_nowait(None)
+        The part before it ends if it is still being read, because its connection may be dead.
+        """
+        if self._latest and not self._latest.taken.done() and self._latest.connection:
+            self._latest.connection.shut_down()
+        if part and part.more:
+            self._timeout = PART_TIMEOUT
+        self._latest = part
+        self._parts.put_nowait(part)
 
     async def _next_part(self) -> Part:
         """Wait for the next part. IncompleteBody if it does not arrive in time, or bytes before it are missing."""
@@ -5890,44 +5884,37 @@ class TunnelBody(Body):
             raise IncompleteBody("the server's response broke off")
         return part
 
-    async def _read(self, part: Part) -> AsyncIterator[bytes]:
-        """Yield the bytes of a part that the client does not have yet."""
-        known = self._position - part.offset
-        try:
-            while piece := await part.body.read():
-                if known < len(piece):
-                    yield piece[known:]
-                known = max(known - len(piece), 0)
-            self._more = part.more
-            if part.more and not part.taken.done():
-                part.taken.set_result(True)
-        except (OSError, ProtocolError) as error:
-            if not part.taken.done():
+    async def _send(self, part: Part, sink: Sink) -> None:
+        """Send the bytes of a part that the client does not have yet. IncompleteBody, ProtocolError."""
+        known, begun = self._position - part.offset, sink.written
+        if self.length is not None and not known and part.body.length == self.length - self._position:
+            try:
+                await part.body.write_to(sink)  # if possible, by splice
+            finally:
+                self._position += sink.written - begun
+            return
+        while piece := await part.body.read():
+            piece, known = piece[known:], max(known - len(piece), 0)
+            self._position += len(piece)
+            if self.length is not None and self._position > self.length:
+                raise ConnectionError("the server sent more than it announced")
+            await sink.send(piece)
+
+    async def write_to(self, sink: Sink) -> None:
+        more = True
+        while more:
+            part = await self._next_part()
+            try:
+                await self._send(part, sink)
+                more = part.more
+                if more:
+                    part.taken.set_result(True)
+            except (IncompleteBody, ProtocolError) as error:  # the server's connection; errors of the sink are others
                 broken = ProtocolError(400, f"the response broke off: {format_error(error)}", close=True)
                 part.taken.set_exception(broken)
                 part.taken.exception()  # retrieved, so that asyncio logs nothing if the part's sender is gone
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while self._more:
-            async for piece in self._read(await self._next_part()):
-                self._position += len(piece)
-                if self.length is not None and self._position > self.length:
-                    raise IncompleteBody("the server sent more than it announced")
-                yield piece
         if self.length not in (None, self._position):
             raise IncompleteBody("the server sent less than it announced")
-
-    async def write_to(self, sink: Sink) -> None:
-        part = self._current
-        if self.length is not None and part.body.length == self.length and not part.more:  # one P5 has the whole body
-            self._parts.get_nowait()
-            begun = sink.written
-            try:
-                await part.body.write_to(sink)  # if possible, by splice
-                return
-            except IncompleteBody:
-                self._position = sink.written - begun
-        await super().write_to(sink)
 
 
 class Route(NamedTuple):
@@ -6553,8 +6540,6 @@ class Responses:
         except ProtocolError as error:
             response = error_response(request, error)
         finally:
-            if exchange.p5_connection is request.connection:
-                exchange.p5_connection = None  # it may go on with other responses
             server.responding -= 1
             server.last_seen = self.state.loop.time()
         response.close = response.close or not await self.drain_rust(request)
@@ -6575,7 +6560,6 @@ class Responses:
             part = Part(content, request.connection, 0, "ptth-more" in request.headers, self.state.loop.create_future())
             response = self._make_response(exchange, status, headers, content, part)
             exchange.delivered = self.state.loop.create_future()
-            exchange.p5_connection = request.connection
             exchange.response.set_result(response)
         except (ConnectionError, TimeoutError) as error:
             if "parts" in exchange.server.features:
@@ -6606,7 +6590,6 @@ class Responses:
         )
         if part.more and content is EMPTY and exchange.has_client_left():
             exchange.break_off("the client has left")
-        exchange.p5_connection = request.connection
         body.add(part)
         await self._wait_for_client(exchange, part)
 
