@@ -871,13 +871,14 @@ def quote(name: bytes) -> str:
     return urllib.parse.quote_from_bytes(name, safe="")
 
 
-def redirect_below(segment: bytes, target: str) -> str:
-    """Return a Location that adds a slash to a path: `segment` is the path's last one, the query is that of `target`.
+def redirect_below(target: str) -> str:
+    """Return a Location that adds a slash to a target's path, and keeps its query.
 
     It is relative, so it is right under any URL prefix and cannot name another host.
     """
-    _, mark, query = target.partition("?")
-    return f"./{quote(segment)}/{mark}{query}"
+    path, mark, query = target.partition("?")
+    name = urllib.parse.unquote_to_bytes(path.rpartition("/")[2].encode("latin-1"))
+    return f"./{quote(name)}/{mark}{query}"
 
 
 # -- 5. Connections and bodies --
@@ -3793,9 +3794,8 @@ class Site:
 
         A thread makes the zip and the listing, because large ones take long.
         """
-        if not directory and segments:
-            location = redirect_below(segments[-1], request.target)
-            return text_response(301, "it is a directory\n", [("Location", location)])
+        if not directory:
+            return text_response(301, "it is a directory\n", [("Location", redirect_below(request.target))])
         index = None if as_json else self._open_index(segments, found.place)
         if index:
             return self._respond_file(request, index, (*segments, b"index.html"))
@@ -4650,7 +4650,7 @@ class Uploads:
                 failed.append(_part_failure(name, error))
         if failed or not stored:
             raise _form_failure(failed, stored)
-        location = "./" if directory or not segments else redirect_below(segments[-1], "")
+        location = "./" if directory else redirect_below(request.target.partition("?")[0])
         return text_response(303, "".join(f"{name}\n" for name in stored), [("Location", location)])
 
     async def _put(self, request: Request, segments: tuple[bytes, ...], directory: bool) -> Response:
@@ -4894,20 +4894,15 @@ def server_handler(site: Site, name: str) -> Handler:
     async def handle(request: Request) -> Response:
         path = request.target.partition("?")[0]
         segments, directory = ((), True) if path == "*" else parse_path(path)
-        if site.uploads and request.method in UPLOAD_METHODS:
-            if segments[:1] != (b"files",):
+        if request.method not in ("GET", "HEAD"):
+            if site.uploads and request.method in UPLOAD_METHODS and segments[:1] != (b"files",):
                 raise ProtocolError(405, "files are uploaded below files/", headers=[_ALLOW])
-            return await site.uploads.respond(request, segments[1:], directory)
-        if request.method not in METHODS or request.method == "OPTIONS":
-            return await site.respond(request, segments, directory)
+            return await site.respond(request, segments[1:], directory)
         if not segments:
             content = f'<h1>{escape(name)}</h1>\n<p><a href="./files/">Files</a></p>'
             return html_response(200, page(name, f"<main>\n{content}\n</main>"))
         for prefix, as_json in (((b"files",), False), ((b"api", b"v1", b"dir"), True)):
             if segments[: len(prefix)] == prefix:
-                if segments == prefix and not directory:
-                    location = redirect_below(prefix[-1], request.target)
-                    return text_response(301, "it is a directory\n", [("Location", location)])
                 return await site.respond(request, segments[len(prefix) :], directory, as_json=as_json)
         raise ProtocolError(404, "not found; the files are below files/")
 
@@ -6719,7 +6714,7 @@ class Relay:
             name = segment.partition("?")[0]
             server = self.state.find_server(name)
             if not slash or name != segment:
-                return text_response(301, "see below\n", [("Location", redirect_below(name.encode("latin-1"), target))])
+                return text_response(301, "see below\n", [("Location", redirect_below(target))])
             return await self._forward(request, Route(server, f"/{rest}", f"/frontend/servers/{name}"))
         if path.startswith("/scraper/"):
             return await self._scrape(request, target.removeprefix("/scraper/"))

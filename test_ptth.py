@@ -3782,6 +3782,9 @@ class TestUploads:
         assert inbox.files() == names
         status, fields, _ = self.post(inbox, *self.form(self.part(b"x", b"x")), "/new")
         assert (status, fields["location"], inbox.files()) == (303, "./new/", {**names, "new/x": b"x"})
+        if inbox.tunnel:  # the folder of all files has a name there
+            status, fields, _ = self.post(inbox, *self.form(self.part(b"y", b"y")), "")
+            assert (status, fields["location"]) == (303, "./files/")
 
     def test_a_form_says_what_it_could_not_store(self, inbox: Inbox) -> None:
         (inbox.root / "old").write_bytes(b"old")
