@@ -3806,11 +3806,11 @@ class Site:
         form = self.uploads.form(request.headers) if self.uploads else ""
         try:
             # Resolve links once: if a link to the root changes meanwhile, two directories must not be mixed.
-            found.place = self._follow(found.place)
+            place = self._follow(found.place)
             if "zip" in query and not as_json:
-                return await asyncio.to_thread(zip_response, self, segments, found)
+                return await asyncio.to_thread(zip_response, self, segments, place)
             order = query.get("sort", [""])[-1]
-            return await asyncio.to_thread(self._list, segments, found.place, order, as_json, form)
+            return await asyncio.to_thread(self._list, segments, place, order, as_json, form)
         except OSError as error:
             raise file_error(error) from None
 
@@ -4006,15 +4006,6 @@ def tell_secrets(site: Site, command: str) -> None:
         log_line(f"ptth {command}: these secret files in the directory are not served: {', '.join(below)}")
 
 
-def _identify_folder(place: bytes) -> tuple[str, tuple[int, int] | None]:
-    """Return why a folder cannot be read, or "" and its device and inode."""
-    try:
-        facts = os.stat(place)
-    except OSError as error:  # it was removed meanwhile
-        return error.strerror or "not readable", None
-    return "", (facts.st_dev, facts.st_ino)
-
-
 def _read_pieces(file: io.BufferedReader, limit: int) -> Iterator[bytes]:
     """Yield the rest of a file, `limit` bytes at most. Raises OSError."""
     try:
@@ -4185,9 +4176,9 @@ class FolderZip:
     Its member could-not-be-read.txt lists the entries that could not be read.
     """
 
-    def __init__(self, site: Site, top: Found) -> None:
+    def __init__(self, site: Site, top: bytes) -> None:
         self._site = site
-        self._top = top
+        self._top = top  # its real path
         self._archive = ZipWriter()
         self._taken: dict[str, int] = {}  # the names in the top folder
         self.failed: list[str] = []  # a line for each entry that cannot be read
@@ -4238,8 +4229,7 @@ class FolderZip:
         Each name is used once: names that are not UTF-8 may be equal as text. A folder that contains itself, by a link,
         is skipped.
         """
-        top = self._top
-        stack = [(top.place, "", frozenset({(top.facts.st_dev, top.facts.st_ino)}))]
+        stack = [(self._top, "", frozenset({self._top}))]
         while stack:
             place, prefix, above = stack.pop()
             try:
@@ -4255,14 +4245,12 @@ class FolderZip:
             names = {} if prefix else self._taken
             for entry in entries:
                 below, name = os.path.join(place, entry.name), prefix + distinct(member_name(entry.name), names)
-                reason, inode = entry.error, None
-                if entry.is_dir and not reason:
-                    reason, inode = _identify_folder(below)
-                if reason:
-                    self.failed.append(f"{name}: {reason}")
-                elif inode is None or inode not in above:
-                    if inode:
-                        stack.append((below, name + "/", above | {inode}))
+                real = os.path.realpath(below) if entry.is_dir else b""
+                if entry.error:
+                    self.failed.append(f"{name}: {entry.error}")
+                elif real not in above:
+                    if entry.is_dir:
+                        stack.append((below, name + "/", above | {real}))
                     yield below, name, entry
 
 
@@ -4280,9 +4268,9 @@ class ZipBody(Body):
         del self._zip  # closes its open file, after the thread that uses it has ended
 
 
-def zip_response(site: Site, segments: tuple[bytes, ...], found: Found) -> Response:
-    """Make the response with a directory's zip. Raises OSError when the directory itself cannot be read."""
-    pieces = FolderZip(site, found).pieces()
+def zip_response(site: Site, segments: tuple[bytes, ...], top: bytes) -> Response:
+    """Make the response with the zip of the directory `top`. Raises OSError when that cannot be read."""
+    pieces = FolderZip(site, top).pieces()
     first = next(pieces)
     disposition = attachment(show_name((segments or (b"files",))[-1]) + ".zip")
     fields = [("Content-Type", "application/zip"), NOSNIFF, disposition]
