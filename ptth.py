@@ -3185,6 +3185,12 @@ class Found:
             os.close(self.fd)
             self.fd = -1
 
+    def has_changed(self, end: int) -> bool:
+        """Return whether the open file is now shorter than `end`, or was written without growing, as a log does."""
+        now = os.fstat(self.fd)
+        written = now.st_mtime_ns != self.facts.st_mtime_ns
+        return now.st_size < end or written and now.st_size <= self.facts.st_size
+
 
 class FileBody(Body):
     """A part of an open file, which `aclose` closes; without a `length` all that can be read from `offset`."""
@@ -3201,17 +3207,13 @@ class FileBody(Body):
         return FileBody(self._file, self._offset + offset, min(count, self.length - offset))
 
     def slices(self, size: int) -> Iterator[tuple[int, int]]:
-        """Yield (offset, count) of each part to send; before each, check that the file has not changed.
+        """Yield (offset, count) of each part to send.
 
-        A file may grow, as a log does. IncompleteBody when it shrank, or changed at the same size: its bytes are then
-        no longer those that Content-Length and ETag describe.
+        IncompleteBody when the file has changed: its bytes are no longer those that Content-Length and ETag describe.
         """
         end = self._offset + (self.length or 0)
-        opened = self._file.facts
         for offset in range(self._offset, end, size):
-            now = os.fstat(self._file.fd)
-            changed = now.st_mtime_ns != opened.st_mtime_ns
-            if now.st_size < end or changed and now.st_size <= opened.st_size:
+            if self._file.has_changed(end):
                 raise IncompleteBody("the file changed while it was sent")
             yield offset, min(size, end - offset)
 
@@ -4207,10 +4209,9 @@ class FolderZip:
         archive, found = self._archive, self._site._open(place, ())
         if found.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "not a file any more")
-        facts = found.facts
         # Read no more than its size now: a log may grow without end. Files in /proc have size 0 and are not empty.
-        limit = facts.st_size or ZIP32_MAX
-        member = (name, stat.S_IFREG | 0o644 | facts.st_mode & 0o111, facts.st_mtime_ns)
+        limit = found.facts.st_size or ZIP32_MAX
+        member = (name, stat.S_IFREG | 0o644 | found.facts.st_mode & 0o111, found.facts.st_mtime_ns)
         with open(found.fd, "rb") as file:
             data = file.read(min(SMALL_BODY, limit))
             if len(data) < SMALL_BODY:
@@ -4219,9 +4220,8 @@ class FolderZip:
                 del data  # a slow reader would keep it in memory
                 file.seek(0)
                 yield from archive.add_large(*member, limit, _read_pieces(file, limit))
-            now = os.fstat(file.fileno())
-        if now.st_size < facts.st_size or now.st_size == facts.st_size and now.st_mtime_ns != facts.st_mtime_ns:
-            raise OSError(errno.EIO, "the file changed while it was read")
+            if found.has_changed(found.facts.st_size):
+                raise OSError(errno.EIO, "the file changed while it was read")
 
     def walk(self) -> Iterator[tuple[bytes, str, ListingEntry]]:
         """Yield (place, name below the top, entry) of all that is served below it, folders before their files.
