@@ -4075,22 +4075,19 @@ class ZipWriter:
     """
 
     def __init__(self) -> None:
-        self.waiting = 0  # bytes that `take` returns
-        self._pieces: list[bytes] = []
+        self.waiting = bytearray()  # what `take` returns
         self._size = 0  # bytes made so far
         self._directory = bytearray()
         self._count = 0
 
     def take(self) -> bytes:
         """Return the bytes made since the last call."""
-        data = b"".join(self._pieces)
-        self._pieces.clear()
-        self.waiting = 0
+        data = bytes(self.waiting)
+        self.waiting.clear()
         return data
 
     def _put(self, data: bytes) -> None:
-        self._pieces.append(data)
-        self.waiting += len(data)
+        self.waiting += data
         self._size += len(data)
 
     def _begin(self, name: str, mode: int, mtime: int, *, version: int, flags: int, method: int) -> _Member:
@@ -4196,7 +4193,7 @@ class FolderZip:
                     yield from self._file(place, name)
                 except OSError as error:
                     self.failed.append(f"{name}: {error.strerror}")
-            if archive.waiting >= ZIP_PIECE:
+            if len(archive.waiting) >= ZIP_PIECE:
                 yield archive.take()
         if self.failed:
             text = "".join(f"{line}\n" for line in self.failed)
