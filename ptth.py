@@ -4381,8 +4381,6 @@ def give_name(partial: bytes, place: bytes) -> None:
     """
     try:
         os.link(partial, place)
-    except FileExistsError:
-        raise
     except OSError:
         if os.path.lexists(place):
             raise FileExistsError(errno.EEXIST, "the name is taken") from None
