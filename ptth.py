@@ -4648,11 +4648,11 @@ class Uploads:
         place = self._new_place(self._open_folder(segments[:-1]), segments[-1])
         if directory:
             return await self._put_folder(request, place)
-        facts, created = await self._store(place, request.body.read, headers, request.body.known_length or 0)
+        facts = await self._store(place, request.body.read, headers, request.body.known_length or 0)
         fields = [("ETag", entity_tag(facts)), NOSNIFF]
         if _mtime(headers) is not None:
             fields.append(("X-OC-Mtime", "accepted"))
-        return Response(201 if created else 204, fields)
+        return Response(204 if "if-match" in headers else 201, fields)  # only If-Match replaces a file
 
     def _open_folder(self, segments: tuple[bytes, ...]) -> bytes:
         """Return a folder's path in the file system. ProtocolError 409 if it is not there, 403 behind a link."""
@@ -4724,16 +4724,16 @@ class Uploads:
 
     async def _store(
         self, place: bytes, read: Callable[[], Awaitable[bytes]], headers: Headers, length: int
-    ) -> tuple[os.stat_result, bool]:
-        """Store what `read` returns until b"", `length` bytes (0: unknown). Return its status, and if it is new."""
-        created = await in_thread(self._file_to_replace, place, headers) is None
+    ) -> os.stat_result:
+        """Store what `read` returns until b"", `length` bytes (0: unknown). Return the status of the file."""
+        check = functools.partial(self._file_to_replace, place, headers)
+        await in_thread(check)
         self._check_size(length)
         partial = PartialFile(place)
         try:
             await in_thread(partial.open, length)
             await self._receive(partial, read)
-            check = functools.partial(self._file_to_replace, place, headers)
-            return await in_thread(partial.finish, _mtime(headers), check), created
+            return await in_thread(partial.finish, _mtime(headers), check)
         finally:
             if not partial.ended:
                 await asyncio.shield(asyncio.to_thread(partial.discard))
