@@ -4416,7 +4416,7 @@ class PartialFile:
                 self._fd = os.open(self._partial, flags, 0o666)
                 lock_file(self._fd)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytearray) -> None:
         """Append `data`. Sync after every SYNC_SIZE bytes, because one sync at the end would take too long."""
         with self._busy:
             view = memoryview(data)
@@ -4740,17 +4740,15 @@ class Uploads:
 
     async def _receive(self, partial: PartialFile, read: Callable[[], Awaitable[bytes]]) -> None:
         """Write the bytes that `read` returns, in pieces of about WRITE_SIZE."""
-        size = waiting = 0
-        pieces: list[bytes] = []
+        size, waiting = 0, bytearray()
         while data := await read():
             size += len(data)
             self._check_size(size)
-            pieces.append(data)
-            waiting += len(data)
-            if waiting >= WRITE_SIZE:
-                await in_thread(partial.write, b"".join(pieces))
-                pieces, waiting = [], 0
-        await in_thread(partial.write, b"".join(pieces))
+            waiting += data
+            if len(waiting) >= WRITE_SIZE:
+                await in_thread(partial.write, waiting)
+                waiting = bytearray()
+        await in_thread(partial.write, waiting)
 
 
 def _property_row(path: str, entry: ListingEntry) -> str:
