@@ -3617,7 +3617,6 @@ def secret_names(names: Iterable[bytes]) -> re.Pattern[bytes]:
     return re.compile(rb"\A(?!.*\.example\Z).*?(?:" + rb"|".join(patterns) + rb")", re.IGNORECASE | re.DOTALL)
 
 
-_SLASHES = b"\\/" if os.name == "nt" else b"/"
 _OF_A_PROCESS = re.compile(rb"/proc/[0-9]+/")
 
 
@@ -3629,7 +3628,7 @@ def _absolute(path: str) -> bytes:
 
 def _is_below(place: bytes, root: bytes) -> bool:
     """Return whether a real path is that of the directory `root`, or below it."""
-    return place == root or place.startswith(root.rstrip(_SLASHES) + os.fsencode(os.sep))
+    return os.path.join(place, b"").startswith(os.path.join(root, b""))  # each with a slash at its end
 
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -3755,7 +3754,7 @@ class Site:
         self.options = options or SiteOptions()
         # These paths are resolved again for each request: a link to the directory, or to a key, may change.
         self._root = _absolute(root)
-        self._inside = self._root.rstrip(_SLASHES) + os.fsencode(os.sep)
+        self._inside = os.path.join(self._root, b"")  # with a slash at its end
         self._private = [_absolute(path) for path in private]
         pattern = secret_names(os.path.basename(path) for path in self._private)
 
