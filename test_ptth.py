@@ -9125,16 +9125,15 @@ class TestRealPrograms:
         """Return the README's configuration for hosts, with a certificate of the test."""
         make_certificate(where)
         (where / "both.pem").write_text((where / "cert").read_text() + (where / "key").read_text())
-        word = {"nginx": "upstream ptth", "haproxy": "http-no-delay", "caddy": "on_demand_tls"}[name]
-        block = self.readme(name, word)
+        block = self.readme(name, "upstream ptth" if name == "nginx" else "")
         if name == "haproxy":
             block = block.replace(":443 ssl crt /etc/haproxy/certs/", f"127.0.0.1:PORT ssl crt {where}/both.pem")
         elif name == "caddy":
             ports = f"https_port PORT\n http_port {free_port()}\n"
             own = f"{{\n admin off\n {ports} local_certs\n skip_install_trust\n storage file_system {where}/caddy\n"
-            above = self.readme("caddy").partition("{\n")[2].removesuffix("}\n")
-            assert "    # reverse_proxy as above\n" in block
-            block = block.replace("    # reverse_proxy as above\n", above).replace("{\n", own, 1)
+            asking = " on_demand_tls {\n ask http://127.0.0.1:4000/frontend/tls_check\n }\n}\n"
+            named = block.replace("relay.example.com {", "relay.example.com, app.example.org {")
+            block = own + asking + named + block.replace("relay.example.com {", "https:// {\n tls {\n on_demand\n }")
         else:
             certificate = f"ssl_certificate {where}/cert; ssl_certificate_key {where}/key;"
             block = block.replace("# ssl_certificate ...; ssl_certificate_key ...;", certificate)
