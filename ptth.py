@@ -397,8 +397,8 @@ def is_guessable(key: str) -> bool:
     return False
 
 
-def key_weakness(key: str) -> str | None:
-    """Return why `key` is not accepted as api_key, as a sentence for the operator; None when it is accepted."""
+def key_weakness(key: str) -> str:
+    """Return why `key` is not accepted, as a text that follows its name; "" when it is accepted."""
     faults = (
         (key.startswith("REPLACE"), "is still the example's placeholder"),
         (len(key) < 16, f"has {len(key)} characters, it must have 16 at least"),
@@ -406,10 +406,12 @@ def key_weakness(key: str) -> str | None:
         (len(key) > MAX_KEY, f"has more than {MAX_KEY} characters"),
         (not re.fullmatch("[!-~]*", key), "must be made of visible ASCII characters, to fit into a header field"),
     )
-    what = next((what for weak, what in faults if weak), "")
-    if not what and is_guessable(key):
-        what = "can be guessed: it is made of sequences, rows of a keyboard, common words, repetitions or few digits"
-    return f"api_key {what}; make one with: python3 ptth.py server --new-key" if what else None
+    for weak, what in faults:
+        if weak:
+            return what
+    if is_guessable(key):
+        return "can be guessed: it is made of sequences, rows of a keyboard, common words, repetitions or few digits"
+    return ""
 
 
 # -- 3. Messages --
@@ -2315,18 +2317,20 @@ def number_zone(host: str) -> str:
         return host
 
 
-async def open_tcp(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to a host.
+async def open_place(place: BaseURL) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a host or to a unix socket.
 
     As in curl, localhost and all names below it are this machine (RFC 6761, 6.3). Both of its loopback addresses are
     tried, even if /etc/hosts has only one.
     """
-    is_own = re.fullmatch(r"(?:.*\.)?localhost\.?", host)
+    if place.unix:
+        return await asyncio.open_unix_connection(place.unix, limit=READ_SIZE)
+    is_own = re.fullmatch(r"(?:.*\.)?localhost\.?", place.host)
     errors: list[OSError] = []
-    for address in ("localhost", "::1", "127.0.0.1") if is_own else (number_zone(host),):
+    for address in ("localhost", "::1", "127.0.0.1") if is_own else (number_zone(place.host),):
         try:
             return await asyncio.open_connection(
-                address, port, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
+                address, place.port, limit=READ_SIZE, happy_eyeballs_delay=CONNECT_DELAY, interleave=1
             )
         except OSError as error:
             errors.append(error)
@@ -2344,10 +2348,7 @@ async def open_streams(
     first = proxy.origin if proxy else origin
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            if first.unix:
-                reader, writer = await asyncio.open_unix_connection(first.unix, limit=READ_SIZE)
-            else:
-                reader, writer = await open_tcp(first.host, first.port)
+            reader, writer = await open_place(first)
     except OSError as error:
         if not proxy:
             raise
@@ -6050,8 +6051,7 @@ class Gate:
         The check takes ten times as long as the hash. So keys of servers that have checked them already are skipped.
         """
         if weakness := key_weakness(key):
-            why = weakness.partition(";")[0].removeprefix("api_key ")
-            log_line(f"ptth relay: warning: the key of the {kind} {name!r} {why}; give it a better one")
+            log_line(f"ptth relay: warning: the key of the {kind} {name!r} {weakness}; give it a better one")
 
     def _record_refused_key(self, api: str, request: Request, name: str, why: str) -> None:
         """Count a refused key. Log it at most once in 60 s for each name, and for all unregistered names together."""
@@ -8108,7 +8108,7 @@ def find_key(table: TOMLTable) -> str:
     if not key:
         table.problem('api_key is missing: set api_key = "...", or PTTH_API_KEY in the environment')
     elif weakness := key_weakness(key):
-        table.problem(weakness.replace("api_key", where, 1))
+        table.problem(f"{where} {weakness}; make one with: python3 ptth.py server --new-key")
     return key
 
 
@@ -8321,11 +8321,10 @@ _NOT_LISTENING = {
 
 def open_socket(bind: str, port: int) -> socket.socket:
     """Return a listening socket. "" and "::" mean all interfaces, IPv4 and IPv6. UserError."""
-    host = re.sub("%25(?=.)", "%", re.sub(r"^\[(.+)\]$", r"\1", bind)) or "::"  # allow brackets and %25, as in URLs
     both = socket.has_dualstack_ipv6()
+    host = re.sub("%25(?=.)", "%", re.sub(r"^\[(.+)\]$", r"\1", bind))  # allow brackets and %25, as in URLs
+    host = host or ("::" if both else "0.0.0.0")
     try:
-        if not bind and not both:
-            return socket.create_server(("", port))
         name = number_zone(host).encode()  # for a str, Python loads tables of Unicode: 0.3 MiB
         found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
