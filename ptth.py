@@ -2415,7 +2415,7 @@ class HTTPClient:
         return connection
 
     async def _sweep(self) -> None:
-        """While there are connections, check their deadlines, and close idle ones, the oldest first."""
+        """While there are connections, check their deadlines, and close idle ones that are too old or have ended."""
         loop = asyncio.get_running_loop()
         while self.connections:
             await asyncio.sleep(SWEEP_INTERVAL)
