@@ -2534,7 +2534,8 @@ class HTTPClient:
         except ProtocolError as error:
             raise ProtocolError(502, error.reason, close=True) from None
         bare = not has_body(method, status)
-        connection.must_close |= framing is None and not bare
+        # Some apps send a body also in response to HEAD. It may arrive later, and be taken for the next response.
+        connection.must_close |= framing is None and not bare or method == "HEAD"
         body = IncomingBody(connection, 0 if bare else framing)
         if bare:
             content: Body = AbsentBody(None if framing == CHUNKED else framing)

@@ -1861,7 +1861,7 @@ class TestHTTPClient:
         (b"HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\nContent-Length: 5\r\n\r\nhello", "GET", (200, b"hello", 1)),
         (b"HTTP/1.1 204 No Content\r\n\r\n", "GET", (204, b"", 1)),
         (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", "GET", (304, b"", 1)),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "HEAD", (200, b"", 1)),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "HEAD", (200, b"", 0)),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", "GET", 502),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nhello", "GET", 502),
         (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "GET", 502),
@@ -2019,6 +2019,22 @@ class TestHTTPClient:
                 await asyncio.sleep(0.001)
             second = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
         assert [first.status, second.status] == [200, 200]
+
+    @in_loop
+    async def test_a_body_in_response_to_head_is_not_taken_for_the_next_response(self) -> None:
+        async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                while await reader.readuntil(b"\r\n\r\n"):
+                    writer.write(self.OK.removesuffix(b"hello"))
+                    await asyncio.sleep(0.05)  # as Nagle's algorithm delays it
+                    writer.write(b"hello")
+            writer.close()
+
+        async with client_to(origin) as client:
+            for method in ("HEAD", "GET", "HEAD"):
+                response = await client.handle(ptth.Request(method, "/", ptth.Headers()))
+                assert await response.body.read_all(100) == (b"hello" if method == "GET" else b"")
+                await response.body.aclose()
 
     def test_an_upgrade_gives_two_plain_directions(self) -> None:
         request = ptth.Request("GET", "/", ptth.Headers(), body=self.Slow(1), upgrade="websocket")
