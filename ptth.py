@@ -2448,12 +2448,17 @@ class HTTPClient:
         A `repeatable` request, or a GET or HEAD without a body, may take an idle connection. If that is closed, the
         request is sent once more on a new one. A `repeatable` one in memory is sent once more in any case. Raises what
         `exchange` and `connect` do.
+
+        Any other request takes a new connection, for itself alone: if all of those were kept, there would soon be no
+        descriptors left. And an app that does not read a body would take it for the next request.
         """
         idle = repeatable or request.method in ("GET", "HEAD") and request.body is EMPTY
         connection = self.take_idle() if idle else None
         again = connection is not None or repeatable and request.body.data is not None
         try:
-            return await self.exchange(connection or await self.connect(), request, timeout)
+            connection = connection or await self.connect()
+            connection.must_close = not idle
+            return await self.exchange(connection, request, timeout)
         except ConnectionError as error:
             if not again or isinstance(error, IncompleteBody):
                 raise
