@@ -5422,14 +5422,14 @@ class Exchange:
         self.tunnel_body: TunnelBody | None = None  # of a response that has begun
         self.is_stream = False  # it has no end: see `add_stream`
         self.response: asyncio.Future[Response] = state.loop.create_future()
-        self.delivered: asyncio.Future[bool] | None = None  # P5 waits for it: whether the client has the whole response
+        self.delivered: asyncio.Future[bool] = state.loop.create_future()  # whether its client has the whole response
 
     def set_delivered(self, complete: bool, size: int = 0) -> None:
         """Resolve `delivered`, and free this request's place at the relay and at its server. Later calls do nothing.
 
         `size` is there for the signature of `on_sent`.
         """
-        if self.delivered and not self.delivered.done():
+        if not self.delivered.done():
             self.delivered.set_result(complete)
         self.tunnel_body = None  # the connection of its P5 goes on with other responses
         if self._state.exchanges.pop(self.request_id, None):
@@ -5817,14 +5817,15 @@ class Keys:
         return found, True
 
 
-class Part(NamedTuple):
-    """A part of a response's body, in one P5."""
+class Part:
+    """A part of a response's body, in one P5. ProtocolError 400."""
 
-    body: Body
-    connection: Peer | None
-    offset: int  # bytes of the response's body before it
-    more: bool  # another part follows
-    taken: asyncio.Future[bool]  # resolved when the client has all of it, if another part follows
+    def __init__(self, p5: Request, body: Body) -> None:
+        self.body = body
+        self.connection = p5.connection
+        self.offset = parse_offset(p5.headers)  # bytes of the response's body before it
+        self.more = "ptth-more" in p5.headers  # another part follows
+        self.taken = asyncio.get_running_loop().create_future()  # if there is more: when the client has this part
 
 
 class TunnelBody(Body):
@@ -6533,15 +6534,13 @@ class Responses:
         """
         try:
             status, headers, content = await self._read_response(request, exchange)
-            if parse_offset(request.headers):
+            part = Part(request, content)
+            if part.offset:
                 raise ProtocolError(502, "its first bytes are missing")
             if exchange.response.done():
                 raise _gone()  # another P5 was first, or the client got 504
             exchange.server.forget(exchange)
-            part = Part(content, request.connection, 0, "ptth-more" in request.headers, self.state.loop.create_future())
-            response = self._make_response(exchange, status, headers, content, part)
-            exchange.delivered = self.state.loop.create_future()
-            exchange.response.set_result(response)
+            exchange.response.set_result(self._make_response(exchange, status, headers, content, part))
         except (ConnectionError, TimeoutError) as error:
             if "parts" in exchange.server.features:
                 exchange.broke_at = self.state.loop.time()  # a proxy may have refused it: wait for it in parts
@@ -6566,9 +6565,7 @@ class Responses:
         content = request.body
         if content_kind(headers) == "application/http":  # it begins with the response's head
             _, _, content = await self._read_response(request, exchange)
-        part = Part(
-            content, request.connection, parse_offset(headers), "ptth-more" in headers, self.state.loop.create_future()
-        )
+        part = Part(request, content)
         if part.more and content is EMPTY and exchange.has_client_left():
             exchange.break_off("the client has left")
         body.add(part)
@@ -6577,7 +6574,6 @@ class Responses:
     @staticmethod
     async def _wait_for_client(exchange: Exchange, part: Part) -> None:
         """Wait until the client has this part; with the last one, all. ProtocolError 410 when the client is gone."""
-        assert exchange.delivered
         await asyncio.wait({exchange.delivered, part.taken}, return_when=asyncio.FIRST_COMPLETED)
         if not (part.taken if part.taken.done() else exchange.delivered).result():
             raise _gone()
