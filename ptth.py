@@ -5228,13 +5228,9 @@ def _make_map(members: list[Value]) -> dict[int | str, Value]:
 
 def _pack_fields(fields: Fields) -> dict[int | str, Value]:
     """Return the map of fields. It has one value for each name: several are joined, of Set-Cookie the first is used."""
-    joined: dict[str, str] = {}
-    for name, value in fields:
-        name = name.lower()
-        if name not in joined:
-            joined[name] = value
-        elif name != "set-cookie":
-            joined[name] += f", {value}"
+    joined = Headers(fields)
+    if "set-cookie" in joined:
+        joined["set-cookie"] = joined.all("set-cookie")[0]
     return {name: list(value.encode("latin-1")) for name, value in joined.items()}
 
 
@@ -5253,10 +5249,9 @@ def _unpack_fields(value: Value) -> Fields:
 
 def _unpack_choice(value: Value, choices: tuple[T, ...]) -> T:
     """Return the one of `choices` that {number: nil} means. ProtocolError 502."""
-    if isinstance(value, dict) and len(value) == 1:
-        ((number, nothing),) = value.items()
-        if isinstance(number, int) and number < len(choices) and nothing is None:
-            return choices[number]
+    for number, choice in enumerate(choices):
+        if value == {number: None}:
+            return choice
     raise ProtocolError(502, "a method or status that the Rust form does not have")
 
 
@@ -6650,8 +6645,7 @@ class Responses:
         most = MAX_BATCH_BYTES + MAX_INNER_HEAD + SMALL_BODY
         size = most if body.length is None else min(body.length, most)
         if server.batch_bytes + size > MAX_BATCHES_BYTES:
-            retry = ("Retry-After", "1")
-            raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, retry])
+            raise ProtocolError(503, "too many batches at once", close=True, headers=[NO_STORE, ("Retry-After", "1")])
         server.batch_bytes += size
         try:
             async with asyncio.timeout(self.state.config.response_timeout):
