@@ -500,6 +500,7 @@ class Body:
     expects = False  # the peer waits for 100 Continue before it sends the body
     replayable = False  # `write_to` may be called again, and starts from the beginning
     begun = False  # sending has begun; only PrefixedBody tells it
+    on_end: Callable[[], Awaitable[None]] | None = None  # called by `aclose`, once
     _pieces: AsyncIterator[bytes] | None = None
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -554,7 +555,10 @@ class Body:
         return True
 
     async def aclose(self) -> None:
-        """Release what the body holds, such as an open file. The default does nothing."""
+        """Release what the body holds, such as an open file. The default calls `on_end`."""
+        if on_end := self.on_end:
+            self.on_end = None
+            await on_end()
 
 
 class BytesBody(Body):
@@ -1361,7 +1365,6 @@ class IncomingBody(Body):
 
     def __init__(self, connection: Connection, framing: int | None, *, expects: bool = False) -> None:
         self.connection = connection
-        self.on_end: Callable[[], Awaitable[None]] | None = None  # called by `aclose`, once
         self.chunked = framing == CHUNKED
         self.until_close = framing is None
         self.remaining = 0 if self.chunked else framing or 0  # bytes to receive of the body, or of the current chunk
@@ -1528,11 +1531,6 @@ class IncomingBody(Body):
         finally:
             if not connection.transport.is_closing():
                 connection.transport.resume_reading()
-
-    async def aclose(self) -> None:
-        on_end, self.on_end = self.on_end, None
-        if on_end:
-            await on_end()
 
 
 class ChunkedSink:
@@ -5550,22 +5548,6 @@ class ClientStream:
         await asyncio.gather(self._reading, return_exceptions=True)
 
 
-class FetchEndingBody(Body):
-    """A response's body, for `write_to` only. When it is closed, the fetch of the request's body ends."""
-
-    def __init__(self, exchange: Exchange, body: Body) -> None:
-        self._exchange = exchange
-        self._body = body
-        self.length, self.data = body.length, body.data
-
-    async def write_to(self, sink: Sink) -> None:
-        await self._body.write_to(sink)
-
-    async def aclose(self) -> None:
-        await self._body.aclose()
-        await self._exchange.end_fetch()
-
-
 class ParkedPoll(NamedTuple):
     """A P1 that waits for a request."""
 
@@ -5827,8 +5809,8 @@ class TunnelBody(Body):
     """The body of a response from one P5, or in parts from several, for `write_to` only.
 
     Nothing is stored: a slow client slows the server. After each part, also an incomplete one, the next may arrive
-    within `timeout` seconds. Bytes that the client has already are skipped. `aclose` does nothing: the HTTP server
-    closes the connection of each P5.
+    within `timeout` seconds. Bytes that the client has already are skipped. The HTTP server closes each P5's
+    connection.
     """
 
     def __init__(self, part: Part, length: int | None, timeout: float) -> None:
@@ -6754,7 +6736,7 @@ class Relay:
             self._inline -= exchange.inline_size
             server.forget(exchange)
         if exchange.has_upload:
-            response.body = FetchEndingBody(exchange, response.body)
+            response.body.on_end = exchange.end_fetch
         return response
 
     async def _read_inline(self, request: Request, server: RegisteredServer) -> bytes | None:
