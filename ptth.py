@@ -3745,9 +3745,6 @@ def json_listing(entries: list[ListingEntry]) -> Response:
     return Response(200, fields, BytesBody(json.dumps({"entries": rows}, separators=(",", ":")).encode()))
 
 
-_NO_PERMISSION = os.strerror(errno.EACCES)
-
-
 class Site:
     """A directory that is served.
 
@@ -3982,24 +3979,22 @@ class Site:
             facts = item.stat()
         except OSError as error:
             # A broken link, one that leads outside or in a circle, or a file removed meanwhile, is left out.
-            if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return None
             return ListingEntry(item.name, is_dir, 0, 0, error.strerror or "not readable")
-        if stat.S_ISDIR(facts.st_mode):  # or a link to one
-            return _folder_entry(item, facts)
-        if not stat.S_ISREG(facts.st_mode) or self._is_private(place, facts, item.path):
+        is_dir = stat.S_ISDIR(facts.st_mode)  # or a link to one
+        if not is_dir and (not stat.S_ISREG(facts.st_mode) or self._is_private(place, facts, item.path)):
             return None
-        if not os.access(item.path, os.R_OK):
-            return ListingEntry(item.name, False, 0, 0, _NO_PERMISSION)
-        return ListingEntry(item.name, False, facts.st_size, facts.st_mtime_ns)
+        if not _is_readable(item.path, is_dir):
+            return ListingEntry(item.name, is_dir, 0, 0, os.strerror(errno.EACCES))
+        return ListingEntry(item.name, is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns)
 
 
-def _folder_entry(item: os.DirEntry[bytes], facts: os.stat_result) -> ListingEntry:
-    """Return the entry of a folder. It is readable if it can be listed, or if its index.html can be read."""
-    index = os.path.join(item.path, b"index.html")
-    if os.access(item.path, os.R_OK | os.X_OK) or os.access(index, os.R_OK):
-        return ListingEntry(item.name, True, 0, facts.st_mtime_ns)
-    return ListingEntry(item.name, True, 0, 0, _NO_PERMISSION)
+def _is_readable(place: bytes, is_dir: bool) -> bool:
+    """Return whether a file can be read, or a folder listed, or its index.html read."""
+    if is_dir and not os.access(place, os.R_OK | os.X_OK):
+        place = os.path.join(place, b"index.html")
+    return os.access(place, os.R_OK)
 
 
 def tell_secrets(site: Site, command: str) -> None:
