@@ -4007,16 +4007,6 @@ def tell_secrets(site: Site, command: str) -> None:
         log_line(f"ptth {command}: these secret files in the directory are not served: {', '.join(below)}")
 
 
-def _read_pieces(file: io.BufferedReader, limit: int) -> Iterator[bytes]:
-    """Yield the rest of a file, `limit` bytes at most. Raises OSError."""
-    try:
-        while data := file.read(min(ZIP_PIECE, limit)):
-            limit -= len(data)
-            yield data
-    except OSError as error:
-        raise OSError(error.errno, f"incomplete: {error.strerror}") from None
-
-
 def attachment(name: str) -> tuple[str, str]:
     """Return the Content-Disposition for a download that browsers save as `name` (RFC 6266, appendix D)."""
     plain = re.sub(r'[^ -~]|["%\\/]', "_", name)  # for old clients, some of which would decode a percent sign
@@ -4109,24 +4099,26 @@ class ZipWriter:
         self._put(data)
         self._add_to_directory(member, checksum, size, size)
 
-    def add_large(self, name: str, mode: int, mtime: int, size: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Add a member of about `size` bytes, in pieces of 1 to ZIP_PIECE bytes; yield the bytes that are ready.
+    def add_large(self, name: str, mode: int, mtime: int, file: io.BufferedReader, limit: int) -> Iterator[bytes]:
+        """Add a member with the rest of `file`, `limit` bytes at most; yield the bytes that are ready.
 
-        When `pieces` raises an error, the member ends there, and the zip can be continued.
+        OSError when `file` cannot be read: then the member ends there, and the zip can be continued.
         """
-        large = size > ZIP32_MAX
+        large = limit > ZIP32_MAX
         # Flag 8: checksum and sizes follow the data.
         member = self._begin(name, mode, mtime, version=45 if large else 20, flags=8, method=8)
         self._put_local(member, 0, 0xFFFFFFFF if large else 0, struct.pack("<2H2Q", 1, 16, 0, 0) if large else b"")
         checksum = size = 0
         begin = self._size
         try:
-            for piece in pieces:
+            while piece := file.read(min(ZIP_PIECE, limit - size)):
                 checksum, size = zlib.crc32(piece, checksum), size + len(piece)
                 # A block of deflate's type "stored" (RFC 1951, 3.2.4).
                 self._put(struct.pack("<BHH", 0, len(piece), len(piece) ^ 0xFFFF))
                 self._put(piece)
                 yield self.take()
+        except OSError as error:
+            raise OSError(error.errno, f"incomplete: {error.strerror}") from None
         finally:
             self._put(struct.pack("<BHH", 1, 0, 0xFFFF))  # the last block, empty
             packed = self._size - begin
@@ -4215,7 +4207,7 @@ class FolderZip:
             else:
                 del data  # a slow reader would keep it in memory
                 file.seek(0)
-                yield from archive.add_large(*member, limit, _read_pieces(file, limit))
+                yield from archive.add_large(*member, file, limit)
             if found.has_changed(found.facts.st_size):
                 raise OSError(errno.EIO, "the file changed while it was read")
 

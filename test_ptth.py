@@ -2966,7 +2966,7 @@ class TestFileServer:
                 return self.pieces.pop() if self.pieces else failing(errno.EIO)()
 
         archive = ptth.ZipWriter()
-        part = archive.add_large("x", 0o100644, 0, 1 << 22, ptth._read_pieces(File(), 1 << 22))
+        part = archive.add_large("x", 0o100644, 0, File(), 1 << 22)
         data = next(part)
         with pytest.raises(OSError, match="incomplete: "):
             next(part)
