@@ -4029,14 +4029,14 @@ def distinct(name: str, taken: dict[str, int]) -> str:
     """
     import unicodedata
 
-    normalize = functools.partial(unicodedata.normalize, "NFC")
     stem, extension = os.path.splitext(name)
-    found = name
-    while normalize(found) in taken:
-        taken[normalize(name)] += 1
-        found = f"{stem} ({taken[normalize(name)]}){extension}"
-    taken[normalize(found)] = 1
-    return found
+    first = key = unicodedata.normalize("NFC", name)
+    while key in taken:
+        taken[first] += 1
+        name = f"{stem} ({taken[first]}){extension}"
+        key = unicodedata.normalize("NFC", name)
+    taken[key] = 1
+    return name
 
 
 ZIP32_MAX = 0xFFFFFFFF - 1024 * 1024  # bytes; a larger file may need more than 32 bits for its sizes in a zip
