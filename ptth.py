@@ -3883,10 +3883,9 @@ class Site:
         try:
             kind, beginning, sized = _sniff(found, segments[-1])
             if sized:
-                plain = found
-                found, encoding, vary = self._precompressed(request, plain, segments)
-                beginning = beginning if found is plain else b""
-                response = _sized_response(request, found, kind, beginning, encoding, vary)
+                found, encoding, vary = self._precompressed(request, found, segments)
+                known = b"" if encoding else beginning
+                response = _sized_response(request, found, kind, known, encoding, vary)
             else:
                 response = _unsized_response(request, found, kind)
             return response
