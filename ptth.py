@@ -1836,8 +1836,10 @@ def report_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
     """The loop's exception handler: report what was not handled, except the end of a connection.
 
     asyncio keeps that in a future, too, and reports it when the garbage collector takes the future before its stream.
+    And it ends a transport twice whose write fails at the moment when its buffer becomes empty, as TLS may do.
     """
-    if not isinstance(context.get("exception"), OSError) or isinstance(context.get("future"), asyncio.Task):
+    is_end = isinstance(context.get("exception"), OSError) and not isinstance(context.get("future"), asyncio.Task)
+    if not is_end and "_call_connection_lost" not in context["message"]:
         loop.default_exception_handler(context)
 
 

@@ -1709,6 +1709,30 @@ class TestHTTPServer:
         assert one(files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
         assert files_tunnel.fetch(b"GET /frontend/relay_up_check HTTP/1.1\r\nHost: a\r\n") == b""
 
+    @pytest.mark.skipif(os.name == "nt", reason="another event loop")
+    @in_loop
+    async def test_a_transport_that_asyncio_ends_twice_is_not_reported(self, monkeypatch: Patch) -> None:
+        loop, reported = asyncio.get_running_loop(), []
+        loop.set_exception_handler(ptth.report_error)
+        monkeypatch.setattr(loop, "default_exception_handler", reported.append)
+        ours, theirs = socket.socketpair()
+
+        class Writer(asyncio.Protocol):  # as TLS does: more to send when the buffer is empty
+            def resume_writing(self) -> None:
+                theirs.close()
+                transport.write(b"x")
+
+        transport, _ = await loop.create_connection(Writer, sock=ours)
+        theirs.setblocking(False)
+        transport.set_write_buffer_limits(0)
+        transport.write(bytes(4_000_000))
+        while theirs.fileno() >= 0:
+            with contextlib.suppress(BlockingIOError):
+                theirs.recv(1_000_000)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert reported == [] and ours.fileno() < 0
+
     @in_loop
     async def test_the_access_log_has_one_clean_line_for_a_request(self, capfd: Output) -> None:
         log = ptth.AccessLog()
