@@ -4599,7 +4599,10 @@ class Uploads:
             path = path.removesuffix("/") + "/"
         rows = [(path, ListingEntry(b"", is_dir, 0 if is_dir else facts.st_size, facts.st_mtime_ns))]
         if is_dir and request.headers.get("depth") != "0":
-            entries = self._site.entries(found.place)
+            try:
+                entries = list(self._site.entries(found.place))
+            except OSError as error:
+                raise file_error(error) from None
             rows += [(path + entry_link(entry), entry) for entry in entries if not entry.error]
         xml = "".join(itertools.starmap(_property_row, rows))
         xml = f'<?xml version="1.0" encoding="utf-8"?>\n<D:multistatus xmlns:D="DAV:">{xml}</D:multistatus>\n'

@@ -3997,6 +3997,16 @@ class TestUploads:
                 told[row.findtext("{DAV:}href")] = (size, is_folder)
             assert told == expected
 
+    @pytest.mark.parametrize(
+        ("number", "status", "words"), [(errno.EACCES, 403, "no permission to read"), (errno.ENOENT, 404, "not found")]
+    )
+    def test_what_cannot_be_read_is_told_as_in_a_listing(
+        self, number: int, status: int, words: str, inbox: Inbox, monkeypatch: Patch
+    ) -> None:
+        monkeypatch.setattr(os, "scandir", failing(number))
+        got, _, body = inbox.send("/", b"", method="PROPFIND")
+        assert got == status and words in body.decode()
+
     @needs("rclone")
     def test_rclone_copies_there_and_back(self, inbox: Inbox, tmp_path: object) -> None:
         write_files(tmp_path / "from", {"one": b"1", "sub \u00fc/two & 2": b"2"})
