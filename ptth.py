@@ -4394,7 +4394,7 @@ class PartialFile:
         self._fd = -1
         self._busy = threading.Lock()
         self._unsynced = 0
-        self.ended = False
+        self._discarded = False
 
     def open(self, length: int) -> None:
         """Make the file. Raises OSError; ENOSPC also when the disk has fewer than `length` bytes free."""
@@ -4403,7 +4403,7 @@ class PartialFile:
         if length and shutil.disk_usage(os.path.dirname(self._place)).free < length:
             raise OSError(errno.ENOSPC, "no space")
         with self._busy:
-            if not self.ended:
+            if not self._discarded:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
                 self._fd = os.open(self._partial, flags, 0o666)
                 lock_file(self._fd)
@@ -4433,16 +4433,14 @@ class PartialFile:
                     os.replace(self._partial, self._place)
                 else:
                     give_name(self._partial, self._place)
-                self.ended = True
                 return os.stat(self._place)
 
     def discard(self) -> None:
-        """Remove the file, unless it has its name already."""
+        """Remove the file. There is none any more if it has its name already."""
         with self._busy, contextlib.suppress(OSError):
-            if not self.ended:
-                self.ended = True
-                self._close()
-                os.unlink(self._partial)
+            self._discarded = True
+            self._close()
+            os.unlink(self._partial)
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -4729,9 +4727,9 @@ class Uploads:
             await in_thread(partial.open, length)
             await self._receive(partial, read)
             return await in_thread(partial.finish, _mtime(headers), check)
-        finally:
-            if not partial.ended:
-                await asyncio.shield(asyncio.to_thread(partial.discard))
+        except BaseException:  # also a cancellation
+            await asyncio.shield(asyncio.to_thread(partial.discard))
+            raise
 
     async def _receive(self, partial: PartialFile, read: Callable[[], Awaitable[bytes]]) -> None:
         """Write the bytes that `read` returns, in pieces of about WRITE_SIZE."""
