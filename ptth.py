@@ -4875,9 +4875,10 @@ def server_handler(site: Site, name: str) -> Handler:
         if not segments:
             content = f'<h1>{escape(name)}</h1>\n<p><a href="./files/">Files</a></p>'
             return html_response(200, page(name, f"<main>\n{content}\n</main>"))
-        for prefix, as_json in (((b"files",), False), ((b"api", b"v1", b"dir"), True)):
-            if segments[: len(prefix)] == prefix:
-                return await site.respond(request, segments[len(prefix) :], directory, as_json=as_json)
+        if segments[0] == b"files":
+            return await site.respond(request, segments[1:], directory)
+        if segments[:3] == (b"api", b"v1", b"dir"):
+            return await site.respond(request, segments[3:], directory, as_json=True)
         raise ProtocolError(404, "not found; the files are below files/")
 
     return with_site_options(handle, site.options, name)
