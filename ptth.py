@@ -3439,7 +3439,6 @@ def _sort_heading(key: str, label: str, kind: str, order: str) -> str:
 
 
 def _entry_row(entry: ListingEntry) -> str:
-    """Make one row of a listing."""
     name = escape(show_name(entry.name)) + ("/" if entry.is_dir else "")
     column = '<td class="d">' if entry.is_dir else "<td>"
     if entry.error:
@@ -3954,7 +3953,6 @@ class Site:
         return found if found.fd >= 0 else None
 
     def _list(self, segments: tuple[bytes, ...], place: bytes, order: str, as_json: bool, form: str) -> Response:
-        """Make a listing, as JSON or as a page."""
         entries = sort_entries(self.entries(place), order)
         if as_json:
             return json_listing(entries)
