@@ -5410,10 +5410,9 @@ class Exchange:
 
         `size` is there for the signature of `on_sent`.
         """
-        if not self.delivered.done():
-            self.delivered.set_result(complete)
-        self.tunnel_body = None  # the connection of its P5 goes on with other responses
         if self._state.exchanges.pop(self.request_id, None):
+            self.delivered.set_result(complete)
+            self.tunnel_body = None  # the connection of its P5 goes on with other responses
             self.server.release(self)
 
     def takes_p5(self) -> bool:
@@ -5434,9 +5433,7 @@ class Exchange:
 
     async def end_fetch(self) -> None:
         """End the fetch of the body, so that the HTTP server can read the client's connection again."""
-        if task := self.fetching:
-            task.cancel()
-            await asyncio.wait({task})
+        await end_task(self.fetching)
         if self.client_stream:
             await self.client_stream.end()
 
@@ -5532,8 +5529,7 @@ class ClientStream:
     async def end(self) -> None:
         """Stop reading the client's connection, because the HTTP server reads it again. Further polls get b""."""
         self._reading = self._reading or asyncio.create_task(self._body.read())  # even if only for `poll` to see
-        self._reading.cancel()
-        await asyncio.gather(self._reading, return_exceptions=True)
+        await end_task(self._reading)
 
 
 class ParkedPoll(NamedTuple):
@@ -5566,9 +5562,9 @@ class RegisteredServer:
         self.waiting: dict[str, Exchange] = {}
         self.offered: dict[str, Exchange] = {}  # sent in a P3, and without a response
         self.in_flight = 0  # requests whose client does not have the whole response yet
+        self.streams = 0  # of these, the ones whose responses have no end
         self.addresses: Counter[str] = Counter()  # how many of these each client address has
         self.parked: deque[ParkedPoll] = deque()
-        self.streams = 0  # of these, the ones whose responses have no end
         self.responding = 0  # P5 in flight, without batches
         self.batch_bytes = 0  # bytes of batches that are being read
         self.statuses: Counter[int] = Counter()  # number of responses by status
