@@ -5916,8 +5916,6 @@ class RelayState:
         """Return whether an address is that of a trusted proxy, whose X-Forwarded-* are used."""
         if is_loopback(address):
             return True
-        if not self._trusted:
-            return False
         try:
             return any(ipaddress.ip_address(address) in network for network in self._trusted)
         except ValueError:
@@ -5959,7 +5957,6 @@ class Gate:
         self._server_keys = Keys()
         self._scraper_keys = Keys()
         self._refusal_logged: dict[str, float] = {}  # when the last refused key was logged, by name
-        self.configure()
 
     def configure(self) -> None:
         """Forget keys that are no longer in the configuration."""
@@ -6555,8 +6552,7 @@ class Responses:
             if not piece or len(data) > MAX_INNER_HEAD:
                 raise ProtocolError(502, "its head is too large, or has no end")
             data += piece
-        if end < len(data):
-            content.unread(data[end:])
+        content.unread(data[end:])
         return *parse_inner_response(data[:end], exchange.request.upgrade), content
 
     def _make_response(
