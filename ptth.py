@@ -4196,18 +4196,16 @@ class FolderZip:
         archive, found = self._archive, self._site._open(place, ())
         if found.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "not a file any more")
-        # Read no more than its size now: a log may grow without end. Files in /proc have size 0 and are not empty.
-        limit = found.facts.st_size or ZIP32_MAX
+        size = found.facts.st_size
+        limit = size or ZIP32_MAX  # a log may grow without end; files in /proc have size 0 and are not empty
         member = (name, stat.S_IFREG | 0o644 | found.facts.st_mode & 0o111, found.facts.st_mtime_ns)
         with open(found.fd, "rb") as file:
-            data = file.read(min(SMALL_BODY, limit))
-            if len(data) < SMALL_BODY:
+            if size < SMALL_BODY and len(data := file.read(min(SMALL_BODY, limit))) < SMALL_BODY:
                 archive.add(*member, data)
             else:
-                del data  # a slow reader would keep it in memory
                 file.seek(0)
                 yield from archive.add_large(*member, file, limit)
-            if found.has_changed(found.facts.st_size):
+            if found.has_changed(size):
                 raise OSError(errno.EIO, "the file changed while it was read")
 
     def walk(self) -> Iterator[tuple[bytes, str, ListingEntry]]:
