@@ -4503,13 +4503,11 @@ class FormReader:
 
     async def read(self) -> bytes:
         """Return the next piece of the part's content, or b"" at its end."""
-        while True:
-            end = self._data.find(self._mark)
-            count = end if end >= 0 else len(self._data) - len(self._mark) + 1  # the rest may begin a boundary
-            if count > 0 or end == 0:
-                data, self._data = self._data[:count], self._data[count:]
-                return data
+        while (end := self._data.find(self._mark)) < 0 and len(self._data) < len(self._mark):
             await self._more()
+        count = end if end >= 0 else len(self._data) - len(self._mark) + 1  # the rest may begin a boundary
+        data, self._data = self._data[:count], self._data[count:]
+        return data
 
     async def value(self) -> bytes:
         """Return the first 256 bytes of the part's content, and discard the rest."""
