@@ -5469,8 +5469,6 @@ class Exchange:
 class UploadBody(Body):
     """A request's body, sent from the client's connection to the server that fetches it."""
 
-    complete = False
-
     def __init__(self, exchange: Exchange, body: Body) -> None:
         self._exchange = exchange
         self._body = body
@@ -5872,7 +5870,6 @@ class RelayState:
         self.loop = asyncio.get_running_loop()
         self.started = self.loop.time()
         self.servers: dict[str, RegisteredServer] = {}  # sorted by name
-        self.hosts: dict[str, RegisteredServer] = {}  # servers by their own hosts
         self.exchanges: dict[str, Exchange] = {}  # requests in flight, by id
         self.events: deque[AuditEvent] = deque(maxlen=MAX_AUDIT_EVENTS)
         self.refused = {"backend": 0, "scraper": 0}  # number of refused keys
@@ -5901,7 +5898,7 @@ class RelayState:
         for name, entry in sorted(entries.items()):
             server = self.servers[name] = self.servers.pop(name, RegisteredServer(entry))
             server.entry, server.hosts = entry, config.hosts_of(entry)
-        self.hosts = {host: server for server in self.servers.values() for host in server.hosts}
+        self.hosts = {host: server for server in self.servers.values() for host in server.hosts}  # their own
         self._trusted = [ipaddress.ip_network(network) for network in config.trusted_proxies]
 
     def audit(self, event: str, server: str, *details: Any) -> None:
@@ -6146,7 +6143,6 @@ class Desk:
 
     def _server_list(self, request: Request) -> Response:
         """Show the registered servers: their state, requests, and bytes sent."""
-        now = self.state.loop.time()
         port = re.search(r":[0-9]+\Z", request.headers.get("host", ""))
         rows = []
         for server in self.state.servers.values():
@@ -6155,10 +6151,9 @@ class Desk:
             elif server.last_seen is None:
                 state = "never seen"
             else:
-                state = f"last seen {format_age(now - server.last_seen)}"
-            shown = escape(server.entry.display_name or server.name)
+                state = f"last seen {format_age(self.state.loop.time() - server.last_seen)}"
             url = f"//{server.hosts[0]}{port[0] if port else ''}/" if server.hosts else f"./{server.name}/"
-            link = f'<a href="{escape(url)}">{shown}</a>'
+            link = f'<a href="{escape(url)}">{escape(server.entry.display_name or server.name)}</a>'
             state = f'<span class="{"on" if server.connected else "q"}">{state}</span>'
             requests = f"{sum(server.statuses.values()):,}"
             rows.append((link, state, requests, format_size(server.body_bytes), str(server.in_flight)))
