@@ -148,7 +148,7 @@ MAX_AT_WORK = 128  # requests of one client address at work at one server, half 
 MAX_FROM_ADDRESS = 500  # requests from one client address waiting or in flight at one server; the next gets 503
 MAX_LOST = 200  # ids in one PTTH-Lost: 6.6 KiB, and nginx accepts 8 KiB for one field
 MAX_INSTANCES = 64  # servers of one name that are counted
-SPARE_DESCRIPTORS = 64  # reserved for files and open connections; with only these left, a new connection gets 503
+SPARE_DESCRIPTORS = 64  # or half, for files and open connections; with only these left, a new connection gets 503
 MAX_ACCEPTS = 32  # connections accepted in one turn of the loop; fewer than SPARE_DESCRIPTORS
 HASH_SHARE = 0.2  # share of the relay's time for hashing unverified keys of registered names
 STRANGER_SHARE = 0.05  # the same for names that are not registered; a hash without the blake3 package takes 0.1 ms
@@ -1862,7 +1862,8 @@ class HTTPServer:
         self.busy: set[Connection] = set()  # those with a request in flight
         self.stopping = False
         self._last_loop_error = -math.inf  # when a failed accept was last logged, in the loop's time
-        self._max_descriptor = raise_file_limit() - SPARE_DESCRIPTORS
+        limit = raise_file_limit()
+        self._max_descriptor = max(limit - SPARE_DESCRIPTORS, limit // 2)
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
 

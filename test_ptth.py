@@ -8697,6 +8697,14 @@ class TestFaults:
         told = process.stderr.read()
         assert told.count(b"\n") <= 2, told
 
+    @pytest.mark.parametrize("limit", [24, 64])
+    def test_with_a_low_limit_of_descriptors_it_serves(self, limit: int, files: str) -> None:
+        port = free_port()
+        command = f"ulimit -n {limit}; exec {sys.executable} {PROGRAM} file-server {files} --port {port} -q"
+        with program("bash", "-c", command, port=port):
+            for target in ("/hello.txt", "/?zip", "/"):
+                assert one(fetch(port, get(target)))[0] == 200
+
     @pytest.mark.parametrize("name", ["dup", "pipe2"])
     def test_without_descriptors_downloads_go_on(
         self, name: str, open_tunnel: object, tmp_path: object, monkeypatch: Patch
