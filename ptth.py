@@ -131,6 +131,7 @@ MAX_KEY = 128  # bytes of an API key; a longer one is refused before it is hashe
 STDERR_TIMEOUT = 1.0  # seconds to wait for room in a full pipe; then what is written to stderr is lost
 MAX_SCRAPER_DAYS = 30  # days that a scraper's key may be valid
 MAX_P3_REQUESTS = 64  # requests in one P3
+MIN_HALF = 8  # requests in one P3, even if that is more than half of those in flight
 MAX_BATCH_BYTES = 256 * 1024  # bytes of heads in one P3
 MAX_RESPONSES_BYTES = 384 * 1024  # bytes of responses in one batch; relays of all versions read at least 432 KiB
 MAX_BATCHED_BODY = 64 * 1024  # bytes of a body in a batch to a far relay; to a near one SMALL_BODY
@@ -5617,9 +5618,11 @@ class RegisteredServer:
     def next_requests(self, instance: str, features: set[str]) -> list[Exchange]:
         """Return the requests for one P3, and move them from `waiting` to `offered`.
 
-        No client address gets all handlers of the server, for example by uploads that never end.
+        No client address gets all handlers of the server, for example by uploads that never end. A server of this
+        program gets half of those in flight at a time: while it handles them, the relay has the others to do.
         """
         self.features = features
+        most = min(max(self.in_flight // 2, MIN_HALF), MAX_P3_REQUESTS) if "listen" in features else MAX_P3_REQUESTS
         batch: list[Exchange] = []
         size = 0
         at_work: Counter[str] = Counter()
@@ -5629,7 +5632,7 @@ class RegisteredServer:
             if exchange.address and at_work[exchange.address] >= MAX_AT_WORK:
                 continue
             size += len(exchange.head)
-            if len(batch) == MAX_P3_REQUESTS or batch and size > MAX_BATCH_BYTES:
+            if len(batch) == most or batch and size > MAX_BATCH_BYTES:
                 break
             del self.waiting[exchange.request_id]
             if not exchange.adapt_to(features):

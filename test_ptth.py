@@ -4814,6 +4814,21 @@ class TestRelay:
         hand.complete(identity, clients[2])
         listener.close()
 
+    @pytest.mark.parametrize(("features", "counts"), [("body", [20]), ("body, listen", [10, 10])])
+    def test_a_server_of_this_program_gets_half_of_the_requests_at_a_time(
+        self, features: str, counts: list[int], bare_relay: Tunnel, hand: Hand
+    ) -> None:
+        clients = [Client(bare_relay.port) for _ in range(20)]
+        eventually(lambda: len(bare_relay.registered.waiting) == 20)
+        batches = []
+        for _ in counts:
+            hand.listen(0, f"PTTH-Features: {features}")
+            batches.append(hand.requests())
+        assert [len(batch) for batch in batches] == counts
+        for identity, _ in itertools.chain(*batches):
+            hand.reply(identity, OK)
+        assert [client.answer()[0] for client in clients] == [200] * 20
+
     def test_what_waits_is_handed_over_together(self, bare_relay: Tunnel, hand: Hand) -> None:
         clients = [Client(bare_relay.port, f"/{i}") for i in range(70)]
         eventually(lambda: len(bare_relay.registered.waiting) == 70)
