@@ -3903,13 +3903,15 @@ class Site:
 
         For a range request it is always `plain`. The other files are closed.
         """
-        if "accept-encoding" not in request.headers:
-            return plain, "", ""
+        path = self._inside + b"/".join(segments)
+        there = [encoding for encoding, (name, _) in ENCODINGS.items() if os.access(path + name, os.F_OK)]
+        if not there:
+            return plain, "", ""  # the usual case, without the cost of exceptions
         varies = ""
         ranged = request.method == "GET" and "range" in request.headers
         accepted = {} if ranged else parse_weights(request.headers, "accept-encoding")
-        weight = {encoding: accepted.get(encoding, accepted.get("*", 0)) for encoding in ENCODINGS}
-        for encoding in sorted(ENCODINGS, key=lambda encoding: -weight[encoding]):
+        weight = {encoding: accepted.get(encoding, accepted.get("*", 0)) for encoding in there}
+        for encoding in sorted(there, key=lambda encoding: -weight[encoding]):
             name, beginning = ENCODINGS[encoding]
             other = self._open_encoded(plain, (*segments[:-1], segments[-1] + name), beginning)
             if other:
@@ -3922,8 +3924,6 @@ class Site:
 
     def _open_encoded(self, plain: Found, segments: tuple[bytes, ...], beginning: bytes) -> Found | None:
         """Open a file that is `plain` in a content coding, and begins with `beginning`; None if there is none."""
-        if not os.access(self._inside + b"/".join(segments), os.F_OK):
-            return None  # the usual case, without the cost of exceptions
         try:
             other = self.open(segments)
         except ProtocolError:
