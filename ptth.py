@@ -1727,9 +1727,9 @@ def parse_weights(headers: Headers, name: str) -> dict[str, float]:
 
 
 def wants_json(headers: Headers) -> bool:
-    """Return whether Accept names JSON but not HTML. No browser sends that."""
+    """Return whether Accept names JSON, with a larger weight than HTML. No browser sends that."""
     accepted = parse_weights(headers, "accept")
-    return accepted.get("application/json", 0) > 0 and not accepted.get("text/html", 0)
+    return accepted.get("application/json", 0) > accepted.get("text/html", 0)
 
 
 def error_response(request: Request, error: ProtocolError) -> Response:

@@ -3065,6 +3065,15 @@ class TestFileServer:
     def test_links_that_leave_when_asked_for(self, root: str) -> None:
         assert ask(self.site(root, follow_symlinks=True), "/outdir/secret")[2] == b"secret\n"
 
+    @pytest.mark.parametrize(
+        ("accept", "kind"),
+        [("application/json", "json"), ("APPLICATION/JSON;q=0.1, text/plain, */*", "json"), ("application/json;q=0.9, text/html;q=0.8", "json"),
+         ("text/html;q=0, application/json;q=0.5", "json"), ("text/html, application/json", "html"), ("application/json;q=0.8, text/html;q=0.9", "html"),
+         ("application/json;q=0", "html"), ("*/*", "html"), ("text/html, application/xhtml+xml, */*;q=0.8", "html")],
+    )  # fmt: skip
+    def test_a_listing_is_of_the_kind_that_is_preferred(self, accept: str, kind: str, root: str) -> None:
+        assert kind in ask(self.site(root), "/", f"Accept: {accept}")[1]["content-type"]
+
     def test_without_listing_there_is_no_json_and_no_zip(self, root: str) -> None:
         handler = self.site(root, listing=False)
         for path, fields in (("/", []), ("/?zip", []), ("/", ["Accept: application/json"])):
