@@ -2448,20 +2448,24 @@ class HTTPClient:
         """Send a request; return the response when its head has arrived. A `Handler`; for `timeout` see `exchange`.
 
         A `repeatable` request, or a GET or HEAD without a body, may take an idle connection. If that is closed, the
-        request is sent once more on a new one. A `repeatable` one in memory is sent once more in any case. Raises what
-        `exchange` and `connect` do.
+        request is sent once more on a new one, also after 408, with which some servers announce that (RFC 9110,
+        15.5.9). A `repeatable` one in memory is sent once more in any case. Raises what `exchange` and `connect` do.
 
         Any other request takes a new connection, for itself alone: if all of those were kept, there would soon be no
         descriptors left. And an app that does not read a body would take it for the next request.
         """
         idle = repeatable or request.method in ("GET", "HEAD") and request.body is EMPTY
         connection = self.take_idle() if idle else None
-        again = connection is not None or repeatable and request.body.data is not None
+        is_reused = connection is not None
         try:
             connection = connection or await self.connect()
             connection.must_close = not idle
-            return await self.exchange(connection, request, timeout)
+            response = await self.exchange(connection, request, timeout)
+            if not is_reused or response.status != 408:
+                return response
+            await response.body.aclose()
         except ConnectionError as error:
+            again = is_reused or repeatable and request.body.data is not None
             if not again or isinstance(error, IncompleteBody):
                 raise
         return await self.exchange(await self.connect(), request, timeout)

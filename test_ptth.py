@@ -2066,6 +2066,28 @@ class TestHTTPClient:
                 assert await response.body.read_all(100) == (b"hello" if method == "GET" else b"")
                 await response.body.aclose()
 
+    @in_loop
+    async def test_408_on_an_idle_connection_is_not_the_response(self) -> None:
+        """It may be on its way already when the request is sent."""
+        taken = 0
+
+        async def origin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal taken
+            taken += 1
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(self.OK if taken < 3 else b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
+            writer.close()
+
+        async with client_to(origin) as client:
+            answers = []
+            for _ in range(3):  # the last 408 is on a new connection
+                response = await client.handle(ptth.Request("GET", "/", ptth.Headers()))
+                await response.body.aclose()
+                answers.append((response.status, taken))
+            assert answers == [(200, 1), (200, 2), (408, 3)]
+
     def test_an_upgrade_gives_two_plain_directions(self) -> None:
         request = ptth.Request("GET", "/", ptth.Headers(), body=self.Slow(1), upgrade="websocket")
         reply = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n\r\nhello"
