@@ -500,7 +500,7 @@ class Body:
     complete = True  # False while the peer has not sent all of it
     expects = False  # the peer waits for 100 Continue before it sends the body
     replayable = False  # `write_to` may be called again, and starts from the beginning
-    begun = False  # sending has begun; only PrefixedBody tells it
+    begun = False  # sending has begun; only JoinedBody tells it
     on_end: Callable[[], Awaitable[None]] | None = None  # called by `aclose`, once
     _pieces: AsyncIterator[bytes] | None = None
 
@@ -579,21 +579,31 @@ class BytesBody(Body):
             yield self.data[start : start + READ_SIZE]
 
 
-class PrefixedBody(Body):
-    """A body with some bytes before it, for `write_to` only. It does not own the body, so `aclose` does nothing."""
+class JoinedBody(Body):
+    """Several bodies, one after the other."""
 
-    def __init__(self, prefix: bytes, body: Body) -> None:
-        self._prefix = prefix
-        self._body = body
-        self.length = None if body.length is None else len(prefix) + body.length
-        self.data = None if body.data is None else prefix + body.data
-        self.complete = body.complete
-        self.replayable = body.replayable
+    def __init__(self, *bodies: Body) -> None:
+        self._bodies = bodies
+        lengths = [body.length for body in bodies if body.length is not None]
+        self.length = sum(lengths) if len(lengths) == len(bodies) else None
+        data = [body.data for body in bodies if body.data is not None]
+        self.data = b"".join(data) if len(data) == len(bodies) else None
+        self.complete = all(body.complete for body in bodies)
+        self.replayable = all(body.replayable for body in bodies)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for body in self._bodies:
+            async for piece in body:
+                yield piece
 
     async def write_to(self, sink: Sink) -> None:
         self.begun = True
-        await sink.send(self._prefix)
-        await self._body.write_to(sink)
+        for body in self._bodies:
+            await body.write_to(sink)
+
+    async def aclose(self) -> None:
+        for body in self._bodies:
+            await body.aclose()
 
 
 class AbsentBody(BytesBody):
@@ -3253,29 +3263,6 @@ class FileBody(Body):
         self._file.close()
 
 
-class JoinedBody(Body):
-    """Several bodies of known lengths, one after the other."""
-
-    replayable = True
-
-    def __init__(self, bodies: list[Body]) -> None:
-        self._bodies = bodies
-        self.length = sum(body.length or 0 for body in bodies)
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for body in self._bodies:
-            async for piece in body:
-                yield piece
-
-    async def write_to(self, sink: Sink) -> None:
-        for body in self._bodies:
-            await body.write_to(sink)
-
-    async def aclose(self) -> None:
-        for body in self._bodies:
-            await body.aclose()
-
-
 class ListingEntry(NamedTuple):
     """One line of a directory listing."""
 
@@ -4348,7 +4335,7 @@ def _multipart(found: Found, kind: str, boundary: str, ranges: list[tuple[int, i
         content_range = f"bytes {first}-{last}/{found.facts.st_size}"
         head = f"\r\n--{boundary}\r\nContent-Type: {kind}\r\nContent-Range: {content_range}\r\n\r\n"
         bodies += [BytesBody(head.encode("latin-1")), FileBody(found, first, last - first + 1)]
-    return JoinedBody([*bodies, BytesBody(f"\r\n--{boundary}--\r\n".encode("latin-1"))])
+    return JoinedBody(*bodies, BytesBody(f"\r\n--{boundary}--\r\n".encode("latin-1")))
 
 
 _COMMIT = threading.Lock()  # held from the check that a name is free until the upload has that name
@@ -7176,7 +7163,7 @@ class Sender:
             sent = body if has_body(method, response.status) else EMPTY
             in_parts = "parts" in self.features and (self._is_too_large(sent) or sent is body and is_stream(response))
             path = f"http_response/{request_id}"
-            if in_parts or await self._post([request_id], path, PrefixedBody(head, sent), kind):
+            if in_parts or await self._post([request_id], path, JoinedBody(BytesBody(head), sent), kind):
                 await self._send_parts(request_id, head, body, endless=is_endless(response))
         finally:
             await body.aclose()

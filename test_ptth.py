@@ -7230,7 +7230,7 @@ class TestServer:
 
         async with listening(ptth.HTTPServer(keep)) as port:
             client = client_of(port)
-            status, _ = await client.post("/", [], ptth.PrefixedBody(begin, Stream(pieces)))
+            status, _ = await client.post("/", [], ptth.JoinedBody(ptth.BytesBody(begin), Stream(pieces)))
             client.close()
         assert (status, bodies) == (200, [begin + b"onetwo"])
 
