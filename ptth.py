@@ -472,9 +472,6 @@ class Peer(Protocol):
 class Sink(Protocol):
     """What a body is written to: a connection, or a wrapper around one."""
 
-    can_send_file: bool  # if not, a file's bytes are sent by `send`
-    can_splice: bool  # if not, bytes that another connection receives are sent by `send`
-
     @property
     def written(self) -> int:
         """The number of bytes written so far."""
@@ -482,8 +479,8 @@ class Sink(Protocol):
     async def send(self, data: bytes) -> None:
         """Send `data`; returns when the sink can take more. ConnectionError when the connection is closed or stalls."""
 
-    async def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Send `count` bytes of an open file from `offset`; raises IncompleteBody when the file is shorter."""
+    async def send_file(self, fd: int, offset: int, count: int) -> bool:
+        """Send `count` bytes of a file; False, and nothing sent, if impossible. IncompleteBody if it has fewer."""
 
     async def splice(self, source: Any, count: int) -> bool:
         """Send the next `count` bytes that the connection `source` receives; False, and nothing sent, if impossible."""
@@ -919,8 +916,7 @@ class Connection:
         self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]  # typeshed promises less
         self.sock: socket.socket = writer.get_extra_info("socket")
         tls = writer.get_extra_info("sslcontext") is not None
-        self.can_send_file = hasattr(os, "sendfile") and not tls and not limiter
-        self.can_splice = hasattr(os, "splice") and not tls and not limiter  # by os.splice, from socket to socket
+        self.is_plain = not (tls or limiter)  # the kernel may send bytes by itself: from a file, from another socket
         name = writer.get_extra_info("peername")
         self.peer = str(name[0]).removeprefix("::ffff:") if name else "-"
         self.buffer = b""
@@ -1051,18 +1047,20 @@ class Connection:
             await self._drain()
             self.transport.set_write_buffer_limits()
 
-    async def send_file(self, fd: int, offset: int, count: int) -> None:
+    async def send_file(self, fd: int, offset: int, count: int) -> bool:
         """Send `count` bytes of the file from `offset`; raises IncompleteBody when the file has fewer.
 
+        Returns False, with nothing sent, for TLS, with a limiter, without os.sendfile, or when no descriptor is left.
         Uses os.sendfile, because loop.sendfile cannot tell a slow peer from a stalled one, and stops reading the
         connection, on which a relay may answer early that the client is gone.
         """
+        if not (self.is_plain and hasattr(os, "sendfile")):
+            return False
         await self.flush()
         try:
             duplicate = os.dup(self.sock.fileno())  # add_writer refuses the descriptor of a transport itself
-        except OSError:  # no descriptor left
-            await send_by_reading(self, fd, offset, count)
-            return
+        except OSError:
+            return False
         try:
             while count:
                 try:
@@ -1076,15 +1074,18 @@ class Connection:
                 count -= sent
                 self.written += sent
                 await asyncio.sleep(0)  # let other connections run, however fast this peer reads
+            return True
         finally:
             os.close(duplicate)  # at once: while it is open, an aborted connection stays open
 
     async def splice(self, source: Connection, count: int) -> bool:
         """Send the next `count` bytes that `source` receives by os.splice, without copying them (Linux).
 
-        The buffer of `source` must be empty. Returns False, with nothing sent, when no descriptors are left.
+        The buffer of `source` must be empty. Returns False, with nothing sent, for the reasons that `send_file` has.
         IncompleteBody when `source` ends early; ConnectionError when either peer stalls.
         """
+        if not (self.is_plain and source.is_plain and hasattr(os, "splice")):
+            return False
         await self.flush()
         opened: list[int] = []
         flags = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -1151,16 +1152,6 @@ class Connection:
         callbacks, self.on_close = self.on_close, []
         for callback in callbacks:
             callback()
-
-
-async def send_by_reading(sink: Sink, fd: int, offset: int, count: int) -> None:
-    """Do what `send_file` does, without os.sendfile."""
-    for start in range(offset, offset + count, WRITE_HIGH_WATER):
-        size = min(WRITE_HIGH_WATER, offset + count - start)
-        data = read_at(fd, start, size)
-        await sink.send(data)
-        if len(data) < size:
-            raise IncompleteBody("the file became shorter")
 
 
 async def wait_ready(connection: Connection, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
@@ -1516,8 +1507,7 @@ class IncomingBody(Body):
     async def write_to(self, sink: Sink) -> None:
         if self.expects:
             await sink.send(await self.read())  # sends 100 Continue, without which nothing could be spliced
-        worth_it = self.remaining >= SPLICE_MIN and not self.chunked
-        if worth_it and self.connection.can_splice and sink.can_splice:
+        if self.remaining >= SPLICE_MIN and not self.chunked and self.connection.is_plain:
             await self._splice_to(sink)
         while piece := await self.read():
             await sink.send(piece)
@@ -1547,8 +1537,6 @@ class IncomingBody(Body):
 class ChunkedSink:
     """Writes each piece to another sink as a chunk (RFC 9112, 7.1)."""
 
-    can_send_file = can_splice = False
-
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
 
@@ -1562,12 +1550,12 @@ class ChunkedSink:
         if data:
             await self._sink.send(format_chunk(data))
 
-    async def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Never called, because `can_send_file` is False."""
-        raise NotImplementedError
+    async def send_file(self, fd: int, offset: int, count: int) -> bool:
+        """Return False: a file of known length is never sent in chunks."""
+        return False
 
     async def splice(self, source: Any, count: int) -> bool:
-        """Return False, since a chunk needs its size first."""
+        """Return False: what is spliced has a known length, too."""
         return False
 
 
@@ -3253,11 +3241,11 @@ class FileBody(Body):
             await asyncio.sleep(0)  # let other connections run, however fast this peer reads
 
     async def write_to(self, sink: Sink) -> None:
-        if self.length is None or not sink.can_send_file:
+        if self.length is None:
             await super().write_to(sink)
-            return
         for offset, count in self.slices(4 * SENDFILE_SIZE):
-            await sink.send_file(self._file.fd, offset, count)
+            if not await sink.send_file(self._file.fd, offset, count):
+                await Body.write_to(FileBody(self._file, offset, count), sink)
 
     async def aclose(self) -> None:
         self._file.close()

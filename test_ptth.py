@@ -1461,7 +1461,7 @@ class TestConnections:
             elif by == "splice":
                 await ptth.IncomingBody(source, 200 * ptth.SENDFILE_SIZE).write_to(stream)
             else:
-                stream.can_send_file, stream.transport.write = False, lambda data: None
+                stream.is_plain, stream.transport.write = False, lambda data: None
                 with open(tmp_path / "x", "wb+") as file:
                     file.truncate(50 * ptth.READ_SIZE)
                     found = ptth.Found(file.fileno(), os.fstat(file.fileno()), b"")
