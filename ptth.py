@@ -972,18 +972,16 @@ class Connection:
         elif self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self._end()
 
-    def has_unasked(self) -> bool:
-        """Return whether an idle connection has received bytes, which belong to no request: it must not be reused.
-
-        Some servers send 408 before they close an idle connection. It would be taken for the next response.
-        """
-        reading = self.reader.read(1)
+    def take_received(self) -> bytes | None:
+        """Return bytes that asyncio has read, b"" at the end of the stream; None if it would be necessary to wait."""
+        reading = self.reader.read(READ_SIZE)
         try:
             reading.send(None)  # one step: without bytes it would wait
-        except (StopIteration, OSError):  # the error is that of an earlier read
-            return True
+        except StopIteration as end:
+            data: bytes = end.value
+            return data
         reading.close()
-        return False
+        return None
 
     async def fill(self, timeout: float | None = None) -> bool:
         """Append at least one received byte to `buffer`; return False at the end of the stream.
@@ -1177,19 +1175,13 @@ def keep_received(connection: Connection) -> None:
             connection.reader.feed_data(data)
 
 
-async def take_buffered(connection: Connection) -> None:
+def take_buffered(connection: Connection) -> None:
     """Pause reading, and move into `buffer` all that asyncio has read: the rest stays in the socket."""
-    while True:
-        # Again each time: a StreamReader resumes its transport when it is empty.
-        connection.transport.pause_reading()
-        try:
-            async with asyncio.timeout(0):  # asyncio has no read that does not wait
-                data = await connection.reader.read(READ_SIZE)
-        except TimeoutError:
-            return
-        if not data:
-            return  # end of the stream: `buffer` may hold the rest of the body
+    # Again each time: a StreamReader resumes its transport when it is empty.
+    connection.transport.pause_reading()
+    while data := connection.take_received():
         connection.buffer += data
+        connection.transport.pause_reading()
 
 
 async def read_request_head(connection: Connection) -> bytes:
@@ -1516,7 +1508,7 @@ class IncomingBody(Body):
         """Send what asyncio has read already, then splice the rest, if descriptors are left for that."""
         connection = self.connection
         try:
-            await take_buffered(connection)
+            take_buffered(connection)
             while self.unread_data or connection.buffer and self.remaining:
                 await sink.send(await self.read())
             while count := min(self.remaining, 4 * SENDFILE_SIZE):
@@ -2426,10 +2418,13 @@ class HTTPClient:
                 connection.sweep(now)
 
     def take_idle(self, *, oldest: bool = False) -> Connection | None:
-        """Take an idle connection, the last used or the `oldest`; None when there is none."""
+        """Take an idle connection, the last used or the `oldest`; None when there is none.
+
+        Some servers send 408 before they close an idle connection. It would be taken for the next response.
+        """
         while self.idle:
             connection, _ = self.idle.popleft() if oldest else self.idle.pop()
-            if not (connection.at_eof() or connection.has_unasked()):
+            if not connection.at_eof() and connection.take_received() is None:
                 return connection
             connection.close()
         return None
