@@ -1061,11 +1061,8 @@ class Connection:
             return False
         try:
             while count:
-                try:
-                    sent = os.sendfile(duplicate, fd, offset, min(count, SENDFILE_SIZE))
-                except BlockingIOError:
-                    await wait_ready(self, duplicate, self.loop.add_writer, self.loop.remove_writer)
-                    continue
+                size = min(count, SENDFILE_SIZE)
+                sent = await move_bytes(self, duplicate, os.sendfile, duplicate, fd, offset, size, writes=True)
                 if not sent:
                     raise IncompleteBody("the file became shorter")
                 offset += sent
@@ -1086,8 +1083,7 @@ class Connection:
             return False
         await self.flush()
         opened: list[int] = []
-        flags = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
-        filled = 0
+        move = functools.partial(os.splice, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
         try:
             try:
                 for sock in (source.sock, self.sock):
@@ -1096,22 +1092,16 @@ class Connection:
             except OSError:
                 return False
             from_socket, to_socket, outlet, inlet = opened
-            while count or filled:
-                try:
-                    if not filled:
-                        filled = os.splice(from_socket, inlet, min(count, SENDFILE_SIZE), flags=flags)
-                        if not filled:
-                            raise IncompleteBody("the connection ended inside a body")
-                        count -= filled
-                except BlockingIOError:
-                    await wait_ready(source, from_socket, self.loop.add_reader, self.loop.remove_reader)
-                    continue
-                try:
-                    moved = os.splice(outlet, to_socket, filled, flags=flags)
+            while count:
+                size = min(count, SENDFILE_SIZE)
+                filled = await move_bytes(source, from_socket, move, from_socket, inlet, size, writes=False)
+                if not filled:
+                    raise IncompleteBody("the connection ended inside a body")
+                count -= filled
+                while filled:
+                    moved = await move_bytes(self, to_socket, move, outlet, to_socket, filled, writes=True)
                     filled -= moved
                     self.written += moved
-                except BlockingIOError:
-                    await wait_ready(self, to_socket, self.loop.add_writer, self.loop.remove_writer)
             return True
         finally:
             for fd in opened:
@@ -1152,18 +1142,26 @@ class Connection:
             callback()
 
 
-async def wait_ready(connection: Connection, fd: int, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
-    """Wait until a descriptor can be read or written; ConnectionError after `stall_timeout` seconds."""
-    ready = connection.loop.create_future()
-    add(fd, lambda: None if ready.done() else ready.set_result(None))
-    try:
-        async with asyncio.timeout(connection.stall_timeout):
-            await ready
-    except TimeoutError:
-        connection.stalled = True
-        raise ConnectionResetError("the peer stalls") from None
-    finally:
-        remove(fd)
+async def move_bytes(connection: Connection, fd: int, move: Callable[..., int], *args: int, writes: bool) -> int:
+    """Return the result of a system call that reads or `writes`; while it would block, wait until `fd` is ready.
+
+    ConnectionError after `stall_timeout` seconds.
+    """
+    loop = connection.loop
+    add, remove = (loop.add_writer, loop.remove_writer) if writes else (loop.add_reader, loop.remove_reader)
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return move(*args)
+        ready = asyncio.Event()
+        add(fd, ready.set)
+        try:
+            async with asyncio.timeout(connection.stall_timeout):
+                await ready.wait()
+        except TimeoutError:
+            connection.stalled = True
+            raise ConnectionResetError("the peer stalls") from None
+        finally:
+            remove(fd)
 
 
 def keep_received(connection: Connection) -> None:
