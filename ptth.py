@@ -4990,16 +4990,6 @@ def pack_batched(request_id: str, response: Response, body: bytes) -> bytes:
     return pack_response_head(response, batched) + body
 
 
-class BatchedResponse(NamedTuple):
-    """One response of a batch, or the `error` in it."""
-
-    request_id: str
-    status: int
-    headers: Headers
-    body: bytes
-    error: ProtocolError | None = None
-
-
 # This program puts both fields first; other servers may put them anywhere.
 _BATCHED_FIRST = re.compile(
     rb"([^\r\n]*\r\n)PTTH-Request-Id: ([0-9A-Za-z]{8,64})\r\nPTTH-Body-Length: ([0-9]{1,9})\r\n"
@@ -5007,8 +4997,11 @@ _BATCHED_FIRST = re.compile(
 _BODY_LENGTH = re.compile(rb"\r\nPTTH-Body-Length: ([0-9]{1,9})\r\n", re.IGNORECASE)
 
 
-def unpack_responses(data: bytes) -> Iterator[BatchedResponse]:
-    """Yield the responses of a batch. ProtocolError 400 when the start of the next one is unknown."""
+def unpack_responses(data: bytes) -> Iterator[tuple[str, bytes, bytes]]:
+    """Yield the (id, head, body) of each response of a batch; the head is for `parse_inner_response`.
+
+    ProtocolError 400 when the start of the next one is unknown.
+    """
     position = 0
     while position < len(data):
         end = data.find(b"\r\n\r\n", position) + 4
@@ -5022,11 +5015,7 @@ def unpack_responses(data: bytes) -> Iterator[BatchedResponse]:
         position = end + int(length)
         if end < 4 or not request_id or position > len(data):
             raise ProtocolError(400, "a batch with a response that has no id, no length or no end", close=True)
-        try:
-            status, headers = parse_inner_response(head)
-            yield BatchedResponse(request_id.decode("ascii"), status, headers, data[end:position])
-        except ProtocolError as error:
-            yield BatchedResponse(request_id.decode("ascii"), 0, Headers(), b"", error)
+        yield request_id.decode("ascii"), head, data[end:position]
 
 
 def parse_inner_response(head: bytes, upgrade: str = "") -> tuple[int, Headers]:
@@ -6555,13 +6544,12 @@ class Responses:
         Unknown ids, and those with a response already, are ignored, so a server may send a batch again.
         """
         data = await self._read_batch(request.body, server)
-        for request_id, status, headers, content, error in unpack_responses(data):
+        for request_id, head, content in unpack_responses(data):
             exchange = self.state.exchanges.get(request_id)
             if exchange is None or exchange.server is not server or exchange.response.done():
                 continue
             try:
-                if error:
-                    raise error
+                status, headers = parse_inner_response(head)
                 exchange.response.set_result(self._make_response(exchange, status, headers, BytesBody(content)))
             except ProtocolError as problem:
                 exchange.fail(502, f"the server's response cannot be used: {problem.reason}")
