@@ -6773,10 +6773,6 @@ class KeyRefused(Refused):
     """The relay does not know this name with this key."""
 
 
-class _Stopped(Exception):
-    """`TunnelServer.stop` was called."""
-
-
 _NO_REQUEST = Request("GET", "-", Headers())  # in place of a request that is unknown or cannot be parsed
 
 
@@ -6796,26 +6792,14 @@ class Workers:
         self._count = 0  # number of workers, the tasks that handle what is queued
         self._batched = 0  # small responses that wait for their batch
 
-    def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run `work` as a task. An exception in it ends the server."""
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None] | None:
+        """Run `work` as a task. An exception in it ends the server. Returns None if the server is ending."""
         try:
             assert self.group
-            self.group.create_task(work)
-        except RuntimeError:  # the server is ending
+            return self.group.create_task(work)
+        except RuntimeError:
             work.close()
-
-    async def unless_stopped(self, work: Awaitable[T]) -> T:
-        """Return the result of `work`. At the stop, cancel it and raise _Stopped."""
-        task = asyncio.ensure_future(work)
-        stopping = asyncio.create_task(self.stopping.wait())
-        try:
-            await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if not task.done() or self.stopping.is_set():
-                raise _Stopped
-            return await task
-        finally:
-            task.cancel()
-            stopping.cancel()
+            return None
 
     def add(self, request_id: str, request: Request | ProtocolError, sender: Sender) -> None:
         """Queue a request for `start`. One that is queued or handled already is ignored."""
@@ -7358,42 +7342,35 @@ class Link:
         self._parked: set[Connection] = set()  # connections of P1 without an answer yet
         self._last_logged = ""
         self._host = ""  # this server's own host at the relay, if any
-        self._most_polls = 0  # P1 that may be open at the same time
         self._reporting = False
         self._sender = Sender(client, name, key, workers, self._log_change)
         self._sender.on_loss = self._report
 
     async def run(self) -> None:
-        """Stay connected until the stop. After a failure try again, for ever, at first after BACKOFF_MIN."""
+        """Stay connected, until the stop cancels this. After a failure try again, at first after BACKOFF_MIN."""
         loop = asyncio.get_running_loop()
         pauses = backoff()
-        with contextlib.suppress(_Stopped):
-            while not self._stopping.is_set():
-                try:
-                    took = await self._workers.unless_stopped(self._connect())
-                    failure: asyncio.Future[Exception] = loop.create_future()  # its result: why a poll failed
-                    began = loop.time()
-                    self._most_polls = 0
-                    self._set_distance(took, failure)
-                    if not self._sender.rust_relay:
-                        self._spawn(self._measure(took, failure))
-                    error = await self._workers.unless_stopped(failure)
-                    if loop.time() - began > BACKOFF_MAX:  # the connection worked for some time
-                        pauses = backoff()
-                    raise error
-                except KeyRefused:
-                    self._log_change(registration_needed(self.name, self._key))
-                    pause = REFUSED_DELAY
-                except Refused as error:
-                    self._log_change(f"{error}; retrying every {REFUSED_DELAY:.0f} seconds")
-                    pause = REFUSED_DELAY
-                except (OSError, ProtocolError) as error:
-                    host = self.client.origin.authority
-                    self._log_change(f"cannot reach the relay at {host}: {format_error(error)}; retrying")
-                    pause = next(pauses)
-                self.connected.clear()
-                self.on_change()
-                await self._workers.unless_stopped(asyncio.sleep(pause))
+        while not self._stopping.is_set():
+            try:
+                took = await self._connect()
+                began = loop.time()
+                error = await self._poll_until_failure(took)
+                if loop.time() - began > BACKOFF_MAX:  # the connection worked for some time
+                    pauses = backoff()
+                raise error
+            except KeyRefused:
+                self._log_change(registration_needed(self.name, self._key))
+                pause = REFUSED_DELAY
+            except Refused as error:
+                self._log_change(f"{error}; retrying every {REFUSED_DELAY:.0f} seconds")
+                pause = REFUSED_DELAY
+            except (OSError, ProtocolError) as error:
+                host = self.client.origin.authority
+                self._log_change(f"cannot reach the relay at {host}: {format_error(error)}; retrying")
+                pause = next(pauses)
+            self.connected.clear()
+            self.on_change()
+            await asyncio.sleep(pause)
 
     def leave(self) -> None:
         """End the open P1 by a half-close: the relay sends no more requests, and a P3 in flight still arrives."""
@@ -7436,30 +7413,43 @@ class Link:
         self.on_change()
         return took
 
+    async def _poll_until_failure(self, took: float) -> Exception:
+        """Keep P1 open until one fails; return its error. `took`: the seconds that the hello took."""
+        failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        self._sender.near = True
+        self._spawn(self._listen(failure))
+        self._set_distance(took, failure)
+        measuring = None if self._sender.rust_relay else self._spawn(self._measure(took, failure))
+        try:
+            return await failure
+        finally:
+            await end_task(measuring)
+
     async def _measure(self, took: float, failure: asyncio.Future[Exception]) -> None:
-        """Measure the round trip, and check that POST is allowed; again every MEASURE_INTERVAL, until a poll fails.
+        """Measure the round trip, and check that POST is allowed; again every MEASURE_INTERVAL.
 
         The shortest of several round trips counts, because one may be slow by chance. `took` is the first.
         """
         samples = 1 if took < NEAR_ROUND_TRIP else SAMPLES
-        with contextlib.suppress(_Stopped):
-            while not failure.done():
-                try:
-                    for _ in range(samples):
-                        took = min(took, await self._workers.unless_stopped(self._sender.probe()))
-                except (OSError, ProtocolError) as error:
-                    self._log_change(f"cannot post to {self.client.origin.authority}: {format_error(error)}")
-                if took < math.inf:
-                    self._set_distance(took, failure)
-                await self._workers.unless_stopped(asyncio.wait({failure}, timeout=MEASURE_INTERVAL))
-                took, samples = math.inf, SAMPLES
+        for _ in range(3):  # turns of the loop, so that fast responses to the requests of the hello go first
+            await asyncio.sleep(0)
+        while True:
+            try:
+                for _ in range(samples):
+                    took = min(took, await self._sender.probe())
+            except (OSError, ProtocolError) as error:
+                self._log_change(f"cannot post to {self.client.origin.authority}: {format_error(error)}")
+            if took < math.inf:
+                self._set_distance(took, failure)
+            await asyncio.sleep(MEASURE_INTERVAL)
+            took, samples = math.inf, SAMPLES
 
     def _set_distance(self, round_trip: float, failure: asyncio.Future[Exception]) -> None:
         """Poll a near relay with one P1, a far one with FAR_P1. A relay in Rust allows only one."""
-        self._sender.near = round_trip < NEAR_ROUND_TRIP or self._sender.rust_relay
-        before, self._most_polls = self._most_polls, 1 if self._sender.near else FAR_P1
-        for number in range(before, self._most_polls):
-            self._spawn(self._listen(number, failure))
+        was_near, self._sender.near = self._sender.near, round_trip < NEAR_ROUND_TRIP or self._sender.rust_relay
+        if was_near and not self._sender.near:
+            for _ in range(FAR_P1 - 1):
+                self._spawn(self._listen(failure, only_if_far=True))
 
     def _report(self) -> None:
         """Send a P1 with PTTH-Lost at once, because the open ones were sent before the loss."""
@@ -7477,12 +7467,12 @@ class Link:
         finally:
             self._reporting = False
 
-    async def _listen(self, number: int, failure: asyncio.Future[Exception]) -> None:
-        """Poll the relay again and again, until a poll fails, the server stops, or `number` other polls are enough."""
+    async def _listen(self, failure: asyncio.Future[Exception], *, only_if_far: bool = False) -> None:
+        """Poll the relay again and again, until a poll fails, the server stops, or the relay is near."""
         loop = asyncio.get_running_loop()
         try:
             brought = False
-            while number < self._most_polls and not (failure.done() or self._stopping.is_set()):
+            while not (failure.done() or self._stopping.is_set() or only_if_far and self._sender.near):
                 started = loop.time()
                 brought = await self._poll_again(*self._next_poll(brought))
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
@@ -7597,23 +7587,21 @@ class TunnelServer:
         self.connected = asyncio.Event()
         for link in self.links:
             link.on_change = self._note_change
+        self._connecting: list[asyncio.Task[None]] = []  # a task for each link
+        self._limit: asyncio.Timeout | None = None  # while `run` runs
         self._ended = asyncio.Event()
-        self._ended.set()
 
     async def run(self) -> None:
         """Serve until `stop`. An unexpected error or a cancellation ends all tasks at once."""
-        self._ended.clear()
         try:
-            async with asyncio.TaskGroup() as self.workers.group:
-                for link in self.links:
-                    self.workers.spawn(link.run())
-        except BaseExceptionGroup as group:  # `except*` would be a SyntaxError before 3.11, in place of our message
-            _, others = group.split(_Stopped)
-            if others:
-                raise others from None
+            async with asyncio.timeout(None) as self._limit, asyncio.TaskGroup() as self.workers.group:
+                self._connecting = [self.workers.group.create_task(link.run()) for link in self.links]
+        except TimeoutError:
+            pass  # requests in flight have had their time
         finally:
             for link in self.links:
                 link.client.close()
+            self._limit = None
             self._ended.set()
 
     def _note_change(self) -> None:
@@ -7626,18 +7614,13 @@ class TunnelServer:
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Stop polling, wait up to `grace` seconds for requests in flight, and end `run`."""
         self.workers.stopping.set()
+        for task in self._connecting:
+            task.cancel()
         for link in self.links:
             link.leave()
-        try:
-            async with asyncio.timeout(grace):
-                await self._ended.wait()
-        except TimeoutError:
-            self.workers.spawn(self._give_up())
-
-    @staticmethod
-    async def _give_up() -> NoReturn:
-        """End all tasks of the server, by an exception."""
-        raise _Stopped
+        if self._limit:
+            self._limit.reschedule(asyncio.get_running_loop().time() + grace)
+            await self._ended.wait()
 
 
 def is_p3(status: int, headers: Headers) -> bool:

@@ -7530,32 +7530,32 @@ class TestServer:
         monkeypatch.setattr(ptth, "MEASURE_INTERVAL", 0)
         link = ptth.Link(client_of(1), "n", KEY, ptth.Workers(echo))
         samples = iter([0.9, 0.001, 0.9, 0.9, 0.8, 0.7, 0.9, 0.9, OSError("refused"), 0.0, OSError("refused")])
-        seen: list[tuple[int, bool]] = []
+        seen: list[tuple[bool, int]] = []
+        polls = 0
         set_distance = link._set_distance
 
         async def probe() -> float:
             sample = next(samples, None)
             if sample is None:
-                failure.cancel()
-                return 0.0
+                raise asyncio.CancelledError
             if isinstance(sample, OSError):
                 raise sample
             return sample
 
-        async def listen(number: int, failure: object) -> None:
-            pass
+        async def listen(failure: object, *, only_if_far: bool) -> None:
+            nonlocal polls
+            polls += only_if_far
 
         def look(took: float, failure: object) -> None:
             set_distance(took, failure)
-            seen.append((link._most_polls, link._sender.near))
+            seen.append((link._sender.near, polls))
 
         link._sender.probe, link._listen, link._set_distance = probe, listen, look
-        failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         async with asyncio.TaskGroup() as link._workers.group:
-            await link._measure(0.9, failure)
-        near, far = (1, True), (ptth.FAR_P1, False)
+            link._workers.spawn(link._measure(0.9, None))
         # 0.9 and three samples; then three at a time, one of which may fail, and then those before it count
-        assert seen[:4] == [near, far, far, near]
+        more = ptth.FAR_P1 - 1
+        assert seen == [(True, 0), (False, 0), (False, more), (True, more)]
 
     @pytest.mark.parametrize("fault", [False, True])
     def test_an_unexpected_error_and_a_cancellation_end_the_server(
