@@ -545,9 +545,6 @@ class Body:
         async for piece in self:
             await sink.send(piece)
 
-    async def check(self, *, discard: bool) -> None:
-        """Check the framing before the handler runs; `discard`: the handler does not read this body."""
-
     async def drain(self) -> bool:
         """Discard the rest, MAX_DRAIN bytes at most. Return True at the end: then the connection can be reused."""
         return True
@@ -1472,8 +1469,8 @@ class IncomingBody(Body):
     async def check(self, *, discard: bool) -> None:
         """Check the framing of a chunked body before the handler runs: afterwards an error could not be sent.
 
-        Check what has arrived: the client may wait for the response before it sends more. With `discard`, drop up to
-        MAX_DRAIN bytes. ProtocolError 400, 408 or 431; IncompleteBody.
+        Check what has arrived: the client may wait for the response before it sends more. With `discard`, because the
+        handler does not read the body, drop up to MAX_DRAIN bytes. ProtocolError 400, 408 or 431; IncompleteBody.
         """
         if not self.chunked or self.expects:
             return
@@ -1962,9 +1959,9 @@ class HTTPServer:
             request = parse_request_head(data)
             request.connection = connection
             request.secure = self.tls is not None
-            self._find_body(connection, request)
-            if not request.body.complete:
-                await request.body.check(discard=not self.takes_bodies and request.method in ("GET", "HEAD"))
+            if body := self._find_body(connection, request):
+                request.body = body
+                await body.check(discard=not self.takes_bodies and request.method in ("GET", "HEAD"))
             return request
         except TimeoutError:
             if data or connection.buffer:
@@ -1973,19 +1970,20 @@ class HTTPServer:
             await self._refuse(connection, data, error)
         return None
 
-    def _find_body(self, connection: Connection, request: Request) -> None:
-        """Attach the body; find an upgrade; check Expect (RFC 9110, 10.1.1). ProtocolError 417, or of framing."""
+    def _find_body(self, connection: Connection, request: Request) -> IncomingBody | None:
+        """Return the body; note an upgrade; check Expect (RFC 9110, 10.1.1). ProtocolError 417, or of framing."""
         headers = request.headers
         framing = parse_framing(headers, request.minor)
         expects = headers.get("expect", "").lower() if request.minor else ""
         if expects not in ("", "100-continue"):
             raise ProtocolError(417, "an unknown expectation", close=True)
         if framing:
-            request.body = IncomingBody(connection, framing, expects=bool(expects))
-        elif request.method == "GET" and request.minor and "upgrade" in headers.tokens("connection"):
+            return IncomingBody(connection, framing, expects=bool(expects))
+        if request.method == "GET" and request.minor and "upgrade" in headers.tokens("connection"):
             if "websocket" in headers.tokens("upgrade"):
                 request.upgrade = "websocket"
-                request.body = IncomingBody(connection, None)
+                return IncomingBody(connection, None)
+        return None
 
     async def _refuse(self, connection: Connection, data: bytes, error: ProtocolError) -> None:
         """Send an error response to bytes that are not a valid request, and close. HEAD gets no body, as always."""
