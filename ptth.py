@@ -929,7 +929,7 @@ class Connection:
         self.on_close: list[Callable[[], None]] = []
         self.on_continue: Callable[[], None] | None = None  # called when 100 Continue has arrived; set while expected
         self.task: asyncio.Task[object] | None = None  # serves its requests
-        self.waiting = False  # the peer waits for its response; `task` is cancelled when it resets
+        self.busy = False  # a request is in flight; `task` is cancelled when the peer resets
 
     def at_eof(self) -> bool:
         """Return whether the peer will send no more: the connection is half-closed or closed."""
@@ -963,7 +963,7 @@ class Connection:
             else:
                 self.stalled = True
                 self.abort()
-        if self.waiting and self.task and (self.transport.is_closing() or self.is_reset()):
+        if self.busy and self.task and (self.transport.is_closing() or self.is_reset()):
             self.task.cancel()
             self.abort()
         elif self.transport.is_closing() and not self.transport.get_write_buffer_size():
@@ -1845,7 +1845,6 @@ class HTTPServer:
         self.tls = tls
         self.takes_bodies = takes_bodies  # the handler reads also the bodies of GET and HEAD
         self.connections: set[Connection] = set()
-        self.busy: set[Connection] = set()  # those with a request in flight
         self.stopping = False
         self._last_loop_error = -math.inf  # when a failed accept was last logged, in the loop's time
         limit = raise_file_limit()
@@ -1884,7 +1883,7 @@ class HTTPServer:
         self.stopping = True
         for server in self._servers:
             server.close()
-        for connection in self.connections - self.busy:
+        for connection in [connection for connection in self.connections if not connection.busy]:
             # A TLS client may take half a minute to answer a close.
             connection.abort() if connection.buffer or self.tls else connection.close()
         with contextlib.suppress(TimeoutError):
@@ -1923,24 +1922,20 @@ class HTTPServer:
         except (OSError, asyncio.CancelledError):
             connection.abort()  # reset, stalled or incomplete: no error can be sent
         finally:
-            self.busy.discard(connection)
+            connection.busy = False
             connection.close()
 
     async def _serve_request(self, connection: Connection) -> bool:
         """Read one request, call the handler, write the response; return whether another request may follow."""
-        self.busy.discard(connection)
+        connection.busy = False
         if self.stopping and not connection.buffer:
             return False
         request = await self._read_request(connection)
         if request is None:
             return False
         connection.must_close = wants_close(request)
-        connection.waiting = True  # so the task is cancelled when the client resets the connection
-        try:
-            response = await call_handler(self.handler, request)
-            await self._write_response(connection, request, response)
-        finally:
-            connection.waiting = False
+        response = await call_handler(self.handler, request)
+        await self._write_response(connection, request, response)
         # More bytes may come of an incomplete body, or after a request without one. Under TLS, which has no half-close,
         # do not wait for the latter: a client that reads to the end of the connection would wait LINGER_TIMEOUT, too.
         needed = not request.body.complete or request.body is EMPTY and not self.tls
@@ -1955,7 +1950,7 @@ class HTTPServer:
             data = await read_request_head(connection)
             if not data:
                 return None
-            self.busy.add(connection)
+            connection.busy = True
             request = parse_request_head(data)
             request.connection = connection
             request.secure = self.tls is not None
