@@ -672,7 +672,7 @@ _HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|{_REG_NAME})(?::[0-9]*)?")
 _ABSOLUTE = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]+")
 _CHUNK_LINE = re.compile(rb"0*([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
-_TRAILERS = re.compile(_FIELD_LINES.encode("ascii"))
+_TRAILER = re.compile(rf"{TOKEN}:[\t\x20-\x7e\x80-\xff]*".encode("ascii"))
 CHUNKED = -1  # in place of a body's length: it comes in chunks
 PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -852,12 +852,6 @@ def parse_chunk_line(line: bytes) -> int:
     if match is None:
         raise ProtocolError(400, "a chunk without a valid size", close=True)
     return int(match[1], 16)
-
-
-def parse_trailers(data: bytes) -> None:
-    """Check the trailer fields, which are then discarded (RFC 9112, 7.1.2); ProtocolError 400."""
-    if not _TRAILERS.fullmatch(data):
-        raise ProtocolError(400, "an invalid trailer field", close=True)
 
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -1361,7 +1355,7 @@ class IncomingBody(Body):
         self.expects = expects
         self.unread_data = b""  # bytes that `unread` has given back
         self.overhead = 0  # bytes of chunk extensions and trailers so far
-        self._expected = "size"  # the next line of the chunked framing: "size", "end" or "trailer"; "" inside a chunk
+        self._expected = "size"  # the next line of the chunked framing: "size", "end" or "trailer"
         self._trailers = 0  # number of trailer fields so far
 
     @property
@@ -1433,7 +1427,6 @@ class IncomingBody(Body):
                 pieces.append(piece)
                 at += len(piece)
                 self.remaining -= len(piece)
-                self._expected = "" if self.remaining else "end"
                 continue
             end = buffer.find(b"\r\n", at)
             if end < 0:
@@ -1457,9 +1450,10 @@ class IncomingBody(Body):
             self._expected = "size"
         elif self._expected == "size":
             self.remaining = parse_chunk_line(line)
-            self._expected = "" if self.remaining else "trailer"
+            self._expected = "end" if self.remaining else "trailer"
         elif line:
-            parse_trailers(line + b"\r\n")
+            if not _TRAILER.fullmatch(line):
+                raise ProtocolError(400, "an invalid trailer field", close=True)
             self._trailers += 1
             if self._trailers > MAX_FIELDS:
                 raise ProtocolError(431, "too many trailer fields", close=True)
@@ -1533,9 +1527,8 @@ class ChunkedSink:
         return self._sink.written
 
     async def send(self, data: bytes) -> None:
-        """Send a chunk, unless `data` is empty: a chunk of size 0 would end the body."""
-        if data:
-            await self._sink.send(format_chunk(data))
+        """Send a chunk."""
+        await self._sink.send(format_chunk(data))
 
     async def send_file(self, fd: int, offset: int, count: int) -> bool:
         """Return False: a file of known length is never sent in chunks."""
