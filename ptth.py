@@ -1183,12 +1183,12 @@ async def read_request_head(connection: Connection) -> bytes:
     blank_lines = checked = 0
     while True:
         data = connection.buffer
-        while data.startswith(b"\r\n") and blank_lines <= MAX_BLANK_LINES:
+        while data.startswith(b"\r\n"):
             blank_lines += 1
+            if blank_lines > MAX_BLANK_LINES:
+                raise ProtocolError(400, "empty lines instead of a request", close=True)
             data = data[2:]
             checked = 0
-        if blank_lines > MAX_BLANK_LINES:
-            raise ProtocolError(400, "empty lines instead of a request", close=True)
         end = data.find(b"\r\n\r\n", max(checked - 3, 0)) + 4
         if end > 3:
             break
