@@ -2646,12 +2646,7 @@ _RUNS_NOTHING = re.compile(
 
 def runs_nothing(kind: str) -> bool:
     """Return whether no browser runs scripts in that Content-Type. No type, two or a malformed one may be HTML."""
-    return len(kind) < 256 and _runs_nothing(kind)
-
-
-@functools.lru_cache(256)
-def _runs_nothing(kind: str) -> bool:
-    return _RUNS_NOTHING.fullmatch(kind) is not None
+    return len(kind) < 256 and _RUNS_NOTHING.fullmatch(kind) is not None
 
 
 @functools.lru_cache(256)  # of names only: a field's value may be a secret
