@@ -2879,7 +2879,10 @@ class App:
         self._logged = ""  # the failure that was logged last; "" after a response
 
     async def handle(self, request: Request) -> Response:
-        """Return the app's response. ProtocolError 502 when there is none, 504 when it comes too late."""
+        """Return the app's response. ProtocolError 502 when there is none, 504 when it comes too late.
+
+        404 for a target that leads above the path in the app's URL: only what is below it is served.
+        """
         safe = request.method in ("GET", "HEAD")
         if not self._asked and not safe:
             await self._probe(request)
@@ -2927,6 +2930,8 @@ class App:
 
     async def _send(self, request: Request, *, local: bool) -> Response:
         """Send the request to the app, with its local or its public host name; return its response for the client."""
+        if self.client.origin.path and climbs(request.target.partition("?")[0]):
+            raise ProtocolError(404, "the path leads above the app's own")
         # Each proxy may add to the list; the first is the visitor's. Traefik says wss of a WebSocket.
         scheme = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
         public = f"http{'s' if scheme in ('https', 'wss') else ''}://{request.headers.get('host', '')}"

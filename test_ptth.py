@@ -4610,6 +4610,16 @@ class TestApp:
         ((_, fields, _),) = self.ask([("GET", [], b"")], mode, [("Location", location)], path="/pre")
         assert fields["Location"] == expected
 
+    @pytest.mark.parametrize("target", ["/../x", "/a/../../x", "/%2e%2E/x", "/..%2fx", "/..\\x", "/..;/x", "//../x"])
+    def test_a_target_does_not_lead_above_the_path_of_an_app(self, target: str) -> None:
+        async def ask(path: str, target: str) -> int:
+            async with client_to(lambda reader, writer: writer.write(OK), path) as client:
+                handler = functools.partial(ptth.call_handler, ptth.App(client).handle)
+                return (await handler(ptth.Request("GET", target, ptth.Headers(self.PUBLIC)))).status
+
+        assert in_time(ask("/pre", target)) == 404
+        assert in_time(ask("", target)) == in_time(ask("/pre", f"/a/b{target}?/../../x")) == 200
+
     @pytest.mark.parametrize(
         ("cookie", "expected"),
         [("a=b; Path=/pre", "a=b; Path=/"), ("a=b;path = /pre/z; Secure", "a=b;path = /z; Secure"), ("a=b; Path=/pre/ ;X", "a=b; Path=/ ;X"),
