@@ -8381,7 +8381,7 @@ async def run_relay(args: argparse.Namespace) -> None:
         log_line("ptth relay: no ptth_relay.toml found: using defaults, no server registered")
     else:
         config = load_relay_config(path, args.domain)
-    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, path, args.domain))
+    stop = stop_event(lambda: read_again(args.command, "configuration", reload_relay, relay, config, path, args.domain))
     sock = open_socket(args.bind or config.bind, config.port if args.port is None else args.port)
     relay = Relay(config)
     log = None if args.quiet else AccessLog(relay.state.client_address)
@@ -8393,13 +8393,13 @@ async def run_relay(args: argparse.Namespace) -> None:
     await stop_relay(relay, server)
 
 
-def reload_relay(relay: Relay, path: str, domain: str | None) -> None:
-    """Read the configuration again, and apply it. UserError."""
-    config = load_relay_config(path, domain)
-    if (config.port, config.bind) != (relay.state.config.port, relay.state.config.bind):
+def reload_relay(relay: Relay, config: RelayConfig, path: str, domain: str | None) -> None:
+    """Read the configuration again, and apply it. UserError. `config` is the one at the start."""
+    fresh = load_relay_config(path, domain)
+    if (fresh.port, fresh.bind) != (config.port, config.bind):
         log_line("ptth relay: a changed port or bind takes effect after a restart")
-    relay.configure(config)
-    counts = format_count(len(config.servers), "server"), format_count(len(config.scraper_keys), "scraper key")
+    relay.configure(fresh)
+    counts = format_count(len(fresh.servers), "server"), format_count(len(fresh.scraper_keys), "scraper key")
     log_line(f"ptth relay: read {path} again: {', '.join(counts)}")
 
 

@@ -6945,6 +6945,20 @@ class TestOperator:
         relay.wait_for("keeping the old configuration")
         assert [one(fetch(relay.port, get(f"/frontend/servers/{name}")))[0] for name in "nm"] == [301, 301]
 
+    @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+    def test_sighup_names_a_port_that_is_not_the_one_in_use(self, start: object, tmp_path: object) -> None:
+        write_configs(tmp_path, free_port())
+        relay = start("relay", cwd=tmp_path).listening()
+        path = tmp_path / "ptth_relay.toml"
+        good = path.read_text()
+        for text in ("port = 1\n" + good.partition("\n")[2], None, good):
+            if text:
+                path.write_text(text)
+            relay.process.send_signal(signal.SIGHUP)
+            relay.wait_for("again: 1 server")
+        told = [line for line in relay.told if "restart" in line or "again" in line]
+        assert ["restart" in line for line in told] == [True, False, True, False, False]
+
 
 class Impostor:
     """A relay that sends the same bytes in response to every P1, and closes."""
