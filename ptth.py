@@ -846,6 +846,12 @@ def has_body(method: str, status: int) -> bool:
     return not (method == "HEAD" or status in (204, 304))
 
 
+def wants_close(headers: Headers, minor: int) -> bool:
+    """Return whether a message of HTTP/1.`minor` asks for the end of its connection (RFC 9112, 9.3)."""
+    options = headers.tokens("connection")
+    return "close" in options or minor == 0 and "keep-alive" not in options
+
+
 def parse_chunk_line(line: bytes) -> int:
     """Return the size in a chunk's first line (RFC 9112, 7.1); ProtocolError 400. Extensions are ignored."""
     match = _CHUNK_LINE.fullmatch(line)
@@ -1226,9 +1232,7 @@ async def read_response_head(connection: Connection, timeout: float) -> tuple[in
         if status == 100 and connection.on_continue:
             connection.on_continue()
         if status >= 200 or status == 101:
-            options = headers.tokens("connection")
-            is_kept = "keep-alive" in options or not head.startswith(b"HTTP/1.0")  # RFC 9112, 9.3
-            connection.must_close |= "close" in options or not is_kept
+            connection.must_close |= wants_close(headers, 0 if head.startswith(b"HTTP/1.0") else 1)
             connection.head_deadline = None
             return status, headers
     raise ProtocolError(502, f"more than {MAX_INTERIM} interim responses", close=True)
@@ -1798,14 +1802,6 @@ def raise_file_limit() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 30
 
 
-def wants_close(request: Request) -> bool:
-    """Return whether a request asks for the end of its connection (RFC 9112, 9.3)."""
-    if "connection" not in request.headers:
-        return request.minor == 0
-    options = request.headers.tokens("connection")
-    return "close" in options or request.minor == 0 and "keep-alive" not in options
-
-
 def is_body_soon_read(body: Body) -> bool:
     """Return whether the rest of a request's body is small enough to be read, to keep the connection."""
     return not body.expects and (body.complete or (body.length or 0) <= MAX_DRAIN)
@@ -1926,7 +1922,7 @@ class HTTPServer:
         request = await self._read_request(connection)
         if request is None:
             return False
-        connection.must_close = wants_close(request)
+        connection.must_close = wants_close(request.headers, request.minor)
         response = await call_handler(self.handler, request)
         await self._write_response(connection, request, response)
         # More bytes may come of an incomplete body, or after a request without one. Under TLS, which has no half-close,
