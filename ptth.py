@@ -2010,22 +2010,21 @@ class HTTPServer:
     def _make_head(self, connection: Connection, request: Request, response: Response) -> bytes:
         """Format the response's head, and decide whether the connection closes after the response."""
         status, length, minor = response.status, response.body.length, request.minor
-        framing = []
         if status == 101:  # either side may send nothing for hours; the end of one direction ends the other
             connection.must_close = True
             connection.silence_timeout = math.inf
             return format_response_head(status, [*response.headers, ("Connection", "Upgrade")])
-        if status not in (204, 304):
-            if length is not None:
-                framing.append(("Content-Length", str(length)))
-            elif request.method != "HEAD":
-                if minor:
-                    framing.append(("Transfer-Encoding", "chunked"))
-                else:
-                    connection.must_close = True  # HTTP/1.0: the body ends with the connection
+        fields = response.headers.copy()
+        if length is not None and status not in (204, 304):
+            fields.append(("Content-Length", str(length)))
+        elif has_body(request.method, status):  # of unknown length
+            if minor:
+                fields.append(("Transfer-Encoding", "chunked"))
+            else:
+                connection.must_close = True  # HTTP/1.0: the body ends with the connection
+        fields.append(("Date", format_date(int(time.time()))))
         if response.close or self.stopping or not is_body_soon_read(request.body):
             connection.must_close = True
-        fields = [*response.headers, *framing, ("Date", format_date(int(time.time())))]
         if connection.must_close:
             fields.append(("Connection", "close"))
         elif status == 426:  # its Upgrade field is for this connection only (RFC 9110, 7.8)
@@ -2036,10 +2035,7 @@ class HTTPServer:
 
     async def _write_message(self, connection: Connection, request: Request, response: Response, head: bytes) -> None:
         """Write head and body."""
-        body = response.body
-        if response.status in (204, 304) or request.method == "HEAD":
-            await connection.send(head)
-            return
+        body = response.body if has_body(request.method, response.status) else EMPTY
         if body.data is not None and len(body.data) <= READ_SIZE:
             await connection.send(head + body.data)
             return
