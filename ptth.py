@@ -1354,7 +1354,8 @@ class IncomingBody(Body):
         self.connection = connection
         self.chunked = framing == CHUNKED
         self.until_close = framing is None
-        self.remaining = 0 if self.chunked else framing or 0  # bytes to receive of the body, or of the current chunk
+        # Bytes to receive of the body, or of the current chunk.
+        self.remaining = sys.maxsize if framing is None else max(framing, 0)
         self.complete = framing == 0
         self.expects = expects
         self.unread_data = b""  # bytes that `unread` has given back
@@ -1400,9 +1401,6 @@ class IncomingBody(Body):
                 raise IncompleteBody("the connection ended inside a body")
             self.complete = True
             return b""
-        if self.until_close:
-            data, connection.buffer = connection.buffer, b""
-            return data
         data, connection.buffer = connection.buffer[: self.remaining], connection.buffer[self.remaining :]
         self.remaining -= len(data)
         self.complete = not self.remaining
@@ -1492,7 +1490,7 @@ class IncomingBody(Body):
     async def write_to(self, sink: Sink) -> None:
         if self.expects:
             await sink.send(await self.read())  # sends 100 Continue, without which nothing could be spliced
-        if self.remaining >= SPLICE_MIN and not self.chunked and self.connection.is_plain:
+        if (self.length or 0) >= SPLICE_MIN and self.connection.is_plain:
             await self._splice_to(sink)
         while piece := await self.read():
             await sink.send(piece)
