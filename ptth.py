@@ -2798,11 +2798,8 @@ def climbs(path: str) -> bool:
     if ".." not in text:
         return False
     text = _PATH_PARAMETER.sub("", text)
-    for segments in {tuple(separator.split(text)) for separator in _SEPARATORS}:
-        depths = itertools.accumulate(_STEPS.get(segment, 1) for segment in segments)
-        if min(depths) < 0:
-            return True
-    return False
+    readings = {tuple(separator.split(text)) for separator in _SEPARATORS}
+    return any(min(itertools.accumulate(_STEPS.get(segment, 1) for segment in segments)) < 0 for segments in readings)
 
 
 def is_loopback(address: str) -> bool:
@@ -2820,8 +2817,7 @@ def is_local(request: Request) -> bool:
 
 def request_host(text: str) -> str:
     """Return the host in a Host field's value, in lower case, without port and without a final dot."""
-    host = re.sub(r":[0-9]*\Z", "", text.lower())
-    return host.removesuffix(".")
+    return re.sub(r":[0-9]*\Z", "", text.lower()).removesuffix(".")
 
 
 def is_local_name(host: str) -> bool:
