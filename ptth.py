@@ -1981,10 +1981,10 @@ class HTTPServer:
         if request.upgrade and response.status != 101:
             request.body = EMPTY  # the next bytes are the next request
         begun = connection.written
-        unsent = head_size = 0
+        unsent = 0
         try:
             head = self._make_head(connection, request, response)
-            head_size = len(head)
+            begun += len(head)
             await self._write_message(connection, request, response, head)
             whole = True
         except (ProtocolError, OSError) as error:
@@ -1993,7 +1993,7 @@ class HTTPServer:
             raise ConnectionError(str(error)) from error
         finally:
             await response.body.aclose()
-            size = max(connection.written - begun - head_size - unsent, 0)
+            size = max(connection.written - begun - unsent, 0)
             if response.on_sent:
                 response.on_sent(whole, size)
                 response.on_sent = None  # the callback refers to the response: break this reference cycle now
