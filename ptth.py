@@ -2557,10 +2557,9 @@ class HTTPClient:
         """POST `body`, again if it is replayable; return status and fields of the response, which may come early."""
         request = Request("POST", path, Headers(fields), body=body)
         response = await self.handle(request, repeatable=body.replayable)
-        try:
-            await response.body.drain()
-        finally:
-            await response.body.aclose()
+        async with contextlib.aclosing(response.body) as content:
+            with contextlib.suppress(OSError, ProtocolError):  # only the status is needed
+                await content.drain()
         return response.status, Headers(response.headers)
 
 
@@ -6956,15 +6955,12 @@ _REFUSALS = {  # status of an answer to P5: what to do about it
 }
 
 
-class Batch(NamedTuple):
-    """Small responses that are sent together."""
-
-    request_ids: list[str]
-    data: bytes
-    pieces: list[bytes]  # each response's part of `data`
+Batch = Sequence[tuple[str, bytes]]  # small responses that are sent together: the id and the packed form of each
 
 
-_NO_BATCH = Batch([], b"", [])
+def batch_body(batch: Batch) -> Body:
+    """Return the body of a POST with these responses."""
+    return BytesBody(b"".join([packed for _, packed in batch]))
 
 
 class Sender:
@@ -6984,14 +6980,9 @@ class Sender:
         self._log_change = log
         self.lost: deque[str] = deque(maxlen=MAX_WAITING)  # ids of responses that did not reach it; `Link` takes them
         self.on_loss: Callable[[], object] = int  # called when `lost` has grown; int does nothing
-        self._batch: deque[tuple[str, bytes]] = deque()  # (id, packed) of small responses that wait
+        self.unsent: deque[tuple[str, bytes]] = deque()  # small responses, for the next `Batch`
         self._sending = 0  # batches in flight
         self._endless: set[PartReader] = set()  # WebSockets and event streams that are being sent
-
-    @property
-    def has_batch(self) -> bool:
-        """Whether small responses are queued."""
-        return bool(self._batch)
 
     def can_batch(self, response: Response) -> bool:
         """Return whether a response is small enough to be sent in a batch.
@@ -7008,24 +6999,23 @@ class Sender:
         """Queue a small response. The next batch has those of this turn of the loop, or since the last batch began."""
         body = response.body.data or b"" if has_body(method, response.status) else b""
         try:
-            self._batch.append((request_id, pack_batched(request_id, response, body)))
+            self.unsent.append((request_id, pack_batched(request_id, response, body)))
         except ProtocolError as error:  # a field that cannot be sent
             self.batch(request_id, error_response(_NO_REQUEST, error), method)
             return
-        if len(self._batch) == 1:
+        if len(self.unsent) == 1:
             asyncio.get_running_loop().call_soon(self._start)  # a poll that is sent before that takes the batch
 
     def _start(self, *, full: bool = False) -> None:
         """Start to post batches, unless enough are in flight. To a near relay that is one, if the last was not full."""
-        if self._batch and self._sending < (MAX_BATCHES if full or not self.near else 1):
+        if self.unsent and self._sending < (MAX_BATCHES if full or not self.near else 1):
             self._sending += 1
             self._workers.spawn(self._send_batches())
 
     async def _send_batches(self) -> None:
         """Post batches until no responses are queued."""
         try:
-            while self._batch:
-                batch = self.take_batch()
+            while batch := self.take_batch():
                 self._start(full=True)
                 await self.send_batch(batch)
         finally:
@@ -7033,44 +7023,46 @@ class Sender:
 
     def take_batch(self) -> Batch:
         """Remove small responses from the queue, as many as the relay, and a proxy, read at once, and return them."""
-        request_ids: list[str] = []
-        pieces: list[bytes] = []
-        size = 0
-        most = min(self._part_size or MAX_RESPONSES_BYTES, MAX_RESPONSES_BYTES)
-        while self._batch and (not pieces or size + len(self._batch[0][1]) <= most):
-            request_id, piece = self._batch.popleft()
-            request_ids.append(request_id)
-            pieces.append(piece)
-            size += len(piece)
-        self._workers.batch_taken(len(pieces))
-        return Batch(request_ids, b"".join(pieces), pieces)
+        batch: list[tuple[str, bytes]] = []
+        left = min(self._part_size or MAX_RESPONSES_BYTES, MAX_RESPONSES_BYTES)
+        while self.unsent and (not batch or len(self.unsent[0][1]) <= left):
+            batch.append(self.unsent.popleft())
+            left -= len(batch[-1][1])
+        self._workers.batch_taken(len(batch))
+        return batch
 
     async def send_batch(self, batch: Batch) -> None:
-        """Post a batch."""
-        smaller = False
+        """Post a batch. It is sent again after an error: a relay ignores responses that it has already."""
         try:
-            smaller = await self._post(batch.request_ids, f"http_responses/{self.name}", BytesBody(batch.data))
-        finally:
-            self._end_batch(batch, smaller)
+            status, headers = await self._post_batch(batch)
+        except (OSError, ProtocolError) as error:
+            self._log_change(f"sending a response to the relay failed: {format_error(error)}")
+            self._end_batch(batch, lost=True)
+        else:
+            self.settle(batch, status, headers)
+
+    async def _post_batch(self, batch: Batch) -> tuple[int, Headers]:
+        """Post a batch; return status and fields of the answer."""
+        fields = [("X-ApiKey", self._key), ("Content-Type", RESPONSE_TYPE)]
+        return await self.client.post(f"{BACKEND}http_responses/{self.name}", fields, batch_body(batch))
 
     def settle(self, batch: Batch, status: int, headers: Headers) -> None:
-        """Handle the answer to a batch that was also a P1, if that answer is not a P3."""
-        through = self._got_through(status, headers)
-        smaller = status == 413 and self._shrink_parts(len(batch.data))
-        if not (through or smaller):
-            self._lose(*batch.request_ids)
-        self._end_batch(batch, smaller)
-
-    def _end_batch(self, batch: Batch, smaller: bool) -> None:
-        """Record that a batch was sent, or queue its responses again for `smaller` ones."""
-        if smaller and len(batch.pieces) > 1:
-            self._batch.extendleft(reversed([*zip(batch.request_ids, batch.pieces, strict=True)]))
-            self._workers.batch_taken(-len(batch.pieces))
+        """Handle the answer to a batch. After 413 its responses are queued again, for smaller batches."""
+        size = sum(len(packed) for _, packed in batch)
+        through = self._got_through(status, headers, size)
+        if status == 413 and "parts" in self.features and self._shrink_parts(size) and len(batch) > 1:
+            self.unsent.extendleft(reversed(batch))
+            self._workers.batch_taken(-len(batch))
             asyncio.get_running_loop().call_soon(self._start)
-            return
-        if smaller:
-            self._lose(*batch.request_ids)
-        self._workers.done(*batch.request_ids)
+        else:
+            self._end_batch(batch, lost=not through)
+
+    def _end_batch(self, batch: Batch, *, lost: bool) -> None:
+        """Record that a batch was sent, or has got lost."""
+        request_ids = [request_id for request_id, _ in batch]
+        if lost:
+            self._lose(*request_ids)
+        self._workers.done(*request_ids)
 
     async def send(self, request_id: str, response: Response, method: str) -> None:
         """P5 and P7: send a response to the relay, and close its body."""
@@ -7087,9 +7079,8 @@ class Sender:
         try:
             sent = body if has_body(method, response.status) else EMPTY
             in_parts = "parts" in self.features and (self._is_too_large(sent) or sent is body and is_stream(response))
-            path = f"http_response/{request_id}"
-            if in_parts or await self._post([request_id], path, JoinedBody(BytesBody(head), sent), kind):
-                await self._send_parts(request_id, head, body, endless=is_endless(response))
+            if in_parts or await self._post(request_id, JoinedBody(BytesBody(head), sent), kind):
+                await self._send_parts(request_id, head, response)
         finally:
             await body.aclose()
 
@@ -7102,14 +7093,14 @@ class Sender:
         """Return whether a proxy in front of the relay would probably refuse the whole response in one POST."""
         return bool(self._part_size) and (body.length is None or body.length > self._part_size)
 
-    async def _send_parts(self, request_id: str, head: bytes, body: Body, *, endless: bool) -> None:
+    async def _send_parts(self, request_id: str, head: bytes, response: Response) -> None:
         """Post a response in parts: data as soon as it arrives, and an empty part after PART_INTERVAL without any.
 
         The first part is the head alone, so that the client gets it at once.
         """
         delivered = False
-        parts = PartReader(body)
-        if endless:
+        parts = PartReader(response.body)
+        if is_endless(response):
             self._endless.add(parts)
         try:
             fields = [("Content-Type", RESPONSE_TYPE), *part_fields(0, True)]
@@ -7139,70 +7130,57 @@ class Sender:
 
     async def _post_part(self, request_id: str, content: Body, fields: Fields) -> int:
         """Post one part, at most PART_TRIES times; return 200, 410 or 413. ConnectionError if all fail."""
-        headers = Headers([("X-ApiKey", self._key), *fields])
-        request = Request("POST", f"{BACKEND}http_response/{request_id}", headers, body=content)
+        path, fields = f"{BACKEND}http_response/{request_id}", [("X-ApiKey", self._key), *fields]
         why = ""
         for attempt in range(PART_TRIES):
             await asyncio.sleep(min(BACKOFF_MIN * 2**attempt, BACKOFF_MAX) if attempt else 0)
             try:
-                response = await self.client.handle(request, repeatable=True)
-                with contextlib.suppress(OSError, ProtocolError):  # only the status is needed
-                    await response.body.drain()
-                await response.body.aclose()
+                status, _ = await self.client.post(path, fields, content)
             except IncompleteBody:
                 raise  # the part itself, such as a file that changed
             except (OSError, ProtocolError) as error:
                 why = format_error(error)
                 continue
-            if response.status in (200, 410, 413):
-                return response.status
-            why = f"{response.status}{_REFUSALS.get(response.status, '')}"
-            if response.status < 500 and response.status != 408:
+            if status in (200, 410, 413):
+                return status
+            why = f"{status}{_REFUSALS.get(status, '')}"
+            if status < 500 and status != 408:
                 break
         raise ConnectionError(f"a part of the response was refused: {why}")
 
-    async def _post(
-        self, request_ids: list[str], path: str, body: Body, kind: tuple[str, str] = ("Content-Type", RESPONSE_TYPE)
-    ) -> bool:
-        """Post the responses to `request_ids`. If that fails, PTTH-Lost of the next P1 lists these ids.
+    async def _post(self, request_id: str, body: Body, kind: tuple[str, str]) -> bool:
+        """Post a response. If that fails, PTTH-Lost of the next P1 has its id.
 
-        A body in memory is sent again after an error: a relay ignores responses that it has already. Returns True if a
-        proxy refused the size and the body can be sent in smaller parts.
+        A body in memory is sent again after an error: a relay ignores a response that it has already. Returns True if a
+        proxy refused the size and the body can be sent in parts.
         """
-        delivered = smaller = False
-        asks = self._asks_first(body)
+        divisible, lost = "parts" in self.features, True
+        # Ask first if the body can be read only once, and is larger than all that were accepted.
+        asks = divisible and not body.replayable and (body.length or 0) > max(self._passed, READ_SIZE)
+        fields = [("X-ApiKey", self._key), kind, *([("Expect", "100-continue")] if asks else [])]
         try:
-            fields = [kind, ("Expect", "100-continue")] if asks else [kind]
-            status, delivered = await self._post_once(path, body, fields)
-            if status == 413 and "parts" in self.features and (body.replayable or asks and not body.begun):
-                smaller = self._shrink_parts(body.length)
+            status, headers = await self.client.post(f"{BACKEND}http_response/{request_id}", fields, body)
+            lost = not self._got_through(status, headers, body.length or 0)
+            if status == 413 and divisible and (body.replayable or not body.begun):
+                lost = not self._shrink_parts(body.length)
+                return not lost
         except (OSError, ProtocolError) as error:
             self._log_change(f"sending a response to the relay failed: {format_error(error)}")
         finally:
-            if not (delivered or smaller or self.rust_relay):
-                self._lose(*request_ids)
-        return smaller
-
-    def _asks_first(self, body: Body) -> bool:
-        """Return whether to wait for 100 Continue: the body can be read only once, and is larger than all accepted."""
-        return "parts" in self.features and not body.replayable and (body.length or 0) > max(self._passed, READ_SIZE)
+            if lost:
+                self._lose(request_id)
+        return False
 
     def _lose(self, *request_ids: str) -> None:
-        """Add ids of responses that did not reach the relay, and report them."""
-        self.lost.extend(request_ids)
-        self.on_loss()
+        """Add ids of responses that did not reach the relay, and report them. One in Rust cannot be told."""
+        if not self.rust_relay:
+            self.lost.extend(request_ids)
+            self.on_loss()
 
-    async def _post_once(self, path: str, body: Body, fields: Fields) -> tuple[int, bool]:
-        """Post a body; return the status, and whether the relay accepted it."""
-        status, headers = await self.client.post(BACKEND + path, [("X-ApiKey", self._key), *fields], body)
-        through = self._got_through(status, headers)
-        if through:
-            self._passed = max(self._passed, body.length or 0)
-        return status, through
-
-    def _got_through(self, status: int, headers: Headers) -> bool:
-        """Return whether the relay has accepted a response; if not, log the status and what to do."""
+    def _got_through(self, status: int, headers: Headers, size: int) -> bool:
+        """Return whether the relay has accepted `size` bytes; if not, log the status and what to do."""
         if status in (200, 410) or self.rust_relay and status == 400:  # from Rust, 400 means that the client is gone
+            self._passed = max(self._passed, size)
             return True
         who = headers.get("server", "the relay, or a proxy in front of it")[:60]
         self._log_change(f"{who} answered {status} to a response{_REFUSALS.get(status, '')}")
@@ -7213,7 +7191,8 @@ class Sender:
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with asyncio.timeout(P1_TIMEOUT):
-            await self._post_once(f"http_responses/{self.name}", EMPTY, [("Content-Type", RESPONSE_TYPE)])
+            status, headers = await self._post_batch([])
+        self._got_through(status, headers, 0)
         return loop.time() - began
 
 
@@ -7460,15 +7439,13 @@ class Link:
 
         `brought`: the last P1 has brought requests.
         """
-        both = brought and "listen" in self._sender.features and self._sender.has_batch
+        both = brought and "listen" in self._sender.features and bool(self._sender.unsent)
         # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
         free = both or len(self.client.idle) > brought
         connection = self.client.take_idle(oldest=not both) if free else None
-        return connection, self._sender.take_batch() if both and connection else _NO_BATCH
+        return connection, self._sender.take_batch() if both and connection else ()
 
-    async def _poll_again(
-        self, connection: Connection | None, batch: Batch = _NO_BATCH, wait: float = POLL_WAIT
-    ) -> bool:
+    async def _poll_again(self, connection: Connection | None, batch: Batch = (), wait: float = POLL_WAIT) -> bool:
         """Send a P1 on `connection`, which was idle; on a new one if that is None, or the relay has closed it."""
         if connection is not None:
             try:
@@ -7487,12 +7464,12 @@ class Link:
         at_work = [] if wait else self._workers.ids_from(self._sender)  # a hello, perhaps after a lost connection
         if at_work:
             fields.append(("PTTH-At-Work", ", ".join(at_work)))
-        if not batch.data:
+        if not batch:
             return Request("GET", f"{BACKEND}http_listen/{self.name}", Headers(fields))
         fields.append(("Content-Type", RESPONSE_TYPE))
-        return Request("POST", f"{BACKEND}http_responses/{self.name}", Headers(fields), body=BytesBody(batch.data))
+        return Request("POST", f"{BACKEND}http_responses/{self.name}", Headers(fields), body=batch_body(batch))
 
-    async def _poll(self, connection: Connection, wait: float, batch: Batch = _NO_BATCH) -> bool:
+    async def _poll(self, connection: Connection, wait: float, batch: Batch = ()) -> bool:
         """Send a P1, and queue the requests of its P3. Return whether there were any.
 
         A `batch` of responses is sent with the P1; if that fails, it is sent again without one.
@@ -7506,11 +7483,13 @@ class Link:
             response = await self.client.exchange(connection, self._make_p1(wait, lost, batch), P1_TIMEOUT)
             headers = Headers(response.headers)
             async with contextlib.aclosing(response.body):
-                if batch.data and not is_p3(response.status, headers):
-                    self._sender.lost.extend(lost)
+                if batch:
                     self._sender.settle(batch, response.status, headers)
-                    # 200 without a P3, from an older relay or one that stops, brings nothing, and may end the polls.
-                    return response.status != 200
+                    batch = ()
+                    if not is_p3(response.status, headers):
+                        self._sender.lost.extend(lost)
+                        # 200 without a P3 is from an older relay or one that stops: polls may end.
+                        return response.status != 200
                 self._sender.rust_relay = check_p3(response.status, headers, self.client)
                 limit = MAX_RUST if self._sender.rust_relay else MAX_BATCH_BYTES + MAX_INNER_HEAD + MAX_INLINE
                 body = await response.body.read_all(limit)
@@ -7519,12 +7498,11 @@ class Link:
             self.accept(body)
         except BaseException:
             self._sender.lost.extend(lost)
-            if batch.data:
+            if batch:
                 self._spawn(self._sender.send_batch(batch))
             raise
         finally:
             self._parked.discard(connection)
-        self._workers.done(*batch.request_ids)
         return bool(body)
 
     def _fetch(self, request_id: str, framing: int | None) -> Body:
