@@ -2367,6 +2367,25 @@ class TestConnecting:
         with pytest.raises(ConnectionRefusedError):
             asyncio.run(self.reach(url))
 
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+    @in_loop
+    async def test_localhost_is_looked_up_again_when_the_app_has_moved(self, monkeypatch: Patch) -> None:
+        lookups = []
+        real = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **how: lookups.append(args[0]) or real(*args, **how))
+        client, port = None, 0
+        for address, count in (("127.0.0.1", 1), ("::1", 2)):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            with socket.create_server((address, port), family=family) as sock:
+                port = sock.getsockname()[1]
+                client = client or ptth.HTTPClient(ptth.parse_base_url(f"http://localhost:{port}"))
+                for _ in range(3):
+                    connection = await client.connect()
+                    assert connection.peer == address
+                    connection.close()
+            assert lookups.count("localhost") == count
+        client.close()
+
     def test_what_is_sent_names_the_program(self) -> None:
         for proxy in (None, ptth.parse_proxy("u:p@p:1")):
             client = ptth.HTTPClient(ptth.parse_base_url("http://r.example/x"), proxy)
