@@ -1382,7 +1382,13 @@ class IncomingBody(Body):
             if self.expects:
                 self.expects = False
                 await self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return await (self._read_chunks() if self.chunked else self._read_counted())
+            take = self._take_chunks if self.chunked else self._take_counted
+            while not (data := take()) and not self.complete:
+                if not await self.connection.fill():
+                    if not self.until_close:
+                        raise IncompleteBody("the connection ended inside a body")
+                    self.complete = True
+            return data
         except TimeoutError:
             raise ProtocolError(408, "the rest of the message did not arrive in time", close=True) from None
         except ProtocolError:
@@ -1391,30 +1397,16 @@ class IncomingBody(Body):
         except OSError as error:  # a reset
             raise IncompleteBody(format_error(error)) from None
 
-    async def _read_counted(self) -> bytes:
-        """Return received bytes of a body with a length, or of one that ends with the connection."""
-        if self.complete:
-            return b""
+    def _take_counted(self) -> bytes:
+        """Take what the buffer has of a body with a length, or of one that ends with the connection."""
         connection = self.connection
-        if not connection.buffer and not await connection.fill():
-            if not self.until_close:
-                raise IncompleteBody("the connection ended inside a body")
-            self.complete = True
-            return b""
         data, connection.buffer = connection.buffer[: self.remaining], connection.buffer[self.remaining :]
         self.remaining -= len(data)
-        self.complete = not self.remaining
+        self.complete = self.complete or not self.remaining
         return data
 
     def unread(self, data: bytes) -> None:
         self.unread_data = data + self.unread_data
-
-    async def _read_chunks(self) -> bytes:
-        """Return the data of all chunks that have arrived, when at least one byte has."""
-        while not (data := self._take_chunks()) and not self.complete:
-            if not await self.connection.fill():
-                raise IncompleteBody("the connection ended inside a body")
-        return data
 
     def _take_chunks(self) -> bytes:
         """Take the data of all chunks in the buffer. One at a time would copy the rest of the buffer for each."""
