@@ -1343,6 +1343,10 @@ class RateLimiter:
         await asyncio.sleep(self._free - now)
 
 
+def _late() -> ProtocolError:
+    return ProtocolError(408, "the rest of the message did not arrive in time", close=True)
+
+
 class IncomingBody(Body):
     """The body of a message that is being received, by its framing (RFC 9112, 6).
 
@@ -1390,7 +1394,7 @@ class IncomingBody(Body):
                     self.complete = True
             return data
         except TimeoutError:
-            raise ProtocolError(408, "the rest of the message did not arrive in time", close=True) from None
+            raise _late() from None
         except ProtocolError:
             self.connection.must_close = True  # where the body ends cannot be known any more
             raise
@@ -1501,6 +1505,8 @@ class IncomingBody(Body):
                 await asyncio.sleep(0)  # let other connections run, however fast both peers are
             self.complete = not self.remaining
         except OSError as error:
+            if connection.stalled:
+                raise _late() from None
             if connection.is_closed() or connection.is_reset():
                 raise IncompleteBody(format_error(error)) from None
             raise

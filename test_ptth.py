@@ -4055,6 +4055,17 @@ class TestUploads:
         got, _, body = inbox.send("/", b"", method="PROPFIND")
         assert got == status and words in body.decode()
 
+    @pytest.mark.parametrize(("length", "sent"), [(100, 10), (100_000, 1_000), (900_000, 100_000)])
+    @pytest.mark.parametrize("through", ["direct", "tunnel"])
+    def test_an_upload_that_stalls_is_408_and_leaves_nothing(
+        self, length: int, sent: int, through: str, open_inbox: object, monkeypatch: Patch
+    ) -> None:
+        monkeypatch.setattr(ptth, "STALL_TIMEOUT", 0.3)
+        inbox = open_inbox(through)
+        head = get(f"{inbox.prefix}/x", f"Content-Length: {length}", method="PUT")
+        assert one(fetch(inbox.port, head + bytes(sent), half_close=False))[0] == 408
+        eventually(lambda: inbox.files() == {})
+
     @needs("rclone")
     def test_rclone_copies_there_and_back(self, inbox: Inbox, tmp_path: object) -> None:
         write_files(tmp_path / "from", {"one": b"1", "sub \u00fc/two & 2": b"2"})
