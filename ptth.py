@@ -3058,9 +3058,10 @@ def parse_date(text: str, now: float) -> int | None:
     day, year, hour, minute, second = map(int, match.group("day", "year", "hour", "minute", "second"))
     month = _MONTHS.index(match["month"]) + 1
     if len(match["year"]) == 2:
-        this_year = time.gmtime(now).tm_year
-        year += this_year - this_year % 100
-        year -= 100 * (year > this_year + 50)  # more than 50 years ahead means the past
+        today = time.gmtime(now)
+        year += today.tm_year - today.tm_year % 100
+        if (year - 50, month, day, hour, minute, second) > today[:6]:  # more than 50 years ahead means the past
+            year -= 100
     if not (year >= 1 and 1 <= day <= calendar.monthrange(year, month)[1]):
         return None
     return calendar.timegm((year, month, day, hour, minute, second))

@@ -1031,6 +1031,15 @@ class TestSyntax:
     def test_dates_in_three_forms(self, text: str, seconds: int | None) -> None:
         assert ptth.parse_date(text, 1.8e9) == seconds
 
+    def test_a_year_of_two_digits_is_at_most_50_years_ahead(self) -> None:
+        now = 1_800_000_000  # Friday, 15-Jan-27 08:00:00 GMT
+        years = {
+            "15-Jan-27 08:00:00": 2027, "31-Dec-76 00:00:00": 2076, "15-Jan-77 08:00:00": 2077,
+            "15-Jan-77 08:00:01": 1977, "01-Feb-77 00:00:00": 1977, "01-Jan-78 00:00:00": 1978,
+        }  # fmt: skip
+        for date, year in years.items():
+            assert time.gmtime(ptth.parse_date(f"Friday, {date} GMT", now)).tm_year == year
+
     def test_a_formatted_date_parses_back(self) -> None:
         for seconds in (0, 784111777, MTIME, 4102444799):
             assert ptth.parse_date(ptth.format_date(seconds), 1.8e9) == seconds
