@@ -928,8 +928,7 @@ class Connection:
         self.written = 0  # bytes given to the connection
         self.on_close: list[Callable[[], None]] = []
         self.on_continue: Callable[[], None] | None = None  # called when 100 Continue has arrived; set while expected
-        self.task: asyncio.Task[object] | None = None  # serves its requests
-        self.busy = False  # a request is in flight; `task` is cancelled when the peer resets
+        self.task: asyncio.Task[object] | None = None  # handles the request in flight; cancelled when the peer resets
 
     def at_eof(self) -> bool:
         """Return whether the peer will send no more: the connection is half-closed or closed."""
@@ -963,7 +962,7 @@ class Connection:
             else:
                 self.stalled = True
                 self.abort()
-        if self.busy and self.task and (self.transport.is_closing() or self.is_reset()):
+        if self.task and (self.transport.is_closing() or self.is_reset()):
             self.task.cancel()
             self.abort()
         elif self.transport.is_closing() and not self.transport.get_write_buffer_size():
@@ -1868,7 +1867,7 @@ class HTTPServer:
         self.stopping = True
         for server in self._servers:
             server.close()
-        for connection in [connection for connection in self.connections if not connection.busy]:
+        for connection in [connection for connection in self.connections if not connection.task]:
             # A TLS client may take half a minute to answer a close.
             connection.abort() if connection.buffer or self.tls else connection.close()
         with contextlib.suppress(TimeoutError):
@@ -1890,7 +1889,6 @@ class HTTPServer:
     async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve the requests of one connection until it ends."""
         connection = Connection(reader, writer)
-        connection.task = asyncio.current_task()
         self.connections.add(connection)
         connection.on_close.append(lambda: self.connections.discard(connection))
         try:
@@ -1907,12 +1905,12 @@ class HTTPServer:
         except (OSError, asyncio.CancelledError):
             connection.abort()  # reset, stalled or incomplete: no error can be sent
         finally:
-            connection.busy = False
+            connection.task = None
             connection.close()
 
     async def _serve_request(self, connection: Connection) -> bool:
         """Read one request, call the handler, write the response; return whether another request may follow."""
-        connection.busy = False
+        connection.task = None
         if self.stopping and not connection.buffer:
             return False
         request = await self._read_request(connection)
@@ -1935,7 +1933,7 @@ class HTTPServer:
             data = await read_request_head(connection)
             if not data:
                 return None
-            connection.busy = True
+            connection.task = asyncio.current_task()
             request = parse_request_head(data)
             request.connection = connection
             request.secure = self.tls is not None
