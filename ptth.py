@@ -2771,10 +2771,11 @@ def own_host_fields(headers: Headers) -> Fields:
     Domain is removed from cookies, so that they are not sent to the hosts of other servers.
     """
     dropped = _NOT_TO_OWN_CLIENT.union(headers.tokens("connection"))
+    dropped_groups = ("ptth-", *_PROXY_COMMANDS)
     result: Fields = []
     for name, value in headers.pairs:
         lower = name.lower()
-        if lower not in dropped and not lower.startswith(("ptth-", *_PROXY_COMMANDS)):
+        if lower not in dropped and not lower.startswith(dropped_groups):
             result.append((name, _COOKIE_DOMAIN.sub("", value) if lower == "set-cookie" else value))
     return [*result, _via(headers)]
 
