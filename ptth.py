@@ -2736,9 +2736,10 @@ def _filtered_value(name: str, value: str, headers: Headers, server: str) -> str
     return name_realms(value, server) if len(headers[name]) <= MAX_CHALLENGES else ""
 
 
-def _via(headers: Headers) -> tuple[str, str]:
-    """Return the field Via of a message that passes the relay."""
-    return "Via", ", ".join(filter(None, (headers.get("via"), "1.1 ptth")))
+def _via(headers: Headers, minor: int = 1) -> tuple[str, str]:
+    """Return the field Via of a message of HTTP/1.`minor` that passes the relay."""
+    via = headers.get("via")
+    return "Via", f"{via}, 1.{minor} ptth" if via else f"1.{minor} ptth"
 
 
 def shared_origin_fields(status: int, headers: Headers, *, sandbox: bool = True, server: str = "") -> Fields:
@@ -4842,12 +4843,11 @@ def _proxy_fields(request: Request, host: str, trusted: bool) -> Fields:
     headers = request.headers
     forwarded = headers.get("x-forwarded-for", "") if trusted else ""
     proto = headers.get("x-forwarded-proto", "") if trusted else ""
-    via = headers.get("via", "")
     fields = [
         ("X-Forwarded-For", f"{forwarded}, {request.peer}" if forwarded else request.peer),
         ("X-Forwarded-Proto", proto or ("https" if request.secure else "http")),
         ("X-Forwarded-Host", host),
-        ("Via", f"{via}, 1.{request.minor} ptth" if via else f"1.{request.minor} ptth"),
+        _via(headers, request.minor),
     ]
     if trusted:
         fields += [pair for pair in headers.pairs if pair[0].lower() in _TOLD_BY_PROXY]
