@@ -175,6 +175,7 @@ MAX_CHECK_AGE = 10.0  # seconds; three health checks within them mean that a bal
 DRAIN_TIME = 7.0  # seconds that such a relay still serves at a stop; HAProxy needs 3 failed checks, one every 2 s
 UNAVAILABLE_AFTER = 60.0  # seconds without a connection after which new requests do not wait, but get 503 at once
 MAX_IDLE_AGE = 20.0  # seconds; an idle connection older than this is not reused: a NAT may have dropped it
+APP_IDLE_AGE = 0.5  # the same for an app while a request waits: if it has one thread, that serves the idle connection
 APP_RESPONSE_TIMEOUT = 300.0  # seconds for the head of an app's response, then 504
 PROBE_TIMEOUT = 5.0  # seconds for an app's answer to GET / before a first POST, which is then sent without one
 APP_WAIT = 2.0  # seconds in which a connection to an app is tried again, because it may be restarting
@@ -2338,6 +2339,7 @@ class HTTPClient:
         self.proxy = proxy
         self.limiter = limiter
         self.silence_timeout = STALL_TIMEOUT  # for its connections
+        self.idle_age = MAX_IDLE_AGE  # seconds that they may be idle while a request waits for its response
         self.retry_time = 0.0  # seconds for which opening a connection is tried again
         self.is_reachable = True  # the last attempt opened a connection
         self.connections: set[Connection] = set()
@@ -2388,7 +2390,9 @@ class HTTPClient:
         while self.connections:
             await asyncio.sleep(SWEEP_INTERVAL)
             now = loop.time()
-            while self.idle and (self.idle[0][1] < now - MAX_IDLE_AGE or self.idle[0][0].at_eof()):
+            is_waiting = any(connection.head_deadline is not None for connection in self.connections)
+            oldest = now - (self.idle_age if is_waiting else MAX_IDLE_AGE)
+            while self.idle and (self.idle[0][1] < oldest or self.idle[0][0].at_eof()):
                 self.idle.popleft()[0].close()
             for connection in list(self.connections):
                 connection.sweep(now)
@@ -2860,6 +2864,7 @@ class App:
     def __init__(self, client: HTTPClient, host_mode: str = "auto") -> None:
         self.client = client
         client.silence_timeout = math.inf  # an event stream may be silent for hours
+        client.idle_age = APP_IDLE_AGE
         client.retry_time = APP_WAIT
         self._authority = client.origin.authority if host_mode in ("auto", "public", "local") else host_mode
         self._local = host_mode not in ("auto", "public")  # whether the app gets `_authority` as its Host

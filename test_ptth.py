@@ -4579,6 +4579,25 @@ class TestApp:
 
         return in_time(talk())
 
+    @in_loop
+    async def test_an_app_with_a_single_thread_gets_the_next_request(self) -> None:
+        """It reads the idle connection of the first GET until that is closed."""
+        free = asyncio.Lock()
+
+        async def app(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            async with free:
+                with contextlib.suppress(asyncio.IncompleteReadError):
+                    while await reader.readuntil(b"\r\n\r\n"):
+                        writer.write(OK)
+            writer.close()
+
+        async with client_to(app) as client, asyncio.timeout(5):
+            handler = ptth.App(client)
+            for method in ("GET", "POST", "GET", "GET", "DELETE"):
+                response = await handler.handle(ptth.Request(method, "/", ptth.Headers(self.PUBLIC)))
+                await response.body.aclose()
+                assert response.status == 200
+
     def test_the_public_way_sends_what_the_visitor_sent(self) -> None:
         more = [
             ("Origin", "https://n.example.com"), ("Cookie", "a=b"), ("X-ApiKey", "mine"), ("Connection", "x"), ("X", "hop"), ("TE", "trailers"),
