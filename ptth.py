@@ -6446,10 +6446,7 @@ class Responses:
                 raise
             exchange.fail(502, f"the server's response cannot be used: {error.reason}")
             raise ProtocolError(400, error.reason, close=True, headers=[NO_STORE]) from None
-        if part.more:
-            await self._wait_for_client(exchange, part)
-        elif not await asyncio.shield(exchange.delivered):  # it is also that of parts that may follow
-            raise _gone()
+        await self._wait_for_client(exchange, part)
 
     async def _go_on(self, request: Request, exchange: Exchange) -> None:
         """Continue a response with a further or repeated part, and wait until the client has it. ProtocolError 410."""
@@ -7112,12 +7109,11 @@ class Sender:
         if is_endless(response):
             self._endless.add(parts)
         try:
-            fields = [("Content-Type", RESPONSE_TYPE), *part_fields(0, True)]
-            status = await self._post_part(request_id, BytesBody(head), fields)
+            status = await self._post_part(request_id, BytesBody(head), RESPONSE_TYPE, 0, more=True)
             while status != 410 and not parts.ended:
                 part = await parts.next(self._part_size or READ_SIZE)
-                fields = [("Content-Type", "application/octet-stream"), *part_fields(parts.offset, not parts.ended)]
-                status = await self._post_part(request_id, part, fields)
+                kind, more = "application/octet-stream", not parts.ended
+                status = await self._post_part(request_id, part, kind, parts.offset, more=more)
                 if status == 413 and self._shrink_parts(part.length):
                     parts.put_back(part)
                 elif status == 413:
@@ -7137,14 +7133,14 @@ class Sender:
         self._part_size = min(self._part_size or size, max(size // 2, MIN_PART))
         return size > self._part_size
 
-    async def _post_part(self, request_id: str, content: Body, fields: Fields) -> int:
+    async def _post_part(self, request_id: str, content: Body, kind: str, offset: int, *, more: bool) -> int:
         """Post one part, at most PART_TRIES times; return 200, 410 or 413. ConnectionError if all fail."""
-        path, fields = f"{BACKEND}http_response/{request_id}", [("X-ApiKey", self._key), *fields]
+        fields = [("X-ApiKey", self._key), ("Content-Type", kind), *part_fields(offset, more)]
         why = ""
         for attempt in range(PART_TRIES):
             await asyncio.sleep(min(BACKOFF_MIN * 2**attempt, BACKOFF_MAX) if attempt else 0)
             try:
-                status, _ = await self.client.post(path, fields, content)
+                status, _ = await self.client.post(f"{BACKEND}http_response/{request_id}", fields, content)
             except IncompleteBody:
                 raise  # the part itself, such as a file that changed
             except (OSError, ProtocolError) as error:
@@ -7216,24 +7212,24 @@ class FetchedBody(Body):
         self._request = Request("GET", f"{BACKEND}http_request/{request_id}", headers)
         self.length = length
 
-    async def _fetch(self) -> Body:
+    @contextlib.asynccontextmanager
+    async def _fetched(self) -> AsyncIterator[Body]:
         """Request the body from the relay. IncompleteBody if it no longer has that."""
         response = await self._client.handle(self._request, timeout=P1_TIMEOUT)
-        if response.status != 200 or response.body.length != self.length:
-            await response.body.aclose()
-            raise IncompleteBody(f"the relay answers {response.status} to a request for a body")
-        return response.body
+        async with contextlib.aclosing(response.body) as body:
+            if response.status != 200 or body.length != self.length:
+                raise IncompleteBody(f"the relay answers {response.status} to a request for a body")
+            yield body
+            self.complete = True
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async with contextlib.aclosing(await self._fetch()) as body:
+        async with self._fetched() as body:
             async for piece in body:
                 yield piece
-            self.complete = True
 
     async def write_to(self, sink: Sink) -> None:
-        async with contextlib.aclosing(await self._fetch()) as body:
+        async with self._fetched() as body:
             await body.write_to(sink)
-            self.complete = True
 
 
 class PolledBody(FetchedBody):
