@@ -7260,8 +7260,7 @@ class PolledBody(FetchedBody):
         async with contextlib.aclosing(response.body) as body:
             return response.status, await body.read_all(4 * READ_SIZE) if response.status == 200 else b""
 
-    async def write_to(self, sink: Sink) -> None:
-        await Body.write_to(self, sink)
+    write_to = Body.write_to
 
 
 def backoff() -> Iterator[float]:
@@ -7298,7 +7297,7 @@ class Link:
         self._parked: set[Connection] = set()  # connections of P1 without an answer yet
         self._last_logged = ""
         self._host = ""  # this server's own host at the relay, if any
-        self._reporting = False
+        self._reporting: asyncio.Task[None] | None = None  # sends the lost ids
         self._sender = Sender(client, name, key, workers, self._log_change)
         self._sender.on_loss = self._report
 
@@ -7331,18 +7330,14 @@ class Link:
     def leave(self) -> None:
         """End the open P1 by a half-close: the relay sends no more requests, and a P3 in flight still arrives."""
         self._sender.end_streams()
-        asyncio.get_running_loop().call_later(LINGER_TIMEOUT, self._abort_polls)
         for connection in list(self._parked):
             connection.must_close = True
             if connection.writer.can_write_eof():
                 connection.writer.write_eof()
+                # A proxy on the way may not forward a half-close.
+                asyncio.get_running_loop().call_later(LINGER_TIMEOUT, connection.abort)
             else:
                 connection.abort()
-
-    def _abort_polls(self) -> None:
-        """Abort the P1 that are still open: a proxy on the way may not forward a half-close."""
-        for connection in list(self._parked):
-            connection.abort()
 
     def _log_change(self, line: str) -> None:
         """Log a line, unless it is the same as the last one."""
@@ -7409,19 +7404,14 @@ class Link:
 
     def _report(self) -> None:
         """Send a P1 with PTTH-Lost at once, because the open ones were sent before the loss."""
-        if self.connected.is_set() and not self._reporting:
-            self._reporting = True
-            self._spawn(self._report_losses())
+        if self.connected.is_set() and (self._reporting is None or self._reporting.done()):
+            self._reporting = self._spawn(self._report_losses())
 
     async def _report_losses(self) -> None:
         """Send P1 until all lost ids were sent. After a failure the next hello sends them."""
-        try:
+        with contextlib.suppress(OSError, ProtocolError):
             while self._sender.lost and not self._stopping.is_set():
                 await self._poll_again(self.client.take_idle(), wait=1)
-        except (OSError, ProtocolError):
-            pass
-        finally:
-            self._reporting = False
 
     async def _listen(self, failure: asyncio.Future[Exception], *, only_if_far: bool = False) -> None:
         """Poll the relay again and again, until a poll fails, the server stops, or the relay is near."""
