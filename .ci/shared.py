@@ -44,12 +44,12 @@ def quiet(*command: str) -> bool:
     return done.returncode == 0
 
 
-def install(packages: Mapping[str, str]) -> None:
-    """Install the packages of Debian whose programs are missing: one by one, so that each that can be had is there."""
-    missing = [package for program, package in packages.items() if not shutil.which(program)]
+def install(*programs: str) -> None:
+    """Install the programs that are missing, each by its package of Debian: `program` or `program:package`."""
+    missing = [program for program in programs if not shutil.which(program.partition(":")[0])]
     if missing and quiet("apt-get", "update", "-qq"):
-        for package in missing:
-            quiet("apt-get", "install", "-y", "-qq", "--no-install-recommends", package)
+        for program in missing:  # one by one: one that cannot be had shall not keep the others away
+            quiet("apt-get", "install", "-y", "-qq", "--no-install-recommends", program.rpartition(":")[2])
 
 
 def free_port() -> int:
