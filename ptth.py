@@ -1815,7 +1815,7 @@ def report_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
 
 
 class HTTPServer:
-    """Serves a handler on listening sockets, until `stop`."""
+    """Serves a handler on a listening socket, until `stop`."""
 
     def __init__(
         self,
@@ -1834,16 +1834,15 @@ class HTTPServer:
         self._last_loop_error = -math.inf  # when a failed accept was last logged, in the loop's time
         limit = raise_file_limit()
         self._max_descriptor = max(limit - SPARE_DESCRIPTORS, limit // 2)
-        self._servers: list[asyncio.Server] = []
+        self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     async def listen(self, sock: socket.socket) -> None:
-        """Accept connections on a listening socket."""
+        """Accept connections on a listening socket; called once."""
         set_socket_options(sock)
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
-        if self._sweeper is None:
-            self._sweeper = asyncio.create_task(sweep(self.connections))
-        server = await asyncio.start_server(
+        self._sweeper = asyncio.create_task(sweep(self.connections))
+        self._listener = await asyncio.start_server(
             self._serve_connection,
             sock=sock,
             limit=WRITE_HIGH_WATER,
@@ -1851,7 +1850,6 @@ class HTTPServer:
             ssl=self.tls,
             ssl_shutdown_timeout=STALL_TIMEOUT if self.tls else None,  # in that time buffered bytes are still sent
         )
-        self._servers.append(server)
         sock.listen(4096)  # again: for asyncio, the backlog is also the number of accepts in one turn
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -1866,8 +1864,8 @@ class HTTPServer:
     async def stop(self, grace: float = GRACE_PERIOD) -> None:
         """Accept no more connections, wait up to `grace` seconds for requests in flight, and abort the rest."""
         self.stopping = True
-        for server in self._servers:
-            server.close()
+        if self._listener:
+            self._listener.close()
         for connection in [connection for connection in self.connections if not connection.task]:
             # A TLS client may take half a minute to answer a close.
             connection.abort() if connection.buffer or self.tls else connection.close()
