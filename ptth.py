@@ -7212,8 +7212,11 @@ class FetchedBody(Body):
 
     @contextlib.asynccontextmanager
     async def _fetched(self) -> AsyncIterator[Body]:
-        """Request the body from the relay. IncompleteBody if it no longer has that."""
-        response = await self._client.handle(self._request, timeout=P1_TIMEOUT)
+        """Request the body from the relay. IncompleteBody if it no longer has that, or cannot be reached."""
+        try:
+            response = await self._client.handle(self._request, timeout=P1_TIMEOUT)
+        except OSError as error:
+            raise IncompleteBody(format_error(error)) from None
         async with contextlib.aclosing(response.body) as body:
             if response.status != 200 or body.length != self.length:
                 raise IncompleteBody(f"the relay answers {response.status} to a request for a body")

@@ -4075,6 +4075,22 @@ class TestUploads:
         assert one(fetch(inbox.port, head + bytes(sent), half_close=False))[0] == 408
         eventually(lambda: inbox.files() == {})
 
+    def test_a_relay_that_is_gone_when_it_is_asked_for_an_upload_is_no_fault(
+        self, open_inbox: object, monkeypatch: Patch, capfd: Output
+    ) -> None:
+        inbox = open_inbox("tunnel")
+        handle, asked = inbox.tunnel.http.handler, []
+
+        async def reset(request: ptth.Request) -> ptth.Response:
+            if "/http_request/" in request.target:
+                asked.append(request)
+                request.connection.reset()
+            return await handle(request)
+
+        monkeypatch.setattr(inbox.tunnel.http, "handler", reset)
+        assert inbox.put("/x", bytes(100_000)) == 502
+        assert asked and inbox.files() == {} and "Traceback" not in capfd.readouterr().err
+
     @needs("rclone")
     def test_rclone_copies_there_and_back(self, inbox: Inbox, tmp_path: object) -> None:
         write_files(tmp_path / "from", {"one": b"1", "sub \u00fc/two & 2": b"2"})
