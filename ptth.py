@@ -6239,8 +6239,10 @@ class Backend:
         server.see(instance, now)
         wait = parse_wait(request.headers.get("prefer", ""))
         self._take_losses(server, request.headers)
-        if instance and not wait:  # a hello: the server has just connected
-            self._offer_all_again(server, instance, request.headers)
+        if instance and not wait:  # a hello: what was sent before may not have arrived, on connections that were dead
+            at_work = parse_ids(request.headers.get("ptth-at-work", ""))
+            sent = [one for one in server.offered.values() if one.instance == instance]
+            self._offer_again(one for one in sent if one.request_id not in at_work)
         features = set(request.headers.tokens("ptth-features"))
         batch = server.next_requests(instance, features)
         if not batch and self.state.stopping:
@@ -6263,7 +6265,7 @@ class Backend:
             return await parked.batch
         except asyncio.CancelledError:
             if not parked.batch.cancelled():  # a reset in the same turn of the loop: the requests are not sent
-                self._p3_sent(parked.connection, parked.batch.result(), complete=False)
+                self._offer_again(parked.batch.result())
             raise
         finally:
             server.see(parked.instance, self.state.loop.time())
@@ -6317,16 +6319,6 @@ class Backend:
             if exchange and exchange.server is server:
                 exchange.break_off("the server's response did not get through; the server's log says why")
 
-    def _offer_all_again(self, server: RegisteredServer, instance: str, headers: Headers) -> None:
-        """Offer again all requests that were offered to a server which connects again, except those in PTTH-At-Work.
-
-        They may not have arrived, because its old connections may be dead.
-        """
-        at_work = set(parse_ids(headers.get("ptth-at-work", "")))
-        for exchange in list(server.offered.values()):
-            if exchange.instance == instance and exchange.request_id not in at_work:
-                self._offer_again(exchange, "the connection to the server broke")
-
     @staticmethod
     def _pack_for_rust(batch: list[Exchange]) -> bytes:
         """Format a P3 in Rust form. A request that this form cannot express gets its error response."""
@@ -6341,8 +6333,7 @@ class Backend:
     def _p3_sent(self, connection: Peer | None, batch: list[Exchange], complete: bool) -> None:
         """After a P3 was written: if it is incomplete, offer its requests again; else remember its connection."""
         if not complete or connection is None:
-            for exchange in batch:
-                self._offer_again(exchange, "the connection to the server broke")
+            self._offer_again(batch)
             return
         if connection not in self._offered_on:
             connection.on_close.append(lambda: self._on_connection_close(connection))
@@ -6351,18 +6342,20 @@ class Backend:
 
     def _on_connection_close(self, connection: Peer) -> None:
         """Offer the requests that were sent on a connection again, unless it ended after `Connection: close`."""
-        for exchange in self._offered_on.pop(connection, ()):
-            if not connection.must_close:
-                self._offer_again(exchange, "")
+        exchanges = self._offered_on.pop(connection)
+        if not connection.must_close:
+            self._offer_again(exchanges, arrived=True)
 
-    def _offer_again(self, exchange: Exchange, reason: str) -> None:
-        """Offer a GET or HEAD again, once. Other requests may have had their effect: with a `reason` they get 502."""
-        if exchange.has_p5 or exchange.server.offered.pop(exchange.request_id, None) is None:
-            return  # its P5 has begun, or it is not offered any more
-        if exchange.method in ("GET", "HEAD") and exchange.offers < 2 and not exchange.was_fetched:
-            exchange.server.offer(exchange)
-        elif reason:
-            exchange.fail(502, reason)
+    @staticmethod
+    def _offer_again(exchanges: Iterable[Exchange], *, arrived: bool = False) -> None:
+        """Offer each GET or HEAD again, once. Others may have had their effect: they get 502, unless they `arrived`."""
+        for exchange in exchanges:
+            if exchange.has_p5 or exchange.server.offered.pop(exchange.request_id, None) is None:
+                continue  # its P5 has begun, or it is not offered any more
+            if exchange.method in ("GET", "HEAD") and exchange.offers < 2 and not exchange.was_fetched:
+                exchange.server.offer(exchange)
+            elif not arrived:
+                exchange.fail(502, "the connection to the server broke")
 
     async def _receive_batch(self, request: Request, server: RegisteredServer) -> Response:
         """Receive a batch. With Prefer: wait=N it is also a P1, and its answer a P3."""
