@@ -6884,17 +6884,17 @@ class Workers:
 
 
 class PartReader:
-    """Cuts a body into parts. `ended` becomes true with the last one."""
+    """Cuts a body into parts. `ended` becomes true with the last one, and when `stopping` is set."""
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, stopping: asyncio.Event) -> None:
         self.offset = 0  # bytes before the next part
         self.ended = False
         self._body = body
         self._length = body.length  # at the beginning: while a body is received, its `length` becomes smaller
-        self._pieces = aiter(body)
+        self._pieces = aiter(body)  # some may be empty
         self._size = 0  # bytes of the last part
         self._held = b""  # bytes that were read, and are in no part yet
-        self._stopped = False
+        self._stop: asyncio.Task[Any] = asyncio.create_task(stopping.wait())
         self._reading: asyncio.Task[bytes | None] | None = None
 
     async def next(self, size: int) -> Body:
@@ -6918,24 +6918,17 @@ class PartReader:
     async def _read(self) -> bytes:
         """Return bytes that have arrived, b"" after PART_INTERVAL without any."""
         reading = self._reading = self._reading or asyncio.ensure_future(anext(self._pieces, None))
-        if not self._stopped:
-            await asyncio.wait({reading}, timeout=PART_INTERVAL)
-        if self._stopped or not reading.done():
-            self.ended = self._stopped
+        await asyncio.wait({reading, self._stop}, timeout=PART_INTERVAL, return_when=asyncio.FIRST_COMPLETED)
+        if self._stop.done() or not reading.done():
+            self.ended = self._stop.done()
             return b""
         self._reading = None
-        piece = reading.result()
-        self.ended = piece is None
-        return piece or b""
-
-    def stop(self) -> None:
-        """Treat what has been read as the whole body."""
-        self._stopped = True
-        if self._reading:
-            self._reading.cancel()
+        self.ended = reading.result() is None
+        return reading.result() or b""
 
     async def aclose(self) -> None:
         """End the reading of the body, which the caller closes."""
+        await end_task(self._stop)
         await end_task(self._reading)
 
 
@@ -6979,7 +6972,6 @@ class Sender:
         self.on_loss: Callable[[], object] = int  # called when `lost` has grown; int does nothing
         self.unsent: deque[tuple[str, bytes]] = deque()  # small responses, for the next `Batch`
         self._sending = 0  # batches in flight
-        self._endless: set[PartReader] = set()  # WebSockets and event streams that are being sent
 
     def can_batch(self, response: Response) -> bool:
         """Return whether a response is small enough to be sent in a batch.
@@ -7081,11 +7073,6 @@ class Sender:
         finally:
             await body.aclose()
 
-    def end_streams(self) -> None:
-        """End WebSockets and event streams, so that a stop does not wait for them."""
-        for parts in self._endless:
-            parts.stop()
-
     def _is_too_large(self, body: Body) -> bool:
         """Return whether a proxy in front of the relay would probably refuse the whole response in one POST."""
         return bool(self._part_size) and (body.length is None or body.length > self._part_size)
@@ -7096,9 +7083,8 @@ class Sender:
         The first part is the head alone, so that the client gets it at once.
         """
         delivered = False
-        parts = PartReader(response.body)
-        if is_endless(response):
-            self._endless.add(parts)
+        # A stop does not wait for WebSockets and event streams.
+        parts = PartReader(response.body, self._workers.stopping if is_endless(response) else asyncio.Event())
         try:
             status = await self._post_part(request_id, BytesBody(head), RESPONSE_TYPE, 0, more=True)
             while status != 410 and not parts.ended:
@@ -7113,7 +7099,6 @@ class Sender:
         except (OSError, ProtocolError) as error:
             self._log_change(f"sending a response to the relay failed; the response is cut off: {format_error(error)}")
         finally:
-            self._endless.discard(parts)
             await parts.aclose()
             if not delivered:
                 self._lose(request_id)
@@ -7323,7 +7308,6 @@ class Link:
 
     def leave(self) -> None:
         """End the open P1 by a half-close: the relay sends no more requests, and a P3 in flight still arrives."""
-        self._sender.end_streams()
         for connection in list(self._parked):
             connection.must_close = True
             if connection.writer.can_write_eof():

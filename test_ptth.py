@@ -6212,7 +6212,7 @@ class TestParts:
     async def test_a_body_that_is_received_is_cut_into_parts_up_to_its_end(self) -> None:
         """Its `length` is what is still to come, and becomes smaller while it is read."""
         connection = ptth.Connection(reader_of(b"0123456789" * 100), FakeWriter())
-        parts = ptth.PartReader(ptth.IncomingBody(connection, 1000))
+        parts = ptth.PartReader(ptth.IncomingBody(connection, 1000), asyncio.Event())
         pieces = []
         while not parts.ended:
             pieces.append((await parts.next(300)).data)
