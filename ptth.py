@@ -4372,7 +4372,8 @@ class PartialFile:
         """Give the file its name, and return its status. `check` returns the file to replace, or None, or raises."""
         with self._busy:
             os.fsync(self._fd)
-            self._close()
+            if os.name == "nt":  # there an open file cannot be renamed; elsewhere the lock is needed until it is
+                self._close()
             if mtime is not None:
                 os.utime(self._partial, (mtime, mtime))
             with _COMMIT:
@@ -4382,6 +4383,7 @@ class PartialFile:
                     os.replace(self._partial, self._place)
                 else:
                     give_name(self._partial, self._place)
+                self._close()
                 return os.stat(self._place)
 
     def discard(self) -> None:

@@ -4091,6 +4091,22 @@ class TestUploads:
         assert inbox.put("/x", bytes(100_000)) == 502
         assert asked and inbox.files() == {} and "Traceback" not in capfd.readouterr().err
 
+    @pytest.mark.skipif(os.name == "nt", reason="no locks")
+    @pytest.mark.parametrize(("name", "fields", "status"), [("link", [], 201), ("replace", ["If-Match: *"], 204)])
+    def test_a_server_that_starts_leaves_an_upload_alone_that_gets_its_name(
+        self, name: str, fields: list[str], status: int, inbox: Inbox, monkeypatch: Patch
+    ) -> None:
+        work = getattr(os, name)
+
+        def start_another(*paths: bytes) -> None:
+            ptth.remove_partial_files(os.fsencode(inbox.root))
+            work(*paths)
+
+        write_files(inbox.root, {"x": b"old"} if fields else {})
+        monkeypatch.setattr(os, name, start_another)
+        assert inbox.put("/x", b"new", fields=fields) == status
+        assert inbox.files() == {"x": b"new"}
+
     @needs("rclone")
     def test_rclone_copies_there_and_back(self, inbox: Inbox, tmp_path: object) -> None:
         write_files(tmp_path / "from", {"one": b"1", "sub \u00fc/two & 2": b"2"})
