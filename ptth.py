@@ -5030,11 +5030,6 @@ def is_stream(response: Response) -> bool:
     return is_endless(response) or content_kind(headers) == "application/x-ndjson" or unbuffered
 
 
-def part_fields(offset: int, more: bool) -> Fields:
-    """Return the fields of a part of a response's body: its offset, and PTTH-More if another one follows."""
-    return [("PTTH-Offset", str(offset)), *([("PTTH-More", "1")] if more else [])]
-
-
 def parse_offset(headers: Headers) -> int:
     """Return the number in PTTH-Offset, 0 without one; ProtocolError 400."""
     offset = headers.get("ptth-offset", "0")
@@ -6779,9 +6774,15 @@ class Workers:
         self._queue.append((request_id, request, sender))
 
     def start(self) -> None:
-        """Handle the queued requests."""
+        """Start a worker for the queued requests. If some are left one turn of the loop later, start another.
+
+        All workers wait then. So fast handlers need one task, and a slow one delays no other request.
+        """
         self._look_for_room()
-        self._start_worker()
+        if self._queue and self._count < MAX_HANDLERS:
+            self._count += 1
+            self.spawn(self._work())
+            asyncio.get_running_loop().call_soon(self.start)
 
     def _look_for_room(self) -> None:
         """Set or clear `room`, on which each link waits before it polls again."""
@@ -6789,16 +6790,6 @@ class Workers:
             self.room.set()
         else:
             self.room.clear()
-
-    def _start_worker(self) -> None:
-        """Start a worker. If requests are still queued one turn of the loop later, all workers wait: start another.
-
-        Fast handlers need one task; a slow one delays no other request.
-        """
-        if self._queue and self._count < MAX_HANDLERS:
-            self._count += 1
-            self.spawn(self._work())
-            asyncio.get_running_loop().call_soon(self._start_worker)
 
     async def _work(self) -> None:
         """Handle queued requests, one after the other, until there are none."""
@@ -7113,7 +7104,8 @@ class Sender:
 
     async def _post_part(self, request_id: str, content: Body, kind: str, offset: int, *, more: bool) -> int:
         """Post one part, at most PART_TRIES times; return 200, 410 or 413. ConnectionError if all fail."""
-        fields = [("X-ApiKey", self._key), ("Content-Type", kind), *part_fields(offset, more)]
+        fields = [("X-ApiKey", self._key), ("Content-Type", kind), ("PTTH-Offset", str(offset))]
+        fields += [("PTTH-More", "1")] if more else []
         why = ""
         for attempt in range(PART_TRIES):
             await asyncio.sleep(min(BACKOFF_MIN * 2**attempt, BACKOFF_MAX) if attempt else 0)
