@@ -7210,7 +7210,8 @@ class PolledBody(FetchedBody):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         offset = failures = 0
-        while True:
+        while failures < PART_TRIES:
+            await asyncio.sleep(min(BACKOFF_MIN * 2**failures, BACKOFF_MAX) if failures else 0)
             try:
                 status, data = await self._poll(offset)
             except (OSError, ProtocolError):
