@@ -7220,12 +7220,9 @@ class PolledBody(FetchedBody):
                 return
             offset += len(data)
             failures = 0 if status in (200, 204) else failures + 1
-            if failures == PART_TRIES:
-                raise IncompleteBody("the relay cannot be asked for what the client sends")
             if data:
                 yield data
-            elif failures:
-                await asyncio.sleep(min(BACKOFF_MIN * 2**failures, BACKOFF_MAX))
+        raise IncompleteBody("the relay cannot be asked for what the client sends")
 
     async def _poll(self, offset: int) -> tuple[int, bytes]:
         """Poll for the bytes after the first `offset` ones; return the response's status and content."""
@@ -7384,7 +7381,7 @@ class Link:
         """Send P1 until all lost ids were sent. After a failure the next hello sends them."""
         with contextlib.suppress(OSError, ProtocolError):
             while self._sender.lost and not self._stopping.is_set():
-                await self._poll_again(self.client.take_idle(), wait=1)
+                await self._poll_again(wait=1)
 
     async def _listen(self, failure: asyncio.Future[Exception], *, only_if_far: bool = False) -> None:
         """Poll the relay again and again, until a poll fails, the server stops, or the relay is near."""
@@ -7393,7 +7390,7 @@ class Link:
             brought = False
             while not (failure.done() or self._stopping.is_set() or only_if_far and self._sender.near):
                 started = loop.time()
-                brought = await self._poll_again(*self._next_poll(brought))
+                brought = await self._poll_again(brought=brought)
                 if not brought and loop.time() - started < 1 and not self._stopping.is_set():
                     raise ConnectionError("the relay, or its proxy, answers polls at once and with nothing")
                 await self._workers.room.wait()
@@ -7402,22 +7399,18 @@ class Link:
             if not failure.done():
                 failure.set_result(error)
 
-    def _next_poll(self, brought: bool) -> tuple[Connection | None, Batch]:
-        """Return an idle connection for the next P1, and the batch to send with it.
+    async def _poll_again(self, *, brought: bool = False, wait: float = POLL_WAIT) -> bool:
+        """Send a P1 on an idle connection, on a new one if there is none or the relay has closed it.
 
-        `brought`: the last P1 has brought requests.
+        `brought`: the last P1 has brought requests, so that there may be a batch to send with this one.
         """
         both = brought and "listen" in self._sender.features and bool(self._sender.unsent)
         # Leave the connection of a P3 for its responses: it works, and a new one would cost a round trip.
         free = both or len(self.client.idle) > brought
         connection = self.client.take_idle(oldest=not both) if free else None
-        return connection, self._sender.take_batch() if both and connection else ()
-
-    async def _poll_again(self, connection: Connection | None, batch: Batch = (), wait: float = POLL_WAIT) -> bool:
-        """Send a P1 on `connection`, which was idle; on a new one if that is None, or the relay has closed it."""
         if connection is not None:
             try:
-                return await self._poll(connection, wait, batch)
+                return await self._poll(connection, wait, self._sender.take_batch() if both else ())
             except ConnectionError:
                 if self._stopping.is_set():
                     return False
