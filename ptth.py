@@ -1800,7 +1800,7 @@ def raise_file_limit() -> int:
 
 def is_body_soon_read(body: Body) -> bool:
     """Return whether the rest of a request's body is small enough to be read, to keep the connection."""
-    return not body.expects and (body.complete or (body.length or 0) <= MAX_DRAIN)
+    return not body.expects and (body.complete or body.length is not None and body.length <= MAX_DRAIN)
 
 
 def report_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -4107,6 +4107,16 @@ class TestUploads:
         assert inbox.put("/x", b"new", fields=fields) == status
         assert inbox.files() == {"x": b"new"}
 
+    @pytest.mark.parametrize(("rest", "closes"), [(b"0\r\n\r\n", False), (b"20000\r\n" + bytes(100_000), True)])
+    def test_the_answer_to_an_upload_that_is_refused_tells_whether_the_connection_closes(
+        self, rest: bytes, closes: bool, inbox: Inbox
+    ) -> None:
+        write_files(inbox.root, {"x": b"old"})
+        head = f"PUT {inbox.prefix}/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        with connect(inbox.port, head + b"4\r\nmore\r\n" + rest) as sock:
+            fields = sock.recv(10_000).lower()
+        assert b" 412 " in fields and (b"\r\nconnection: close\r\n" in fields) is closes
+
     @needs("rclone")
     def test_rclone_copies_there_and_back(self, inbox: Inbox, tmp_path: object) -> None:
         write_files(tmp_path / "from", {"one": b"1", "sub \u00fc/two & 2": b"2"})
