@@ -7040,7 +7040,7 @@ class Sender:
             self._end_batch(batch, lost=not through)
 
     def _end_batch(self, batch: Batch, *, lost: bool) -> None:
-        """Record that a batch was sent, or has got lost."""
+        """Record that a batch was sent, or that it is lost."""
         request_ids = [request_id for request_id, _ in batch]
         if lost:
             self._lose(*request_ids)
@@ -7384,7 +7384,7 @@ class Link:
                 await self._poll_again(wait=1)
 
     async def _listen(self, failure: asyncio.Future[Exception], *, only_if_far: bool = False) -> None:
-        """Poll the relay again and again, until a poll fails, the server stops, or the relay is near."""
+        """Poll the relay until a poll fails, the server stops, or, with `only_if_far`, the relay is near."""
         loop = asyncio.get_running_loop()
         try:
             brought = False

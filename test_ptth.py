@@ -6631,6 +6631,25 @@ class TestEventStreams:
         assert time.monotonic() - begin < 10
         assert [visitor.read() for visitor in visitors] == [ended] * 2
 
+    def test_a_stop_ends_also_a_stream_that_begins_after_it(self, background: Background, open_tunnel: object) -> None:
+        begun = threading.Event()
+
+        async def silence() -> object:
+            await asyncio.sleep(60)
+            yield b""
+
+        async def late(request: ptth.Request) -> ptth.Response:
+            begun.set()
+            await tunnel.server.workers.stopping.wait()
+            return await event_stream(silence)(request)
+
+        tunnel = open_tunnel(late)
+        client = Client(tunnel.port, "/")
+        assert begun.wait(10)
+        background.run(tunnel.server.stop(20), 10)
+        status, _, body = client.answer()
+        assert (status, body) == (200, b"")
+
     def test_streams_keep_no_handler(self, open_tunnel: object, monkeypatch: Patch) -> None:
         monkeypatch.setattr(ptth, "MAX_HANDLERS", 2)
 
