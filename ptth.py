@@ -1539,13 +1539,36 @@ class ChunkedSink:
         return False
 
 
-async def write_body(connection: Connection, body: Body, *, chunked: bool) -> None:
+async def write_body(sink: Sink, body: Body, *, chunked: bool) -> None:
     """Send a body, as it is or in chunks (RFC 9112, 7.1)."""
     if not chunked:
-        await body.write_to(connection)
+        await body.write_to(sink)
         return
-    await body.write_to(ChunkedSink(connection))
-    await connection.send(b"0\r\n\r\n")
+    await body.write_to(ChunkedSink(sink))
+    await sink.send(b"0\r\n\r\n")
+
+
+_CHUNK_BEGIN = re.compile(rb"([0-9a-f]{1,7})\r\n")
+
+
+async def inner_chunks(body: Body) -> AsyncIterator[bytes]:
+    """Yield the chunks that `write_body` has put into a body; IncompleteBody if the last one is missing."""
+    data = b""
+    ended = False
+    async for piece in body:
+        data += piece
+        while begin := _CHUNK_BEGIN.match(data):
+            end = begin.end() + int(begin[1], 16)
+            if len(data) < end + 2:
+                break
+            ended = end == begin.end()
+            if not ended:
+                yield data[begin.end() : end]
+            data = data[end + 2 :]
+        if not begin and len(data) > 8:
+            raise IncompleteBody("a body without its chunks")
+    if not ended or data:
+        raise IncompleteBody("the body ended before its last chunk")
 
 
 # -- 6. Pages --
@@ -4841,6 +4864,9 @@ RESPONSE_TYPE = "application/http; msgtype=response"
 # The optional features of this program, named in P1 and in P3. body: requests may have bodies; upgrade: WebSockets;
 # parts: a response may come in parts, each in a P5 of its own; listen: a batch with Prefer: wait is a P1, too.
 FEATURES = ("PTTH-Features", "body, upgrade, parts, listen")
+# In the fetch of a request's body, and in the response: a body without a length is in chunks inside the response. Some
+# proxies, such as Caddy 2.6, give a regular end to a response that broke off.
+FRAMING = ("PTTH-Framing", "chunked")
 
 
 def _proxy_fields(request: Request, host: str, trusted: bool) -> Fields:
@@ -5405,11 +5431,15 @@ class Exchange:
 
 
 class UploadBody(Body):
-    """A request's body, sent from the client's connection to the server that fetches it."""
+    """A request's body, sent from the client's connection to the server that fetches it.
 
-    def __init__(self, exchange: Exchange, body: Body) -> None:
+    `chunked`: it is put into chunks, whatever the framing of the response: see FRAMING.
+    """
+
+    def __init__(self, exchange: Exchange, body: Body, *, chunked: bool) -> None:
         self._exchange = exchange
         self._body = body
+        self._chunked = chunked
         self.length = body.length
 
     async def write_to(self, sink: Sink) -> None:
@@ -5417,7 +5447,7 @@ class UploadBody(Body):
         exchange = self._exchange
         exchange.fetching = asyncio.current_task()
         try:
-            await self._body.write_to(sink)
+            await write_body(sink, self._body, chunked=self._chunked)
         except (IncompleteBody, ProtocolError) as error:
             exchange.fail_with(error)
             raise
@@ -6289,7 +6319,9 @@ class Backend:
             raise ProtocolError(410, "the body was fetched before, or is not wanted any more", headers=[NO_STORE])
         exchange.was_fetched = True
         exchange.fetch_connection = request.connection
-        return Response(200, _UPLOAD_FIELDS, UploadBody(exchange, exchange.body))
+        chunked = exchange.body.length is None and FRAMING[0].lower() in request.headers
+        fields = [*_UPLOAD_FIELDS, FRAMING] if chunked else _UPLOAD_FIELDS
+        return Response(200, fields, UploadBody(exchange, exchange.body, chunked=chunked))
 
     @staticmethod
     async def _give_stream(request: Request, exchange: Exchange, stream: ClientStream) -> Response:
@@ -7178,13 +7210,16 @@ class FetchedBody(Body):
 
     def __init__(self, client: HTTPClient, key: str, request_id: str, length: int | None = None) -> None:
         self._client = client
-        headers = Headers([("X-ApiKey", key), ("Accept", "*/*")])
+        headers = Headers([("X-ApiKey", key), ("Accept", "*/*"), *([FRAMING] if length is None else [])])
         self._request = Request("GET", f"{BACKEND}http_request/{request_id}", headers)
         self.length = length
 
     @contextlib.asynccontextmanager
-    async def _fetched(self) -> AsyncIterator[Body]:
-        """Request the body from the relay. IncompleteBody if it no longer has that, or cannot be reached."""
+    async def _fetched(self) -> AsyncIterator[tuple[Body, bool]]:
+        """Request the body from the relay; also return whether it is in chunks inside the response.
+
+        IncompleteBody if the relay no longer has it, or cannot be reached.
+        """
         try:
             response = await self._client.handle(self._request, timeout=P1_TIMEOUT)
         except OSError as error:
@@ -7192,16 +7227,19 @@ class FetchedBody(Body):
         async with contextlib.aclosing(response.body) as body:
             if response.status != 200 or body.length != self.length:
                 raise IncompleteBody(f"the relay answers {response.status} to a request for a body")
-            yield body
+            yield body, FRAMING[0].lower() in Headers(response.headers)
             self.complete = True
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async with self._fetched() as body:
-            async for piece in body:
+        async with self._fetched() as (body, chunked):
+            async for piece in inner_chunks(body) if chunked else body:
                 yield piece
 
     async def write_to(self, sink: Sink) -> None:
-        async with self._fetched() as body:
+        if self.length is None:
+            await super().write_to(sink)
+            return
+        async with self._fetched() as (body, _):
             await body.write_to(sink)
 
 
@@ -7230,8 +7268,6 @@ class PolledBody(FetchedBody):
         response = await self._client.handle(replace(self._request, headers=Headers(fields)), timeout=P1_TIMEOUT)
         async with contextlib.aclosing(response.body) as body:
             return response.status, await body.read_all(4 * READ_SIZE) if response.status == 200 else b""
-
-    write_to = Body.write_to
 
 
 def backoff() -> Iterator[float]:

@@ -5734,6 +5734,53 @@ class TestBodies:
                 answers.append(told)
             assert not {"ptth-request-id", "ptth-body-length"} & set(answers[1]["fields"])
 
+    @pytest.mark.parametrize("framing", ["", "PTTH-Framing: chunked"])
+    def test_a_fetched_body_without_a_length_is_in_chunks_for_who_reads_them(
+        self, framing: str, bare_relay: Tunnel, hand: Hand
+    ) -> None:
+        hand.listen(20, "PTTH-Features: body")
+        with self.begin(bare_relay.port, "Transfer-Encoding: chunked", ptth.format_chunk(b"hello")) as client:
+            more = ["Connection: close", *([framing] if framing else [])]
+            hand.send("GET", f"http_request/{hand.request_id()}", b"", *more)
+            client.sendall(b"0\r\n\r\n")
+            _, fields, body = one(read(hand.sock))
+            assert ("ptth-framing" in fields, body) == (
+                bool(framing),
+                b"5\r\nhello\r\n0\r\n\r\n" if framing else b"hello",
+            )
+
+    @pytest.mark.parametrize(
+        ("fields", "body", "content"),
+        [("", b"hello", b"hello"), ("PTTH-Framing: chunked", b"5\r\nhello\r\n10\r\n0123456789abcdef\r\n0\r\n\r\n", b"hello0123456789abcdef"),
+         ("PTTH-Framing: chunked", b"0\r\n\r\n", b""), ("PTTH-Framing: chunked", b"", None), ("PTTH-Framing: chunked", b"5\r\nhello\r\n", None),
+         ("PTTH-Framing: chunked", b"5\r\nhel", None), ("PTTH-Framing: chunked", b"5\r\nhello\r\n0\r\n", None),
+         ("PTTH-Framing: chunked", b"0\r\n\r\nx", None), ("PTTH-Framing: chunked", b"hello, world", None), ("PTTH-Framing: chunked", b"fffffffffffff", None)],
+    )  # fmt: skip
+    @pytest.mark.parametrize("size", [1, 1000])
+    @in_loop
+    async def test_a_fetched_body_that_lacks_its_last_chunk_is_incomplete(
+        self, size: int, fields: str, body: bytes, content: bytes | None
+    ) -> None:
+        """Some proxies give it a regular end, although the visitor has left."""
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            assert b"\r\nPTTH-Framing: chunked\r\n" in await reader.readuntil(b"\r\n\r\n")
+            writer.write(
+                f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n{fields}\r\n".encode() + b"\r\n" * bool(fields)
+            )
+            for chunk in self.chunks(body, size):
+                writer.write(chunk)
+                await asyncio.sleep(0)
+
+        async with client_to(relay) as client:
+            fetched = ptth.FetchedBody(client, "key", "x" * 32)
+            if content is None:
+                with pytest.raises(ptth.IncompleteBody):
+                    await fetched.read_all(1000)
+            else:
+                assert await fetched.read_all(1000) == content
+            assert fetched.complete == (content is not None)
+
     def test_the_fetch_of_a_body_names_the_program_once(self, app_tunnel: Tunnel, monkeypatch: Patch) -> None:
         agents: list[str] = []
 
