@@ -7184,6 +7184,7 @@ class TestServer:
 
     def test_what_is_no_relay_is_named(self, start: object, tmp_path: object) -> None:
         began = []
+        begin = time.monotonic()
         for answer, word in self.IMPOSTORS:  # all at once, which takes a quarter of the time
             relay, where = Impostor(answer), tmp_path / word
             where.mkdir()
@@ -7191,7 +7192,7 @@ class TestServer:
             began.append((relay, start("server", cwd=where), word))
         for relay, server, word in began:
             server.wait_for(word)
-            assert len(relay.polls) < 20
+            assert len(relay.polls) < 20 + 20 * (time.monotonic() - begin)  # not thousands a second
             assert KEY not in "".join(server.told)
             assert server.end() == 0
 
