@@ -2395,7 +2395,8 @@ class HTTPClient:
         """Open a connection, and watch its deadlines. Raises OSError; Refused if the proxy is the cause."""
         streams = await open_streams(self.origin, self.proxy, self._tls, self._address)
         connection = Connection(*streams, self.limiter)
-        self._address = connection.peer
+        if connection.peer != "-":  # else the peer has reset it already
+            self._address = connection.peer
         connection.stall_timeout = RELAY_STALL_TIMEOUT
         connection.silence_timeout = self.silence_timeout
         set_socket_options(connection.sock)

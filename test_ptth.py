@@ -2395,6 +2395,25 @@ class TestConnecting:
             assert lookups.count("localhost") == count
         client.close()
 
+    @in_loop
+    async def test_an_app_that_resets_at_once_leaves_no_address(self, monkeypatch: Patch) -> None:
+        lookups = []
+        real = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **how: lookups.append(args[0]) or real(*args, **how))
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            client = ptth.HTTPClient(ptth.parse_base_url(f"http://localhost:{sock.getsockname()[1]}"))
+            with monkeypatch.context() as reset:  # asyncio asks for the peer's name after the connection was opened
+                reset.setattr(asyncio.StreamWriter, "get_extra_info", self.without_peer)
+                assert (await client.connect()).peer == "-"
+        with pytest.raises(ConnectionRefusedError):
+            await client.connect()
+        client.close()
+        assert set(lookups) == {"localhost"}
+
+    @staticmethod
+    def without_peer(writer: asyncio.StreamWriter, name: str) -> object:
+        return None if name == "peername" else writer.transport.get_extra_info(name)
+
     def test_what_is_sent_names_the_program(self) -> None:
         for proxy in (None, ptth.parse_proxy("u:p@p:1")):
             client = ptth.HTTPClient(ptth.parse_base_url("http://r.example/x"), proxy)
