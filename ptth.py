@@ -2258,7 +2258,7 @@ def parse_proxy(url: str) -> ForwardProxy:
 def proxy_from_environment(origin: BaseURL) -> str:
     """Return the proxy's URL by HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY for this origin, or ""."""
     if sys.platform == "linux" and not any(name.lower().endswith("_proxy") for name in os.environ):
-        return ""  # urllib.request would take 1.2 MiB of memory, and 20 ms of the start
+        return ""  # urllib.request would take 1.7 MiB of memory, and a tenth of the start
     from urllib.request import getproxies, proxy_bypass
 
     proxies = getproxies()  # reads lower case, too; without any, on macOS and Windows the system's settings
@@ -2652,6 +2652,7 @@ _NOT_TO_CLIENT = (*_PROXY_COMMANDS, "x-forwarded-", "x-content-type-options")  #
 _NOT_TO_OWN_CLIENT = _HOP_BY_HOP | {
     "date", "via", "alt-svc", "clear-site-data", "nel", "report-to", "reporting-endpoints",
 }  # fmt: skip
+_NOT_TO_OWN_CLIENT_GROUPS = ("ptth-", *_PROXY_COMMANDS)  # beginnings of names
 SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 _COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|\Z)", re.IGNORECASE)
 _RUNS_NOTHING = re.compile(
@@ -2798,11 +2799,10 @@ def own_host_fields(headers: Headers) -> Fields:
     Domain is removed from cookies, so that they are not sent to the hosts of other servers.
     """
     dropped = _NOT_TO_OWN_CLIENT.union(headers.tokens("connection"))
-    dropped_groups = ("ptth-", *_PROXY_COMMANDS)
     result: Fields = []
     for name, value in headers.pairs:
         lower = name.lower()
-        if lower not in dropped and not lower.startswith(dropped_groups):
+        if lower not in dropped and not lower.startswith(_NOT_TO_OWN_CLIENT_GROUPS):
             result.append((name, _COOKIE_DOMAIN.sub("", value) if lower == "set-cookie" else value))
     return [*result, _via(headers)]
 
@@ -3239,6 +3239,7 @@ class FileBody(Body):
     async def write_to(self, sink: Sink) -> None:
         if self.length is None:
             await super().write_to(sink)
+            return
         for offset, count in self.slices(4 * SENDFILE_SIZE):
             if not await sink.send_file(self._file.fd, offset, count):
                 await Body.write_to(FileBody(self._file, offset, count), sink)
